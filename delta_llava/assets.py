@@ -7,9 +7,10 @@ __all__ = ['log', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PACKAGES', 'FORMAT', 'TOWERS
            'dinov2_state', 'convert_dinov2', 'convert_gguf', 'default_tower', 'default_llm', 'cache_dir', 'resolve',
            'load_tower_model', 'load_llm']
 
-# %% ../nbs/20_assets.ipynb #f99b2b5b
+# %% ../nbs/20_assets.ipynb #962c323a
 import hashlib, importlib.util, json, logging, os, tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel
+from transformers.utils import logging as hf_logging
 
 # %% ../nbs/20_assets.ipynb #207ea1f2
 log = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ def convert_dinov2(
     BitImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False,
                          image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD).save_pretrained(dst)
 
-# %% ../nbs/20_assets.ipynb #7af384c9
+# %% ../nbs/20_assets.ipynb #36c14de4
 def convert_gguf(
     src:Path,  # GGUF file of an LLM
     dst:Path,  # Existing folder to fill
@@ -134,11 +136,11 @@ def convert_gguf(
     try: import gguf
     except ImportError as e: raise ValueError("gguf is not installed; get it with `pip install gguf`.") from e
     from transformers import GgufConfig
-    with patch("gguf.GGUFReader", lru_cache(gguf.GGUFReader)):
+    with _quiet(), patch("gguf.GGUFReader", lru_cache(gguf.GGUFReader)):
         AutoTokenizer.from_pretrained(src.parent, gguf_file=src.name).save_pretrained(dst)
         model = AutoModelForCausalLM.from_pretrained(src.parent, gguf_file=src.name, dtype=torch.float32,
                                                      quantization_config=GgufConfig(dequantize=True))
-    model.save_pretrained(dst)
+        model.save_pretrained(dst)
 
 # %% ../nbs/20_assets.ipynb #b058b0a6
 PACKAGES = {
@@ -235,29 +237,61 @@ def resolve(
     return Asset(name, "tower" if model_type in TOWERS else "llm", path,
                  f"see https://huggingface.co/{rest}" if scheme=="hub" else "not stated", f"{model_type} model")
 
-# %% ../nbs/20_assets.ipynb #42aafd56
+# %% ../nbs/20_assets.ipynb #5c2e7bfd
+@contextmanager
+def _quiet():
+    "No bars and no reports of `transformers` inside."
+    level,bars = hf_logging.get_verbosity(),hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try: yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars: hf_logging.enable_progress_bar()
+
+def _read(
+    cls:type,  # Model class
+    asset:Asset,  # Where its weights are
+    **kwargs,  # For `from_pretrained`
+)->PreTrainedModel:
+    "Load a model in float32 and make sure that the file had every weight of it."
+    with _quiet():
+        model,info = cls.from_pretrained(asset.path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs)
+    bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if bad: raise ValueError(f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__}, e.g. {bad[:3]}; fetch or convert it again.")
+    return model.eval()
+
 def _of_kind(
     name:str|Path|Asset,  # As for `resolve`
     kind:str,  # `"tower"` or `"llm"`
 )->Asset:
     "Resolve a name and make sure that it is of the kind that is needed."
     asset = resolve(name)
-    if asset.kind != kind: raise ValueError(f"{asset.name!r} is not a {kind} but a {asset.source}; use e.g. "
-                                            f"{default_tower() if kind=='tower' else default_llm()!r}.")
+    if asset.kind != kind:
+        raise ValueError(f"{asset.name!r} is no {kind} but: {asset.source}. Use e.g. {default_tower() if kind=='tower' else default_llm()!r}; "
+                         f"towers are models of type {', '.join(TOWERS)}.")
     return asset
 
+# %% ../nbs/20_assets.ipynb #a1494712
 def load_tower_model(
     name:str|Path|Asset|None=None,  # As for `resolve`; `None` is `default_tower()`
-)->PreTrainedModel:  # The complete vision model: CLIP, SigLIP or DINOv2
-    "Load a vision tower with all its blocks; `delta_llava.tower.load_tower` keeps the ones that are used."
+    depth:int|None=None,  # Keep this many of its blocks, and no pooling head; `None` keeps all
+)->PreTrainedModel:  # CLIP, SigLIP or DINOv2 vision model
+    "Load a vision tower, whole or cut after `depth` blocks."
     asset = _of_kind(name or default_tower(), "tower")
     cls = TOWERS[json.loads((asset.path/"config.json").read_text())["model_type"]]
-    return cls.from_pretrained(asset.path, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
+    config = cls.config_class.from_pretrained(asset.path, local_files_only=True)
+    if depth is not None:
+        if not 0 < depth <= config.num_hidden_layers:
+            raise ValueError(f"depth={depth} must lie in 1..{config.num_hidden_layers}, the blocks of {asset.name!r}.")
+        stages = ("stage_names", "out_features", "out_indices")  # DINOv2 lists its blocks by name
+        config = type(config).from_dict({**{k: v for k,v in config.to_dict().items() if k not in stages}, "num_hidden_layers": depth})
+        if config.model_type.startswith("siglip"): config.vision_use_head = False
+    return _read(cls, asset, config=config)
 
 def load_llm(
     name:str|Path|Asset|None=None,  # As for `resolve`; `None` is `default_llm()`
 )->tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # Language model and its tokenizer
     "Load an LLM and its tokenizer with chat template."
     asset = _of_kind(name or default_llm(), "llm")
-    model = AutoModelForCausalLM.from_pretrained(asset.path, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(asset.path, local_files_only=True)
+    return _read(AutoModelForCausalLM, asset), AutoTokenizer.from_pretrained(asset.path, local_files_only=True)

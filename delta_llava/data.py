@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'picture_index', 'concept_names', 'cut_out', 'group_of', 'PlantedObject',
            'Scene', 'plan_scene', 'paint_background', 'draw_scene', 'with_article', 'listed', 'absent_names', 'ask',
-           'write_scenes']
+           'write_scenes', 'check_turns', 'check_row', 'load_conversations', 'Collator']
 
-# %% ../nbs/30_data.ipynb #75b56f06
+# %% ../nbs/30_data.ipynb #6dd5b67c
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
+import torch
+from datasets import Dataset, Features, Value
 from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from .tower import locate, open_image
 
 # %% ../nbs/30_data.ipynb #acf3b4ef
 @cache
@@ -84,7 +90,7 @@ class Scene:
         "The scene's own random numbers."
         return np.random.default_rng([self.seed, list(SPLITS).index(self.split), self.index, purpose])
 
-# %% ../nbs/30_data.ipynb #bd8bcb2c
+# %% ../nbs/30_data.ipynb #2ef22cb6
 def _names(split:str, n:int, rng:np.random.Generator)->list[str]:
     "Names of `n` things that may meet in this split."
     names = concept_names()
@@ -108,6 +114,7 @@ def _boxes(drawings:list[Image.Image], size:int, min_side:int, rng:np.random.Gen
             else: break
         if len(boxes) == len(drawings): return boxes
 
+# %% ../nbs/30_data.ipynb #11765464
 def plan_scene(
     index:int,  # Number of the scene within its set
     split:str="train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
@@ -241,7 +248,7 @@ def ask(
     pairs = [(question.format(*q), answer.format(*a)) for (q, a), (question, answer) in zip(facts, forms)]
     return [(question, answer[0].upper() + answer[1:]) for question, answer in pairs]
 
-# %% ../nbs/30_data.ipynb #4ca7a0e2
+# %% ../nbs/30_data.ipynb #482bce34
 def write_scenes(
     folder:str|Path,  # Gets `<split>.json` and `images/`; splits may share one folder
     n:int,  # Pictures
@@ -256,6 +263,7 @@ def write_scenes(
     "Write `n` planted scenes as LLaVA conversations; the same arguments write the same bytes."
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if n < 1 or not tasks: raise ValueError(f"n={n} and tasks={tasks} must each hold at least one.")
+    if unknown := set(tasks) - set(TASKS): raise ValueError(f"tasks={tasks}: {sorted(unknown)} are unknown; use some of {list(TASKS)}.")
     if set(tasks) == {"relation"} and n_objects[1] < 2: raise ValueError("tasks=['relation'] needs two things in a picture; use n_objects=(2, 4).")
     folder, rows = Path(folder), []
     scenes = [plan_scene(index, split, seed, n_objects, size, min_side) for index in range(n)]
@@ -272,3 +280,105 @@ def _rows(scene:Scene, task:str, paraphrase:bool)->list[dict]:
     return [{"id": f"{scene.id}-{task}-{k}", "image": f"images/{scene.id}.png",
              "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
              "objects": objects, "task": task, "split": scene.split} for k, (question, answer) in enumerate(ask(scene, task, paraphrase))]
+
+# %% ../nbs/30_data.ipynb #b7959755
+def check_turns(
+    turns:object,  # The row's `conversations`
+)->tuple[int, int]:  # Times `<image>` stands in the questions, and in the answers
+    "`ValueError` if the turns are no conversation to learn from."
+    if not isinstance(turns, list) or not turns: raise ValueError("'conversations' must be a list of turns {'from': …, 'value': …} and is missing or empty; add them.")
+    marks = [0, 0]
+    for k, turn in enumerate(turns):
+        where, role = f"conversations[{k}]", ("human", "gpt")[k % 2]
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str): raise ValueError(f"{where} must be {{'from': …, 'value': a text}}; correct it.")
+        if turn.get("from") != role:
+            raise ValueError(f"{where}['from'] is {turn.get('from')!r}, but roles must alternate 'human', 'gpt', …, so it must be {role!r}; reorder or rename the turns.")
+        if role == "gpt" and not turn["value"].strip(): raise ValueError(f"{where}['value'] is an empty answer, from which nothing can be learned; write one or remove the row.")
+        marks[k % 2] += turn["value"].count("<image>")
+    if len(turns) % 2: raise ValueError(f"conversations[{len(turns)-1}] is a question without an answer; add the 'gpt' turn or remove the question.")
+    return tuple(marks)
+
+def check_row(
+    row:object,  # One entry of the JSON list
+    image_folder:str|Path,  # Where `image` is looked for, and which it may not leave
+    text_rows:bool=False,  # Allow rows without a picture
+)->Path|None:  # The picture's file; `None` for an allowed row without one
+    "`ValueError` that says what is wrong with a row, and what to do about it."
+    if not isinstance(row, dict): raise ValueError("must be an object with 'id', 'image' and 'conversations'; correct the file.")
+    in_questions, in_answers = check_turns(row.get("conversations"))
+    image = row.get("image")
+    if in_answers: raise ValueError("'<image>' stands in an answer, but a picture can only be part of a question; remove the mark there.")
+    if image is None and in_questions: raise ValueError("a question holds '<image>', but the row has no 'image'; add the picture's path, or remove the mark.")
+    if image is None and not text_rows: raise ValueError("has no 'image', but here every row needs a picture; remove the row, or pass text_rows=True.")
+    if image is None: return None
+    if not isinstance(image, str) or not image: raise ValueError(f"'image' is {image!r}, but must be the path of one picture; correct it.")
+    if in_questions != 1: raise ValueError(f"'<image>' stands {in_questions} times in the questions, but must stand exactly once; put it where the picture belongs.")
+    return locate(image, image_folder)
+
+# %% ../nbs/30_data.ipynb #077a13a2
+_TURNS = [{"from": Value("string"), "value": Value("string")}]
+_SCENE_KEYS = {"objects": [{"name": Value("string"), "box": [Value("int32")]}], "task": Value("string"), "split": Value("string")}
+
+def load_conversations(
+    file:str|Path,  # JSON list of rows, as LLaVA stores them
+    image_folder:str|Path|None=None,  # Where the rows' images lie; `None` is the folder of `file`
+    text_rows:bool=False,  # Allow rows without a picture
+    open_pictures:bool=False,  # Decode every picture now, to find damaged ones before training
+)->Dataset:  # Columns `id`, `image` (full path), `conversations`; for planted scenes also `objects`, `task`, `split`
+    "Read and check conversations. One error reports the first problems of the file, row by row."
+    file, problems, clean = Path(file), [], []
+    try: rows = json.loads(file.read_text())
+    except json.JSONDecodeError as e: raise ValueError(f"{file} is not JSON ({e}); LLaVA stores one list of rows.") from e
+    if not isinstance(rows, list) or not rows: raise ValueError(f"{file} must hold a list of at least one row; it holds {'an empty list' if rows == [] else type(rows).__name__}.")
+    folder = file.parent if image_folder is None else Path(image_folder)
+    keys = _SCENE_KEYS if all(isinstance(row, dict) and _SCENE_KEYS.keys() <= row.keys() for row in rows) else {}
+    for i, row in enumerate(rows):
+        try:
+            path = check_row(row, folder, text_rows)
+            if path and open_pictures: open_image(path)
+        except ValueError as e: problems.append(f"row {i} (id {row.get('id') if isinstance(row, dict) else None!r}): {e}")
+        else:
+            turns = [{k: turn[k] for k in ("from", "value")} for turn in row["conversations"]]
+            clean.append({"id": str(row.get("id", i)), "image": path and str(path), "conversations": turns, **{k: row[k] for k in keys}})
+    if problems: raise ValueError(f"{file}: {len(problems)} of {len(rows)} rows cannot be used.\n" + "\n".join(problems[:5]) + "\n…"*(len(problems) > 5))
+    return Dataset.from_list(clean, features=Features({"id": Value("string"), "image": Value("string"), "conversations": _TURNS, **keys}))
+
+# %% ../nbs/30_data.ipynb #15be1090
+@dataclass(kw_only=True)
+class Collator:
+    "Rows of `load_conversations` to one batch of the model's inputs."
+    processor:ProcessorMixin  # A `DeltaLlavaProcessor`: makes tokens, labels and pixels
+    tokens:int|None=None  # Budget $V$ of these batches; `None` is the processor's
+    max_length:int|None=None  # Most tokens of a row; longer ones lose their end, never an image
+    features:torch.utils.data.Dataset|Sequence|Tensor|None=None  # Patch tokens (n, l·c) of each path in place of pixels: what `cache_features` gives
+    paths:Sequence[str]|None=None  # The pictures that `features` belong to, in the same order
+
+    def __post_init__(self):
+        if isinstance(self.tokens, int) and self.tokens < 1: raise ValueError(f"tokens={self.tokens} must be at least 1, or None for the processor's budget.")
+        if (self.features is None) != (self.paths is None): raise ValueError("features and paths belong together; give both or neither.")
+        if self.features is None: return
+        if len(self.features) != len(self.paths): raise ValueError(f"{len(self.features)} features for {len(self.paths)} paths; there must be one for each.")
+        self._place = {path: i for i, path in enumerate(self.paths)}
+
+    def __call__(self,
+        rows:Sequence[dict],  # With `id`, `image` and `conversations`
+    )->dict[str, Tensor|int]:  # `input_ids`, `attention_mask`, `labels`, and `vision_features` or `pixel_values`; `tokens` if it was given
+        "Pad on the left, open or look up the pictures."
+        encoded = [self._encode(row) for row in rows]
+        length = max(len(e["input_ids"]) for e in encoded)
+        def padded(key, fill): return torch.tensor([[fill]*(length - len(e[key])) + list(e[key]) for e in encoded])
+        batch = {"input_ids": padded("input_ids", self.processor.tokenizer.pad_token_id), "labels": padded("labels", -100)}
+        batch["attention_mask"] = torch.tensor([[0]*(length - len(e["input_ids"])) + [1]*len(e["input_ids"]) for e in encoded])
+        if self.tokens is not None: batch["tokens"] = self.tokens
+        paths = [row["image"] for row in rows if row["image"] is not None]
+        return {**batch, **self._pictures(paths)} if paths else batch
+
+    def _encode(self, row:dict)->dict[str, list[int]]:
+        try: return self.processor.supervised(row["conversations"], tokens=self.tokens, max_length=self.max_length)
+        except ValueError as e: raise ValueError(f"row {row['id']!r}: {e}") from e
+
+    def _pictures(self, paths:list[str])->dict[str, Tensor]:
+        if self.features is None: return {"pixel_values": self.processor.image_processor([open_image(p) for p in paths], return_tensors="pt")["pixel_values"]}
+        lost = [path for path in paths if path not in self._place]
+        if lost: raise ValueError(f"no features for {lost[0]!r}; pass the paths of all rows through cache_features.")
+        return {"vision_features": torch.stack([torch.as_tensor(self.features[self._place[path]]) for path in paths])}

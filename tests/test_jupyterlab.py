@@ -55,7 +55,7 @@ def test_run_all(page, lab):
     address, copy = lab
     page.goto(address.replace("/lab?", f"/lab/tree/{copy.name}?"))
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached", timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # the status bar: the kernel has started
     assert page.locator(".jp-OutputArea-output").count() == 0  # nothing has run yet
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

@@ -108,8 +108,15 @@ def test_notebook_holds_no_error(path):
 
 @every_notebook
 def test_exported_cells_are_short(path):
-    long = {source(cell).splitlines()[1]: n for cell in cells(path) if is_exported(cell) and (n := len(source(cell).splitlines())) > 40}
-    assert not long, f"exported cells of over 40 lines: {long}"
+    "Forty lines; a class is one cell and may be longer, its methods may not."
+    for cell in filter(is_exported, cells(path)):
+        tree, lines = ast.parse(source(cell)), len(source(cell).splitlines())
+        tops = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        one_class = len(tops) == 1 and isinstance(tops[0], ast.ClassDef)
+        assert lines <= 40 or one_class, f"{lines} exported lines in one cell: {[node.name for node in tops]}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 40, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
 @every_module
@@ -153,7 +160,8 @@ def test_import_is_light(module):
 def test_readme_is_in_sync():
     sys.path.insert(0, str(ROOT/"tools"))
     import make_readme
-    assert read("README.md") == make_readme.readme(), "run `make readme`"
+    same = read("README.md") == make_readme.readme()
+    assert same, "run `make readme`"
 
 
 def test_readme_opens_with_the_two_commands():
@@ -182,7 +190,8 @@ def test_sidebar_lists_every_notebook_once():
 
 @every_notebook
 def test_readme_maps_every_notebook(path):
-    if path.name != "index.ipynb": assert f"/nbs/{path.relative_to(NBS).as_posix()})" in read("README.md"), "run `make readme`"
+    mapped = f"/nbs/{path.relative_to(NBS).as_posix()})" in read("README.md")
+    assert mapped or path.name == "index.ipynb", "run `make readme`"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT/"runs").glob("*.json")), ids=lambda p: p.name)

@@ -17,7 +17,7 @@ NOTICE = "<!-- Written by tools/make_readme.py from nbs/index.ipynb: edit the no
 def run_index() -> None:
     "Execute the notebook in place, then clean it."
     nb = nbformat.read(INDEX, 4)
-    NotebookClient(nb, resources={"metadata": {"path": str(INDEX.parent)}}).execute()
+    NotebookClient(nb, coalesce_streams=True, resources={"metadata": {"path": str(INDEX.parent)}}).execute()
     nbformat.write(nb, INDEX)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", INDEX], cwd=ROOT, check=True)
 
@@ -47,6 +47,7 @@ def readme() -> str:
     config.read(ROOT/"settings.ini")
     nb = nbformat.read(INDEX, 4)
     nb.cells = [cell for cell in nb.cells if shown(cell)]
+    nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources["outputs"]: raise ValueError(f"{INDEX.name} draws a figure; save it under nbs/images/ and link to it, so that the README can.")
     text = re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)", lambda m: absolute(m, config["DEFAULT"]), text)

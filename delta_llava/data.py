@@ -7,14 +7,13 @@ __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'picture_index', 'concept
            'Scene', 'plan_scene', 'paint_background', 'draw_scene', 'with_article', 'listed', 'absent_names', 'ask',
            'write_scenes', 'check_turns', 'check_row', 'load_conversations', 'Collator']
 
-# %% ../nbs/30_data.ipynb #6dd5b67c
+# %% ../nbs/30_data.ipynb #15d2b473
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
-from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +175,7 @@ def draw_scene(
         picture.paste(drawing, o.box[:2], drawing)
     return picture
 
-# %% ../nbs/30_data.ipynb #9c48a72f
+# %% ../nbs/30_data.ipynb #9d9293d6
 PHRASINGS = {
     "caption": (("What is in the picture?", "{}."), ("Describe the picture.", "The picture shows {}."), ("What do you see?", "I see {}.")),
     "existence": (("Is there {} in the picture?", "{}"), ("Does the picture show {}?", "{}"), ("Can you see {}?", "{}")),
@@ -190,7 +189,7 @@ def with_article(
     name:str,  # A name of `concept_names()`
 )->str:
     "`fox` → `a fox`, `owl` → `an owl`."
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{picture_index()['concepts'][concept_names().index(name)]['article']} {name}"
 
 def listed(
     phrases:Sequence[str],  # At least one

@@ -1,0 +1,361 @@
+"The tower: same numbers as transformers, no needless block, safe pictures, features that survive a kill."
+import io
+import logging
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from transformers import (AutoModel, BitImageProcessorPil, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel,
+                          Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipImageProcessorPil, SiglipVisionConfig,
+                          SiglipVisionModel)
+
+from delta_llava import config as presets
+from delta_llava import tower as tower_module
+from delta_llava.tower import cache_features, image_processor_for, image_sha256, load_tower, locate, open_image, tower_sha256, vision_features
+
+TINY = dict(hidden_size=16, num_attention_heads=2)
+CLIP = dict(TINY, intermediate_size=32)
+PRESETS = {  # true grid and depth, tiny width
+    "clip_b32_224": (CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=12, patch_size=32, image_size=224), 224),
+    "clip_b32_384": (CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=12, patch_size=32, image_size=224), 384),
+    "clip_l14_224": (CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=24, patch_size=14, image_size=224), 224),
+    "clip_l14_336": (CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=24, patch_size=14, image_size=336), 336),
+    "siglip_so400m_384": (SiglipVisionModel, SiglipVisionConfig(**CLIP, num_hidden_layers=27, patch_size=14, image_size=384), 384),
+    "dinov2_s14": (Dinov2Model, Dinov2Config(**TINY, num_hidden_layers=12, patch_size=14, image_size=518, use_mask_token=False), 168)}
+
+
+def saved(cls, config, folder):
+    "A random tower of this class, saved as a user would have it, and the whole model."
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A 4-block CLIP of 8×8 px patches in a folder, and its processor."
+    saved(CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32), tmp_path/"clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path/"clip")
+    return tmp_path/"clip"
+
+
+# ---- levels
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_levels_are_those_of_transformers(preset, tmp_path):
+    cls, config, size = PRESETS[preset]
+    cfg = getattr(presets, preset)()
+    whole = saved(cls, config, tmp_path)
+    tower = load_tower(tmp_path, cfg.levels)
+    pixels = torch.randn(2, 3, size, size)
+    resize = {"interpolate_pos_encoding": True} if preset == "clip_b32_384" else {}
+    states = whole(pixels, output_hidden_states=True, **resize).hidden_states
+    assert len(states) == config.num_hidden_layers + 1
+    seen = vision_features(tower, pixels, cfg.levels)
+    assert seen.grid == cfg.grid and seen.levels.shape == (2, cfg.grid**2, 4*16)
+    n_before = 0 if cls is SiglipVisionModel else 1  # CLS
+    assert_close(seen.levels, torch.cat([states[i][:, n_before:] for i in cfg.levels], dim=-1), rtol=0, atol=1e-6)
+    assert tower.config.num_hidden_layers == max(cfg.levels) < config.num_hidden_layers
+    blocks = {int(k.split(".layer")[1].split(".")[1]) for k in tower.state_dict() if ".layer." in k or ".layers." in k}
+    assert blocks == set(range(max(cfg.levels)))
+    assert not any("head." in k for k in tower.state_dict())
+    assert not tower.training and not any(p.requires_grad for p in tower.parameters())
+
+
+def test_registers_are_dropped(tmp_path):
+    whole = saved(Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_hidden_layers=3, patch_size=14, image_size=56, num_register_tokens=4), tmp_path)
+    pixels = torch.randn(1, 3, 70, 70)
+    states = whole(pixels, output_hidden_states=True).hidden_states
+    assert_close(vision_features(load_tower(tmp_path, (0, 2)), pixels, (0, 2)).levels, torch.cat([states[i][:, 5:] for i in (0, 2)], dim=-1))
+
+
+def test_tower_of_a_whole_clip_with_text(tmp_path):
+    text = CLIPTextConfig(**CLIP, num_hidden_layers=1, vocab_size=50)
+    clip = saved(CLIPModel, CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**CLIP, num_hidden_layers=3, patch_size=8, image_size=32)), tmp_path)
+    pixels = torch.randn(1, 3, 32, 32)
+    states = clip.vision_model(pixels, output_hidden_states=True).hidden_states
+    assert_close(vision_features(load_tower(tmp_path, (1, 2)), pixels, (1, 2)).levels, torch.cat([states[1], states[2]], dim=-1)[:, 1:])
+
+
+@pytest.mark.parametrize("preset", ["clip_b32_224", "siglip_so400m_384", "dinov2_s14"])
+def test_cut_tower_reloads_cut(preset, tmp_path):
+    cls, config, size = PRESETS[preset]
+    saved(cls, config, tmp_path/"whole")
+    tower = load_tower(tmp_path/"whole", (1, 3))
+    tower.save_pretrained(tmp_path/"cut")
+    again = AutoModel.from_pretrained(tmp_path/"cut").eval()
+    pixels = torch.randn(1, 3, size, size)
+    assert_close(vision_features(again, pixels, (1, 3)).levels, vision_features(tower, pixels, (1, 3)).levels)
+    assert tower_sha256(again) == tower_sha256(tower)
+
+
+def test_positions_follow_the_input_size(small):
+    tower = load_tower(small, (0, 3))
+    seen = {size: vision_features(tower, torch.zeros(1, 3, size, size), (0, 3)) for size in (8, 24, 32, 35, 64)}
+    assert {size: x.grid for size, x in seen.items()} == {8: 1, 24: 3, 32: 4, 35: 4, 64: 8}
+    level0 = seen[64].levels[0, :, :16]  # an empty picture: only positions tell patches apart
+    assert level0.std(dim=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("levels,message", [((), "must be indices"), ((-1, 2), "must be indices"), ((2, 5), r"depth=5 must lie in 1\.\.4")])
+def test_impossible_levels(levels, message, small):
+    with pytest.raises(ValueError, match=message): load_tower(small, levels)
+
+
+@pytest.mark.parametrize("shape,message", [((1, 3, 32, 24), "must be square"), ((1, 3, 7, 7), "at least one patch")])
+def test_impossible_pixels(shape, message, small):
+    with pytest.raises(ValueError, match=message): vision_features(load_tower(small, (1, 2)), torch.zeros(shape), (1, 2))
+
+
+def test_level_beyond_a_cut_tower(small):
+    with pytest.raises(ValueError, match="reach beyond the 2 blocks"): vision_features(load_tower(small, (1, 2)), torch.zeros(1, 3, 32, 32), (1, 3))
+
+
+# ---- processors
+
+@pytest.mark.parametrize("cls,kwargs", [(CLIPImageProcessorPil, {}), (SiglipImageProcessorPil, {}),
+                                        (BitImageProcessorPil, dict(size={"shortest_edge": 256})),
+                                        (BitImageProcessorPil, dict(size={"height": 224, "width": 224}, do_center_crop=False))])
+def test_processor_makes_squares_of_any_size(cls, kwargs, small):
+    cls(**kwargs).save_pretrained(small)
+    for size in (56, 168):
+        processor = image_processor_for(small, size)
+        assert type(processor) is cls
+        for w, h in ((1, 1), (3, 50), (90, 40)):
+            pixels = processor(Image.new("RGB", (w, h), (255, 0, 0)), return_tensors="pt").pixel_values
+            assert pixels.shape == (1, 3, size, size)
+            expected = torch.tensor([(v - m)/s for v, m, s in zip((1, 0, 0), processor.image_mean, processor.image_std)])
+            assert_close(pixels.mean(dim=(0, 2, 3)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_processor_faults(small):
+    with pytest.raises(ValueError, match="image_size=0"): image_processor_for(small, 0)
+    (small/"preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="preprocessor_config.json"): image_processor_for(small, 32)
+
+
+# ---- pictures
+
+def encoded(image, fmt, **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **kwargs)
+    return buffer.getvalue()
+
+
+NOISE = Image.effect_noise((40, 30), 80)
+
+
+@pytest.mark.parametrize("make,expected", [
+    (lambda: Image.new("L", (2, 2), 9), (9, 9, 9)),
+    (lambda: Image.new("1", (2, 2), 1), (255, 255, 255)),
+    (lambda: Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+    (lambda: Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+    (lambda: Image.new("RGBA", (2, 2), (255, 0, 0, 255)), (255, 0, 0)),
+    (lambda: Image.new("RGBA", (2, 2), (0, 0, 0, 51)), (204, 204, 204)),
+    (lambda: Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+    (lambda: Image.new("RGB", (2, 2), (0, 0, 255)).convert("P"), (0, 0, 255)),
+    (lambda: Image.fromarray(np.full((2, 2), 32768, np.uint16)), (128, 128, 128)),
+    (lambda: Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3))])
+def test_every_mode_becomes_rgb(make, expected, tmp_path):
+    image = make()
+    fmt = "TIFF" if image.mode == "CMYK" else "PNG"
+    (tmp_path/"x").write_bytes(encoded(image, fmt))
+    for opened in (open_image(image), open_image(tmp_path/"x"), open_image("x", root=tmp_path)):
+        assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
+
+
+def test_palette_with_a_transparent_colour():
+    image = Image.new("P", (2, 2), 3)
+    image.putpalette([0]*768)
+    assert open_image(io.BytesIO(encoded(image, "PNG", transparency=3))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_camera_orientation_is_followed():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(io.BytesIO(encoded(NOISE, "JPEG", exif=exif))).size == (30, 40)
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated(fmt):
+    data = encoded(NOISE.convert("RGB"), fmt)
+    with pytest.raises(ValueError, match="cannot be used"): open_image(io.BytesIO(data[:len(data)*2//3]))
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture at all", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_no_picture(data):
+    with pytest.raises(ValueError, match="cannot be used.*readable are JPEG"): open_image(io.BytesIO(data))
+
+
+def png(width, height):
+    "A PNG that promises this size in its head and holds next to nothing."
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0"*100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size,message", [((60_000, 60_000), "decompression bomb|are more than"), ((10_000, 10_000), "are more than 89,478,485"),
+                                          ((40_000, 1), "are more than 200:1")])
+def test_bombs_are_refused_before_they_are_decoded(size, message, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was decoded"))
+    with pytest.raises(ValueError, match=message): open_image(io.BytesIO(png(*size)))
+
+
+def test_text_bomb_in_a_png():
+    info = zlib.compress(b"a"*200_000_000, 9)
+    data = b"a\0\0" + info
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    good = encoded(NOISE, "PNG")
+    with pytest.raises(ValueError, match="cannot be used"): open_image(io.BytesIO(good[:33] + chunk + good[33:]))
+
+
+def test_paths_stay_in_their_folder(tmp_path):
+    root = tmp_path/"images"
+    (root/"sub").mkdir(parents=True)
+    (root/"sub"/"in.png").write_bytes(encoded(NOISE, "PNG"))
+    (tmp_path/"images2").mkdir()  # shares the beginning of its name with the folder
+    for outside in (tmp_path/"out.png", tmp_path/"images2"/"out.png"): outside.write_bytes(encoded(NOISE, "PNG"))
+    (root/"link.png").symlink_to(tmp_path/"out.png")
+    (root/"door").symlink_to(tmp_path)
+    (root/"inner.png").symlink_to(root/"sub"/"in.png")
+    for good in ("sub/in.png", "sub/../sub/in.png", "inner.png", str(root/"sub"/"in.png")): assert open_image(good, root).size == (40, 30)
+    for bad in ("../out.png", "../images2/out.png", str(tmp_path/"out.png"), "link.png", "door/out.png", "/etc/passwd", "sub/../../out.png"):
+        with pytest.raises(ValueError, match="leads outside its folder"): open_image(bad, root)
+    for missing in ("none.png", "sub", ""):
+        with pytest.raises(ValueError, match="is not a file"): locate(missing, root)
+    assert open_image(root/"link.png").size == (40, 30)  # no folder named, no fence
+
+
+# ---- features on disk
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path/"pictures").mkdir()
+    for i in range(7): Image.effect_noise((40, 30), 20 + 20*i).save(tmp_path/"pictures"/f"{i}.png")
+    return sorted((tmp_path/"pictures").iterdir())
+
+
+class Counted:
+    "Counts the pictures that pass through the tower; stops like a killed run after `limit`."
+    def __init__(self, limit=10**9): self.n, self.limit = 0, limit
+    def __call__(self, model, pixels, levels):
+        self.n += len(pixels)
+        if self.n > self.limit: raise KeyboardInterrupt
+        return vision_features(model, pixels, levels)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    counted = Counted()
+    monkeypatch.setattr(tower_module, "vision_features", counted)
+    return counted
+
+
+def keep(pictures, small, cache, levels=(1, 3), size=32, **kwargs):
+    kwargs = dict(batch_size=2, progress=False, dtype=torch.float32) | kwargs
+    return cache_features(pictures, load_tower(small, levels), image_processor_for(small, size), levels, cache, **kwargs)
+
+
+def direct(pictures, small, levels=(1, 3), size=32):
+    pixels = image_processor_for(small, size)([open_image(p) for p in pictures], return_tensors="pt").pixel_values
+    return vision_features(load_tower(small, levels), pixels, levels).levels
+
+
+def test_kept_features_are_the_features(pictures, small, tmp_path):
+    exact = direct(pictures, small)
+    kept = keep(pictures, small, tmp_path/"c")
+    assert len(kept) == 7 and kept[2].dtype == torch.float32
+    assert_close(kept[range(7)], exact)
+    assert_close(kept[torch.tensor([5, 0])], exact[[5, 0]])
+    half = keep(pictures, small, tmp_path/"c", dtype=torch.float16)
+    assert_close(half[range(7)], exact.half().float(), rtol=1e-3, atol=1e-4)
+    assert half.files[0].stat().st_size < 0.6*kept.files[0].stat().st_size
+
+
+def test_each_picture_passes_once(pictures, small, tmp_path, count):
+    opened = [Image.open(pictures[0]).copy()]*2
+    kept = keep([*pictures, *pictures[::-1], *opened], small, tmp_path/"c")
+    assert count.n == 7 + 1
+    assert_close(kept[0], kept[13])
+    keep(pictures, small, tmp_path/"c")
+    assert count.n == 8
+
+
+def test_goes_on_after_a_kill(pictures, small, tmp_path, count):
+    count.limit = 5
+    with pytest.raises(KeyboardInterrupt): keep(pictures, small, tmp_path/"c")
+    count.n, count.limit = 0, 10**9
+    folder = next((tmp_path/"c").iterdir())
+    assert len(list(folder.glob("*.safetensors"))) == 4
+    (folder/".tmp-half").write_bytes(b"half a file")
+    kept = keep(pictures, small, tmp_path/"c")
+    assert count.n == 3
+    assert_close(kept[range(7)], direct(pictures, small))
+
+
+def test_a_write_that_dies_leaves_no_entry(pictures, small, tmp_path, monkeypatch):
+    def dies(*args): raise OSError("disk full")
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", dies)
+        with pytest.raises(OSError, match="disk full"): keep(pictures, small, tmp_path/"c")
+    assert not list((tmp_path/"c").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_damaged_entry_is_found_and_computed_again(damage, pictures, small, tmp_path, count, caplog):
+    kept = keep(pictures, small, tmp_path/"c")
+    file, data = kept.files[3], bytearray(kept.files[3].read_bytes())
+    if damage == "flip": data[-5] ^= 1
+    file.write_bytes({"flip": data, "cut": data[:len(data)//2], "empty": b"", "other": b"x"*len(data)}[damage])
+    count.n = 0
+    with caplog.at_level(logging.WARNING): again = keep(pictures, small, tmp_path/"c")
+    assert count.n == 1 and f"{file} is damaged" in caplog.text
+    assert_close(again[range(7)], direct(pictures, small))
+
+
+def test_nothing_old_is_taken_for_new(pictures, small, tmp_path, count):
+    for i, other in enumerate(({}, dict(levels=(3, 1)), dict(levels=(1, 2)), dict(size=64), dict(dtype=torch.float16))):
+        kept = keep(pictures, small, tmp_path/"c", **other)
+        assert count.n == 7*(i + 1)
+    assert_close(keep(pictures, small, tmp_path/"c", levels=(3, 1))[range(7)], direct(pictures, small, levels=(3, 1)))
+    torch.manual_seed(1)
+    CLIPVisionModel(CLIPVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32)).save_pretrained(small)  # same sizes, other weights
+    kept = keep(pictures, small, tmp_path/"c")
+    assert count.n == 7*6
+    assert_close(kept[range(7)], direct(pictures, small))
+    Image.effect_noise((40, 30), 5).save(pictures[0])  # same name, other picture
+    assert_close(keep(pictures, small, tmp_path/"c")[0], direct(pictures[:1], small)[0])
+    assert count.n == 7*6 + 1
+
+
+def test_hash_of_a_picture_sees_its_palette():
+    image = Image.new("P", (2, 2), 3)
+    image.putpalette([0]*768)
+    other = image.copy()
+    other.putpalette([9]*768)
+    assert image_sha256(image) != image_sha256(other)
+
+
+def test_bad_pictures_stop_before_the_tower_runs(pictures, small, tmp_path, count):
+    with pytest.raises(ValueError, match="leads outside"): keep([*pictures, tmp_path/"clip"/"config.json"], small, tmp_path/"c", root=tmp_path/"pictures")
+    with pytest.raises(ValueError, match="is not a file"): keep([*pictures, tmp_path/"none.png"], small, tmp_path/"c")
+    (tmp_path/"no.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot be used"): keep([*pictures, tmp_path/"no.png"], small, tmp_path/"c")
+    assert count.n == 0
+
+
+def test_overflow_of_half_precision_is_an_error(pictures, small, tmp_path, monkeypatch):
+    def large(*args):
+        seen = vision_features(*args)
+        seen.levels.mul_(1e6)
+        return seen
+    monkeypatch.setattr(tower_module, "vision_features", large)
+    with pytest.raises(ValueError, match="use dtype=torch.float32"): keep(pictures, small, tmp_path/"c", dtype=torch.float16)
+    assert_close(keep(pictures, small, tmp_path/"c")[0], 1e6*direct(pictures[:1], small)[0])

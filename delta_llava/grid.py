@@ -61,7 +61,7 @@ class VisionFeatures:
             raise ValueError(f"features must be VisionFeatures or a tensor [batch, patches, levels·channels], not {getattr(x, 'shape', type(x).__name__)}.")
         return cls(x, side(x.shape[1]))
 
-# %% ../nbs/02_grid.ipynb #11f7a27e
+# %% ../nbs/02_grid.ipynb #e7adef86
 def interpolate(
     x:Float[Tensor, "b n c"],  # Tokens of a square grid
     g:int,  # Tokens per side of the result
@@ -69,7 +69,13 @@ def interpolate(
 )->Float[Tensor, "b {g**2} c"]:  # Tokens of the new grid
     "Tokens resized to a grid with side `g` (§4.1, Eq. 3)."
     if pool not in ("taps", "mean", "bicubic"): raise ValueError(f"pool={pool!r}; use 'taps', 'mean' or 'bicubic'.")
-    if g**2 == x.shape[1]: return x
+    grid = side(x.shape[1])
+    if g == grid: return x
+    if pool != "bicubic" and grid % g == 0:  # no need to resample: pick the patches and average them
+        s = grid // g
+        cells = rearrange(x, "b (row i col j) c -> b row i col j c", row=g, i=s, j=s)
+        heard = slice((s-1)//2, s//2 + 1) if pool == "taps" else slice(None)  # the middle one of an odd s, the middle two of an even
+        return cells[:, :, heard, :, heard].mean(dim=(2, 4)).flatten(1, 2)
     if pool == "mean": return from_grid(F.adaptive_avg_pool2d(to_grid(x), g))
     return from_grid(F.interpolate(to_grid(x), size=(g, g), mode="bicubic" if pool == "bicubic" else "bilinear", align_corners=False))
 

@@ -36,7 +36,7 @@ def lab(tmp_path):
     log = tmp_path/"lab.log"
     with log.open("w") as out: server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
     try:
-        yield wait(lambda: re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\?token=\w+", log.read_text()), 60, lambda: log.read_text())[0], copy
+        yield wait(lambda: re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\?token=\w+", log.read_text()), 120, lambda: log.read_text())[0], copy
     finally:
         server.terminate()
         server.wait(timeout=20)
@@ -54,8 +54,8 @@ def wait(ready, seconds, report):
 def test_run_all(page, lab):
     address, copy = lab
     page.goto(address.replace("/lab?", f"/lab/tree/{copy.name}?"))
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-    page.get_by_text("| Idle").wait_for(timeout=60_000)  # the status bar: the kernel has started
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
+    page.get_by_text("| Idle").wait_for(timeout=120_000)  # the status bar: the kernel has started
     assert page.locator(".jp-OutputArea-output").count() == 0  # nothing has run yet
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -66,7 +66,7 @@ def test_run_all(page, lab):
         page.keyboard.press("Control+s")
         return errors() or all(c["execution_count"] for c in code())
 
-    wait(finished, 180, lambda: [c["execution_count"] for c in code()])
+    wait(finished, 300, lambda: [c["execution_count"] for c in code()])
     assert not errors()
     assert sum(bool(c["outputs"]) for c in code()) > 2, "the cells ran and showed nothing"
     assert page.locator(".jp-OutputArea-output").count() > 0, "no output on the screen"

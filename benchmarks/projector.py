@@ -154,7 +154,7 @@ def main():
     if args.record:
         record = {"name": "benchmark_projector", "command": " ".join(["python", "benchmarks/projector.py", *sys.argv[1:]]), "commit": git("rev-parse", "HEAD"),
                   "clean": not git("status", "--porcelain"), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(device), "torch": torch.__version__,
-                  "seed": args.seed, "rounds": args.rounds, "rows": rows}
+                  "seeds": [args.seed], "rounds": args.rounds, "rows": rows}
         path = Path(__file__).parent.parent/"runs"/"benchmark_projector.json"
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         print(f"wrote {path}")

@@ -22,7 +22,7 @@ def check_tokens(
         raise ValueError(f"tokens={tokens!r} must be the square of an int in 1..{grid}, one of {ok}; {even} cut the {grid}×{grid} grid evenly.")
     return math.isqrt(tokens)
 
-# %% ../nbs/01_config.ipynb #a134b5e7
+# %% ../nbs/01_config.ipynb #e672db14
 _CHOICES = dict(order=("mix-project", "project-mix"), query_pool=("taps", "mean"), kv_pool=("raster", "square"),
                 projection=("delta", "base", "linear", "tokenpacker"), mixing=("full", "no_emhsa", "no_mhca", "none"))
 
@@ -52,7 +52,7 @@ class ProjectorConfig:
     mixing:str="full"  # Or `"no_emhsa"`, `"no_mhca"`, `"none"` (no block at all)
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels))  # JSON knows lists only
+        object.__setattr__(self, "levels", tuple(self.levels))  # a list would make the config unhashable
         for name in ("grid", "d_vision", "d_llm", "rank", "heads", "head_dim"):
             if (v := getattr(self, name)) < 1: raise ValueError(f"{name}={v!r} must be a positive int.")
         for name,ok in _CHOICES.items():
@@ -95,7 +95,7 @@ class ProjectorConfig:
         "The config that `to_dict` wrote; an unknown key is an error, since it would change the weights unseen."
         if unknown := sorted(set(d) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown projector settings {unknown}; known are {[f.name for f in fields(cls)]}.")
-        return cls(**d)
+        return cls(**{k: tuple(v) if k == "levels" else v for k,v in d.items()})
 
 # %% ../nbs/01_config.ipynb #11c70ebf
 def relative_levels(
@@ -107,7 +107,7 @@ def relative_levels(
     for i in (2, 1, 0): picked[i] = min(picked[i], picked[i+1]-1)  # shallow towers: keep them distinct
     return tuple(picked)
 
-# %% ../nbs/01_config.ipynb #d12808c5
+# %% ../nbs/01_config.ipynb #6cd17715
 def clip_l14_336(
     tokens:int=144,  # Budget, visual tokens
     d_llm:int=4096,  # Width of the LLM; 5120 for 13B
@@ -122,6 +122,7 @@ def clip_l14_224(
     "CLIP ViT-L/14 at 224 px, 16×16 patches; 64 tokens is what Table 5 must mean."
     return ProjectorConfig(grid=16, tokens=tokens, d_llm=d_llm)
 
+# %% ../nbs/01_config.ipynb #65283e0b
 def clip_b32_224(
     tokens:int=16,  # Budget, visual tokens
     d_llm:int=4096,  # Width of the LLM
@@ -136,6 +137,7 @@ def clip_b32_384(
     "CLIP ViT-B/32 at 384 px (positions interpolated), 12×12 patches: 144, 36, 16, 9, 4 and 1 tokens cut it evenly."
     return ProjectorConfig(grid=12, tokens=tokens, levels=relative_levels(12), d_vision=768, d_llm=d_llm)
 
+# %% ../nbs/01_config.ipynb #ac94da26
 def siglip_so400m_384(
     tokens:int=81,  # Budget, visual tokens
     d_llm:int=4096,  # Width of the LLM

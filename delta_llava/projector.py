@@ -193,7 +193,7 @@ class DeltaProjector(nn.Module):
         "A copy for inference that computes the same with fewer and larger matrix products."
         return FoldedProjector(self)
 
-# %% ../nbs/05_projector.ipynb #16ad5561
+# %% ../nbs/05_projector.ipynb #d1b6bcb9
 _DELTA = {"U": "U", "V": "V", "base.weight": "shared_weight.weight", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
 _EMHSA = {f"norm.{p}": f"norm.{p}" for p in ("weight", "bias")} | {f"out.{p}": f"proj.{p}" for p in ("weight", "bias")} | {
     f"qkv.{p}": (f"q.{p}", f"k.{p}", f"v.{p}") for p in ("weight", "bias")}
@@ -216,6 +216,8 @@ AUTHORS_NAMES = (_under("q.", "q_proj_1.", _DELTA) | _under("k.", "k_proj_1.", _
                  | {f"attend.qkv.{p}": f"clip_attn.in_proj_{p}" for p in ("weight", "bias")}
                  | {f"attend.out.{p}": f"clip_attn.out_proj.{p}" for p in ("weight", "bias")}
                  | {f"mlp.{i}.{p}": f"mlp.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")})
+
+# %% ../nbs/05_projector.ipynb #478cafe7
 _POINTWISE = ("patch_embed.conv.weight", "projection.conv.weight", "mhca.projection.weight", "mlp.conv1.weight", "mlp.conv2.weight")
 
 def _check_names(
@@ -227,6 +229,7 @@ def _check_names(
     if found != wanted:
         raise ValueError(f"this is not the {whose} state of a default Delta projector: missing {sorted(wanted - found)}, unexpected {sorted(found - wanted)}.")
 
+# %% ../nbs/05_projector.ipynb #988ec16f
 def names_under(
     prefix:str,  # Where a part sits in the projector, such as `"mix.emhsa."`
 )->dict:  # Its own names -> the authors'
@@ -236,6 +239,7 @@ def names_under(
     theirs = os.path.commonprefix([n for v in part.values() for n in v]).rpartition(".")[0] + "."
     return {k.removeprefix(prefix): tuple(n.removeprefix(theirs) for n in v) for k,v in part.items()}
 
+# %% ../nbs/05_projector.ipynb #88294ac9
 def from_authors_state(
     state:dict[str, Tensor],  # The authors' tensors by their names; the prefix of a checkpoint, `model.mm_projector.`, may be there
     names:dict=AUTHORS_NAMES,  # Our name -> theirs

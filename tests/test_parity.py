@@ -42,7 +42,8 @@ def under(folder: Path, name: str, prefix: str) -> dict:
 def pytest_generate_tests(metafunc):
     folder = metafunc.config.getoption("--parity-dir")
     of = lambda *names: [pytest.param((folder, n, c), id=f"{n}-{c['name']}") for n in names for c in info(folder, n)["cases"]]
-    wanted = {"projector": lambda: of(*PROJECTORS), "block": lambda: of("delta_blocks"), "geometry": lambda: of("delta_posembed_windows"),
+    wanted = {"projector": lambda: of(*PROJECTORS), "gradient": lambda: [p for p in of(*PROJECTORS) if p.values[0][2].get("grads")],
+              "intermediate": lambda: [p for p in of(*PROJECTORS) if p.values[0][2].get("mid")], "block": lambda: of("delta_blocks"), "geometry": lambda: of("delta_posembed_windows"),
               "real": lambda: [p for p in of("real_shapes") if p.id.startswith("real_shapes-delta")], "selection": lambda: of("clip_feature_select")}
     for kind, cases in wanted.items():
         if f"{kind}_case" in metafunc.fixturenames: metafunc.parametrize(f"{kind}_case", cases())
@@ -86,9 +87,8 @@ def test_projector_output(projector_case):
     assert sum(p.numel() for p in projector.parameters()) == info(folder, name)["param_count"]
 
 
-def test_projector_gradients(projector_case):
-    folder, name, case = projector_case
-    if f"cot.{case['name']}" not in tensors(folder, name): pytest.skip("no gradients stored")
+def test_projector_gradients(gradient_case):
+    folder, name, case = gradient_case
     projector = build(folder, name, case)
     single, multi = inputs(folder, name, case)
     (projector.project(multi, single, projector.config.g) * tensors(folder, name)[f"cot.{case['name']}"]).sum().backward()
@@ -101,10 +101,9 @@ def test_projector_gradients(projector_case):
         assert {k for k, g in ours.items() if not g.any()} == set(case["zero_grad_params"])
 
 
-def test_projector_intermediates(projector_case):
-    folder, name, case = projector_case
+def test_projector_intermediates(intermediate_case):
+    folder, name, case = intermediate_case
     stored = under(folder, name, f"mid.{case['name']}.")
-    if not stored: pytest.skip("no intermediates stored")
     projector = build(folder, name, case)
     single, multi = inputs(folder, name, case)
     g = projector.config.g
@@ -113,7 +112,7 @@ def test_projector_intermediates(projector_case):
     q, k, v = projector.queries(single, g), projector.k(multi), projector.v(multi)
     ours = dict(interp=to_grid(x), ntb=rearrange(mixed, "b row col c -> b c row col"), query=q, key=k, value=v,
                 attn=rearrange(projector.attend(q, k, v), "b v c -> 1 (v b) c"))
-    assert set(stored) <= set(ours)
+    assert set(stored) == set(case["mid"]) <= set(ours)
     for key in stored: close(ours[key], stored[key], key)
 
 
@@ -254,5 +253,5 @@ def test_real_widths(real_case):
     assert list(out.shape) == case["out_shape"]
     assert sum(p.numel() for p in real_projector(case.get("hidden_size", 4096)).parameters()) == case["param_count"]
     close(out[0, :4, :64], stored["head"], "head")
-    close(out[0].norm(dim=-1)/64, stored["norms"]/64, "norms, per channel of 4096")
+    assert_close(out[0].norm(dim=-1), stored["norms"], rtol=1e-6, atol=1e-5)  # up to 43, where float32 itself has steps of 4e-6
     close(torch.stack([out.mean(), out.std()]), torch.tensor([case["mean"], case["std"]]), "mean and deviation")

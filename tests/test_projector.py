@@ -125,6 +125,25 @@ def test_switches_change_the_function():
         assert (other(x, tokens=4) - reference(x, tokens=4)).abs().max() > 1e-3, name
 
 
+def test_reduction_can_follow_the_scale():
+    "With `kv_reduction='scale'` EMHSA pools by s, here 2, and by no more than there are queries."
+    fixed, scale = shaken(VARIANTS["square"]), DeltaProjector(VARIANTS["scale"]).eval()
+    scale.load_state_dict(fixed.state_dict())
+    x = features(SMALL)
+    assert_close(scale(x, tokens=9), fixed(x, tokens=9), rtol=0, atol=0)  # s=2
+    assert (scale(x, tokens=36) - shaken(SMALL)(x, tokens=36)).abs().max() < 1e-6  # s=1: nothing is pooled
+    assert scale(x, tokens=1).isfinite().all()  # s=6, but one query only
+
+
+def test_last_step_is_equation_11():
+    module = shaken(replace(SMALL, residual_mlp=True))
+    x = torch.randn(2, 9, 32)
+    lifted = module.mlp.lift(x)
+    first, _, second = module.mlp.mlp
+    wanted = lifted + second(torch.nn.functional.gelu(first(module.mlp.norm(lifted))))
+    assert_close(module.mlp(x), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("preset", [clip_l14_336, clip_l14_224, clip_b32_224, clip_b32_384, siglip_so400m_384, dinov2_s14], ids=lambda p: p.__name__)
 def test_presets_run_at_their_true_grid(preset):
     true = preset()

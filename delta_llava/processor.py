@@ -52,7 +52,7 @@ TEMPLATES = {
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """}
 
-# %% ../nbs/23_processor.ipynb #005dbbca
+# %% ../nbs/23_processor.ipynb #2bb686df
 def expand_images(
     ids:list[int],  # Token ids with one image token for each image
     image_token_id:int,  # Id of `<image>`
@@ -60,6 +60,7 @@ def expand_images(
     max_length:int|None=None,  # Most tokens to keep; `None` keeps all
 )->list[int]:  # With $V$ image tokens for each image
     "Repeat each image token $V$ times, then cut the end, but never an image."
+    if tokens < 1: raise ValueError(f"tokens={tokens} must be a square, 1 or more.")
     ids = [j for i in ids for j in [i]*(tokens if i == image_token_id else 1)]
     if max_length is None or len(ids) <= max_length: return ids
     if image_token_id in ids[max_length:]:
@@ -67,7 +68,7 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #9456bd0e
+# %% ../nbs/23_processor.ipynb #7aa824b7
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     def __init__(self,
@@ -99,7 +100,7 @@ class DeltaLlavaProcessor(LlavaProcessor):
         images = [] if images is None else make_flat_list_of_images(images)
         if (named := sum(t.count(self.image_token) for t in text)) != len(images):
             raise ValueError(f"the texts name {named} image(s) with {self.image_token!r}, but {len(images)} were given; write it once for each image.")
-        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, tokens or self.tokens, max_length)
+        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.tokens if tokens is None else tokens, max_length)
                 for t in text]
         out = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=return_tensors)
         pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
@@ -151,7 +152,7 @@ def as_messages(
     if [m["role"] for m in messages if m["role"] != "system"][:1] != ["user"]: raise ValueError("a conversation must begin with a question of the user.")
     return messages
 
-# %% ../nbs/23_processor.ipynb #269a5f50
+# %% ../nbs/23_processor.ipynb #670cdc6b
 def supervised_ids(
     processor:DeltaLlavaProcessor,  # With tokenizer and chat template
     conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
@@ -171,7 +172,7 @@ def supervised_ids(
         start,end = (len(commonprefix([encode(text), ids])) for text in (before, after))
         if tokenizer.eos_token_id in ids[start:end]: end -= ids[start:end][::-1].index(tokenizer.eos_token_id)  # generation stops here
         labels[start:end] = ids[start:end]
-    image,v = processor.image_token_id,tokens or processor.tokens
+    image,v = processor.image_token_id, processor.tokens if tokens is None else tokens
     out = expand_images(ids, image, v, max_length)
     labels = [l for j,l in zip(ids, labels) for l in ([-100]*v if j == image else [l])][:len(out)]
     if all(l == -100 for l in labels): raise ValueError(f"nothing is supervised: no answer lies within max_length={max_length}; raise it, or drop the row.")

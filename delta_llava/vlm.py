@@ -58,7 +58,7 @@ class DeltaLlavaConfig(LlavaConfig):
         if cfg.d_llm != d_llm: raise ValueError(f"d_llm={cfg.d_llm}, but the LLM's width is {d_llm}; set d_llm={d_llm}.")
         self.vision_config = cut_tower_config(self.vision_config, max(cfg.levels))
 
-# %% ../nbs/22_vlm.ipynb #68dc80a5
+# %% ../nbs/22_vlm.ipynb #c172f5ed
 class DeltaLlavaPreTrainedModel(LlavaPreTrainedModel):
     "What both model classes share: weights saved under their own names, and no weight lost in silence."
     config: DeltaLlavaConfig
@@ -80,6 +80,7 @@ class DeltaLlavaPreTrainedModel(LlavaPreTrainedModel):
         "Load, and refuse a delta_llava checkpoint that lacks weights."
         source,_ = DeltaLlavaConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         model,info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"output_loading_info": True})
+        model.base_model.vision_tower.requires_grad_(False)  # loading makes new parameters
         ours = source.get("model_type") == DeltaLlavaConfig.model_type
         for what in ("missing", "unexpected"):
             keys = sorted(k for k in info[f"{what}_keys"] if what == "missing" or "multi_modal_projector" in k)
@@ -117,7 +118,7 @@ def check_placeholders(
     raise ValueError(f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} visual tokens = {images*tokens} "
                      f"are to be placed; give processor and model the same images and the same tokens=….")
 
-# %% ../nbs/22_vlm.ipynb #7e565612
+# %% ../nbs/22_vlm.ipynb #bcd1fb30
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     "Tower, projector and LLM without the language-model head (§3)."
     def __init__(self,
@@ -129,9 +130,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def _init_weights(self, module):
-        if isinstance(module, DeltaProjector): module.reset_parameters()  # after its parts got transformers' default
-        else: super()._init_weights(module)
+    def _initialize_weights(self, module, *args):
+        projector = self.multi_modal_projector  # starts as the authors', not as transformers would start its layers
+        if module is projector: projector.reset_parameters()  # transformers' guard leaves weights alone that were loaded
+        elif not any(module is part for part in projector.modules()): super()._initialize_weights(module, *args)
 
     def train(self, mode:bool=True):
         "Training mode for projector and LLM; the tower stays in evaluation mode."

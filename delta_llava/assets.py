@@ -237,7 +237,7 @@ def resolve(
     return Asset(name, "tower" if model_type in TOWERS else "llm", path,
                  f"see https://huggingface.co/{rest}" if scheme=="hub" else "not stated", f"{model_type} model")
 
-# %% ../nbs/20_assets.ipynb #5c2e7bfd
+# %% ../nbs/20_assets.ipynb #63b2f180
 @contextmanager
 def _quiet():
     "No bars and no reports of `transformers` inside."
@@ -254,11 +254,12 @@ def _read(
     asset:Asset,  # Where its weights are
     **kwargs,  # For `from_pretrained`
 )->PreTrainedModel:
-    "Load a model in float32 and make sure that the file had every weight of it."
+    "Load a model in float32 and make sure that the file had every weight of it, in its size."
     with _quiet():
-        model,info = cls.from_pretrained(asset.path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs)
+        model,info = cls.from_pretrained(asset.path, dtype=torch.float32, use_safetensors=True, local_files_only=True,
+                                         output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if bad: raise ValueError(f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__}, e.g. {bad[:3]}; fetch or convert it again.")
+    if bad: raise ValueError(f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__} or has them in another size, e.g. {bad[:3]}; fetch or convert it again.")
     return model.eval()
 
 def _of_kind(

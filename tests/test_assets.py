@@ -185,7 +185,7 @@ def test_incomplete_weights_are_an_error(how, clip):
     if how == "missing": del state[name]
     else: state[name] = state[name][:5].contiguous()
     save_file(state, clip/"model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="layers.1.mlp.fc1.weight"): load_tower_model(clip)
+    with pytest.raises(ValueError, match="lacks 1 of the weights of CLIPVisionModel.*layers.1.mlp.fc1.weight"): load_tower_model(clip)
     if how == "missing": load_tower_model(clip, depth=1)  # the block is not needed
 
 

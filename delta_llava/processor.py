@@ -14,7 +14,7 @@ from transformers.processing_utils import MultiModalData
 
 from .vlm import DeltaLlavaConfig, add_image_token
 
-# %% ../nbs/23_processor.ipynb #dcd6808e
+# %% ../nbs/23_processor.ipynb #18b8c492
 JOIN_PARTS = """\
 {%- set joined = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -50,6 +50,12 @@ TEMPLATES = {
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+""",
+"chatml": """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """}
 
 # %% ../nbs/23_processor.ipynb #2bb686df
@@ -119,19 +125,21 @@ class DeltaLlavaProcessor(LlavaProcessor):
         n = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[tokens or self.tokens]*n, num_image_patches=[1]*n)
 
-# %% ../nbs/23_processor.ipynb #ee1c9b22
+# %% ../nbs/23_processor.ipynb #f227f897
 AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor, exist_ok=True)
 
 def build_processor(
     image_processor:BaseImageProcessor,  # The vision tower's
     tokenizer:PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
     tokens:int=144,  # Default budget $V$
-    template:str="chat",  # `"plain"`, `"v1"`, or `"chat"`: the tokenizer's own
+    template:str="chat",  # `"plain"`, `"v1"`, `"chatml"`, or `"chat"`: the tokenizer's own
 )->DeltaLlavaProcessor:
     "A processor for a tower and an LLM."
     if template not in (names := [*TEMPLATES, "chat"]): raise ValueError(f"template={template!r}; use one of {names}.")
     text = tokenizer.chat_template if template == "chat" else TEMPLATES[template]
     if text is None: raise ValueError("template='chat', but this tokenizer has no chat template; use 'v1', or 'plain' for captions.")
+    if template == "chatml" and tokenizer.eos_token != "<|im_end|>":
+        raise ValueError(f"template='chatml' ends each answer in '<|im_end|>', but this tokenizer stops at {tokenizer.eos_token!r}; use 'v1', or 'chat' if it has a template.")
     add_image_token(tokenizer)
     return DeltaLlavaProcessor(image_processor, tokenizer, tokens=tokens, chat_template=JOIN_PARTS + text)
 

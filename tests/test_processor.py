@@ -25,7 +25,7 @@ CONVERSATIONS = {
 QA,TWO = CONVERSATIONS["qa"],CONVERSATIONS["multi"][:4]
 
 def make(template="v1", tokens=4, size=224):
-    tokenizer = byte_tokenizer(eos="<|im_end|>" if template == "chat" else "</s>")
+    tokenizer = byte_tokenizer(eos="<|im_end|>" if template.startswith("chat") else "</s>")
     if template == "chat": tokenizer.chat_template = CHATML
     return build_processor(CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size), tokenizer, tokens=tokens, template=template)
 
@@ -45,12 +45,19 @@ def test_renderings_are_llavas(template, name):
 def test_plain_drops_the_question():
     assert make("plain").apply_chat_template(QA) == "<image>A cat.\n"
 
-@pytest.mark.parametrize("template", ["plain", "v1", "chat"])
+@pytest.mark.parametrize("template", ["plain", "v1", "chatml", "chat"])
 def test_content_in_parts_reads_as_content_in_one(template):
     parts = [dict(role="user", content=[dict(type="image"), dict(type="text", text="What is it?")]), dict(role="assistant", content=[dict(type="text", text="A cat.")])]
     processor = make(template)
     assert processor.apply_chat_template(parts) == processor.apply_chat_template(QA)
     assert processor.supervised(parts) == processor.supervised(QA)
+
+def test_chatml_has_no_system_prompt_of_its_own():
+    said = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+    processor = make("chatml")
+    assert processor.apply_chat_template(QA[:1], add_generation_prompt=True) == said
+    assert processor.apply_chat_template(QA) == said + "A cat.<|im_end|>\n"
+    assert processor.apply_chat_template([dict(role="system", content="Be brief."), *QA]) == "<|im_start|>system\nBe brief.<|im_end|>\n" + said + "A cat.<|im_end|>\n"
 
 def test_chat_is_the_llms_own_template():
     processor = make("chat")
@@ -120,7 +127,7 @@ def test_model_and_processor_agree_on_the_image_token():
     assert processor.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 259
     assert tokenizer("a<image>b").input_ids[1:-1] == [259]
 
-@pytest.mark.parametrize("template,what", [("vicuna", "'plain', 'v1', 'chat'"), ("chat", "no chat template")])
+@pytest.mark.parametrize("template,what", [("vicuna", "'plain', 'v1', 'chatml', 'chat'"), ("chat", "no chat template"), ("chatml", "stops at '</s>'")])
 def test_templates_that_are_not_there(template, what):
     with pytest.raises(ValueError, match=what): build_processor(CLIPImageProcessorPil(), byte_tokenizer(), template=template)
 
@@ -151,7 +158,7 @@ def test_budgets_of_model_and_processor_must_agree():
 
 # labels
 
-@pytest.mark.parametrize("template,text", [("plain", "A cat.\nBlack.\n"), ("v1", " A cat.</s> Black.</s>"), ("chat", "A cat.<|im_end|>Black.<|im_end|>")])
+@pytest.mark.parametrize("template,text", [("plain", "A cat.\nBlack.\n"), ("v1", " A cat.</s> Black.</s>"), ("chatml", "A cat.<|im_end|>Black.<|im_end|>"), ("chat", "A cat.<|im_end|>Black.<|im_end|>")])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_answers_are_learned_and_nothing_else(template, text, tokens):
     processor = make(template)
@@ -162,7 +169,7 @@ def test_answers_are_learned_and_nothing_else(template, text, tokens):
     whole = processor(picture(), processor.apply_chat_template(TWO), tokens=tokens).input_ids[0].tolist()
     assert row["input_ids"] == whole
 
-@pytest.mark.parametrize("template", ["plain", "v1", "chat"])
+@pytest.mark.parametrize("template", ["plain", "v1", "chatml", "chat"])
 def test_training_row_begins_with_the_prompt_of_inference(template):
     processor = make(template)
     row = processor.supervised(QA)

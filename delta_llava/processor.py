@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['JOIN_PARTS', 'TEMPLATES', 'expand_images', 'DeltaLlavaProcessor', 'build_processor', 'as_messages', 'supervised_ids']
 
-# %% ../nbs/23_processor.ipynb #04cef767
+# %% ../nbs/23_processor.ipynb #1af0560e
 from os.path import commonprefix
+from typing import no_type_check
 
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.image_utils import make_flat_list_of_images
@@ -74,9 +75,10 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #7aa824b7
+# %% ../nbs/23_processor.ipynb #6f4529bb
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
+    @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads off the code on reload
     def __init__(self,
         image_processor=None,  # The vision tower's, PIL backend
         tokenizer=None,  # The LLM's, which knows `<image>`

@@ -80,7 +80,7 @@ def locate(
     if not full.is_file(): raise ValueError(f"image {str(path)!r} is not a file" + (f" in {str(root)!r}" if root else "") + "; check the image folder.")
     return full
 
-# %% ../nbs/21_tower.ipynb #110b213a
+# %% ../nbs/21_tower.ipynb #33ab7c17
 def _to_rgb(
     image:Image.Image,  # Any mode
 )->Image.Image:  # Mode RGB
@@ -94,6 +94,15 @@ def _to_rgb(
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
+def _check_size(
+    image:Image.Image,  # Opened, perhaps not decoded yet
+)->None:
+    "An error if decoding or scaling the picture would take unreasonable memory."
+    w,h = image.size
+    if w*h > MAX_PIXELS: raise ValueError(f"{w}×{h} px are more than {MAX_PIXELS:,}; scale it down")
+    if max(w, h) > MAX_ASPECT*min(w, h): raise ValueError(f"{w}×{h} px are more than {MAX_ASPECT}:1; crop it")
+
+# %% ../nbs/21_tower.ipynb #e873bc0f
 def _use_image(
     image:str|Path|IOBase|Image.Image,  # Path, open file, or a picture of any mode
     root:str|Path|None,  # Folder that a path must stay in
@@ -122,14 +131,6 @@ def check_image(
 )->tuple[int,int]:  # Width and height as stored, px
     "The quick part of `open_image`: path, format and size, without decoding; a truncated file is not noticed."
     return _use_image(image, root, lambda opened: opened.size)
-
-def _check_size(
-    image:Image.Image,  # Opened, perhaps not decoded yet
-)->None:
-    "An error if decoding or scaling the picture would take unreasonable memory."
-    w,h = image.size
-    if w*h > MAX_PIXELS: raise ValueError(f"{w}×{h} px are more than {MAX_PIXELS:,}; scale it down")
-    if max(w, h) > MAX_ASPECT*min(w, h): raise ValueError(f"{w}×{h} px are more than {MAX_ASPECT}:1; crop it")
 
 # %% ../nbs/21_tower.ipynb #acbc5b24
 def image_processor_for(
@@ -198,7 +199,7 @@ class CachedFeatures(torch.utils.data.Dataset):
         if np.ndim(i): return torch.stack([self[j] for j in i])
         with safe_open(self.files[int(i)], "pt") as f: return f.get_tensor("levels").float()
 
-# %% ../nbs/21_tower.ipynb #3c9a4a3e
+# %% ../nbs/21_tower.ipynb #e649928a
 log = logging.getLogger(__name__)
 
 def _folder_for(
@@ -212,6 +213,7 @@ def _folder_for(
     (folder/"key.json").write_text(text)
     return folder
 
+# %% ../nbs/21_tower.ipynb #35e35b65
 def cache_features(
     images:Sequence[str|Path|Image.Image],  # Paths or pictures; the same one may come twice
     tower:PreTrainedModel,  # Frozen vision tower

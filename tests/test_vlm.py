@@ -5,15 +5,18 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, pictures, projector_config, prompt, tiny, vlm_config
 from torch.testing import assert_close
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationConfig, LlamaForCausalLM, LlavaConfig,
                           LlavaForConditionalGeneration, Trainer, TrainingArguments)
 
-from delta_llava.config import ProjectorConfig
+from delta_llava.assets import load_llm
+from delta_llava.config import ProjectorConfig, dinov2_s14
+from delta_llava.processor import build_processor
 from delta_llava.projector import DeltaProjector
-from delta_llava.tower import vision_features
+from delta_llava.tower import image_processor_for, load_tower, vision_features
 from delta_llava.vlm import (DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, add_image_token, build_vlm, load_projector,
                              save_projector)
 
@@ -29,7 +32,7 @@ def same_weights(a, b):
 
 # towers and presets
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("siglip_so400m_384", "clip_l14_336") else n for n in TOWERS])
+@pytest.mark.parametrize("name", TOWERS)
 def test_pixels_to_logits_at_every_preset(name):
     model,cfg = tiny(name),projector_config(name)
     assert model.config.vision_config.num_hidden_layers == max(cfg.levels)  # nothing above is computed
@@ -299,6 +302,28 @@ def test_the_table_grows_only_if_it_must(vocab, tied, rows):
     assert (model.lm_head.weight is table) == tied
     assert torch.equal(table[:min(vocab, 258)], before[:258])
     assert "<|im_start|>" in tokenizer.all_special_tokens  # still there
+
+@pytest.mark.slow
+def test_real_parts_keep_their_knowledge(tmp_path):
+    "The LLM knows in our class what it knew alone, a picture in front of it or not."
+    cfg = dinov2_s14()
+    llm,tokenizer = load_llm()
+    model = build_vlm(load_tower(None, cfg.levels), llm, tokenizer, cfg).eval()
+    processor = build_processor(image_processor_for(image_size=168), tokenizer, tokens=cfg.tokens, template="chatml")
+    def answer(model, prompt, images=None, **kwargs):
+        batch = processor(images, prompt, **kwargs)
+        return tokenizer.decode(model.generate(**batch, max_new_tokens=12, do_sample=False, **kwargs)[0, batch.input_ids.shape[1]:])
+    def ask(text): return processor.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True)
+    assert answer(model, "The capital of France is").startswith(" Paris.")
+    assert answer(model, ask("What is the capital of France?")) == "The capital of France is Paris.<|im_end|>"
+    seen = ask("<image>\nWhat is the capital of France?")
+    photo = Image.linear_gradient("L")
+    said = answer(model, seen, photo, tokens=4)
+    assert said.endswith("Paris.<|im_end|>")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert same_weights(again, model)
+    assert answer(again, seen, photo, tokens=4) == said
 
 def test_parts_that_do_not_fit():
     tower,llm = parts()

@@ -223,7 +223,8 @@ def test_no_trace_after_an_error(look):
     model,inputs = tiny_llava(),sample()
     model(**inputs)
     before = hooks(model)
-    with pytest.raises(ValueError): look(model, inputs | {"pixel_values":torch.randn(2, 3, 32, 32)}, mark(inputs["input_ids"], 21))
+    with pytest.raises(ValueError) as error: look(model, inputs | {"pixel_values":torch.randn(2, 3, 32, 32)}, mark(inputs["input_ids"], 21))
+    assert error.tb  # it keeps the frames alive, so that nothing is released by mere garbage collection
     assert hooks(model) == before and model.training and all(p.requires_grad for p in model.parameters())
 
 def test_dropout_is_off():
@@ -275,6 +276,13 @@ def test_what_answer_cam_refuses(model):
     blind = {k:v for k,v in inputs.items() if k != "pixel_values"}
     with pytest.raises(ValueError, match="ran 0 times"): answer_cam(model, blind, mark(ids, 20))
 
+def test_gradients_stop_at_the_leaf():
+    "Also for a module that is being trained: its parameters get nothing."
+    layer = nn.Linear(3, 2)
+    with leaf_output(layer) as caught: layer(torch.ones(1, 3)).square().sum().backward()
+    assert layer.weight.grad is None and caught[0].is_leaf
+    assert_close(caught[0].grad, 2*caught[0].detach())
+
 def test_leaf_output_leaves_on_error():
     layer = nn.Linear(2, 2)
     with pytest.raises(RuntimeError), leaf_output(layer): raise RuntimeError
@@ -316,8 +324,15 @@ def test_one_colour_scale():
         assert_close(torch.from_numpy(maps[0].get_array().data), (cams[144] if raw else relative(cams[144])).reshape(12, 12))
         matplotlib.pyplot.close(fig)
 
+def test_minmax_reaches_both_ends():
+    "Also where the smallest value is not 0, as it is in every stored map."
+    low,high = torch.tensor([[1., 2.], [3., 5.]]),torch.tensor([[-2., 0.], [2., 6.]])
+    assert_close(minmax(torch.stack([low, high])), torch.tensor([[[0., .25], [.5, 1.]], [[0., .25], [.5, 1.]]]))
+
 def test_zero_maps_can_be_drawn():
-    draw_cams(Image.new("RGB", (20, 20)), {4:torch.zeros(4)}).canvas.draw()
+    fig = draw_cams(Image.new("RGB", (20, 20)), {4:torch.zeros(4)})
+    fig.canvas.draw()
+    assert fig.axes[1].images[0].get_clim() == (0, 1)
 
 def monte_carlo(cam, box, size, n=200):
     "The same four scores by painting the map on n×n points."
@@ -370,6 +385,7 @@ def test_find_phrase():
     words = [Word(t, i, i + 1) for i,t in enumerate("A Hot Dog and a hot dog by a dog".split())]
     assert find_phrase(words, "hot dog") == Word("hot dog", 5, 7)
     assert find_phrase(words, "DOG").start == 9
+    assert find_phrase(words[:3], "hot dog") == Word("Hot Dog", 1, 3)
     for missing in ("cat", "hot cat", ""):
         with pytest.raises(ValueError, match="was not said"): find_phrase(words, missing)
 
@@ -451,6 +467,12 @@ def test_delta_in_training_leaves_no_trace(delta):
     assert all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad for p in model.model.multi_modal_projector.parameters())
     assert_close(word_cams(model, processor, PICTURE, "What?", answer="A red fox.").cams, result.cams, rtol=0, atol=0)  # DropPath was off
+    modes = []
+    handle = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    try: word_cams(model, processor, PICTURE, "Tell me.", max_new_tokens=12)
+    except ValueError: pass  # random weights may answer without a letter
+    finally: handle.remove()
+    assert modes and not any(modes) and model.training  # the answer itself was not said in training mode either
     model.eval()
 
 def test_own_answer(delta):
@@ -483,3 +505,7 @@ def test_what_word_cams_refuses(delta):
     with pytest.raises(ValueError, match="holds no word"): word_cams(model, processor, PICTURE, "What?", answer="...")
     result = word_cams(model, processor, PICTURE, "What?", ["red fox"], answer="A red fox.")
     with pytest.raises(ValueError, match="'fox' has no map"): result["fox"]
+
+def test_a_word_said_twice(delta):
+    result = word_cams(*delta, PICTURE, "What?", answer="A fox, a fox.")
+    assert torch.equal(result["fox"], result.cams[3]) and not torch.equal(result.cams[1], result.cams[3])

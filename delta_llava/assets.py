@@ -42,7 +42,7 @@ def file_sha256(
     path = Path(path)
     return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
-# %% ../nbs/20_assets.ipynb #042fd0aa
+# %% ../nbs/20_assets.ipynb #48eb0cf1
 @dataclass(frozen=True)
 class Asset:
     "Pretrained weights in a local folder, and where they come from."
@@ -53,7 +53,7 @@ class Asset:
     source:str  # What they are and who made them
 
     @property
-    def files(self)->list[Path]: return sorted(self.path.glob("*.safetensors"))
+    def files(self)->list[Path]: return sorted(self.path.glob("model*.safetensors"))
     @property
     def bytes(self)->int: return sum(f.stat().st_size for f in self.files)
     @property
@@ -213,7 +213,7 @@ def _from_hub(
                          f"name a revision that has safetensors (its discussions page on the hub lists them): 'hub:{repo}@refs/pr/1'.")
     return path
 
-# %% ../nbs/20_assets.ipynb #9a1dd6fe
+# %% ../nbs/20_assets.ipynb #df2e82aa
 TOWERS = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel,
           "dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}  # by `model_type`
 
@@ -232,7 +232,7 @@ def resolve(
     if not (path/"config.json").exists():
         raise ValueError(f"{name!r} is no folder with a config.json; use 'hub:{name}' for the hub, "
                          f"one of {[f'pypi:{p}' for p in PACKAGES]}, or a folder written by save_pretrained.")
-    if not any(path.glob("*.safetensors")): raise ValueError(f"{path} has no *.safetensors; other formats are not read.")
+    if not any(path.glob("model*.safetensors")): raise ValueError(f"{path} has no model.safetensors (nor its parts); other formats are not read.")
     model_type = json.loads((path/"config.json").read_text()).get("model_type")
     return Asset(name, "tower" if model_type in TOWERS else "llm", path,
                  f"see https://huggingface.co/{rest}" if scheme=="hub" else "not stated", f"{model_type} model")

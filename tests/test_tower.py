@@ -72,7 +72,8 @@ def test_registers_are_dropped(tmp_path):
     whole = saved(Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_hidden_layers=3, patch_size=14, image_size=56, num_register_tokens=4), tmp_path)
     pixels = torch.randn(1, 3, 70, 70)
     states = whole(pixels, output_hidden_states=True).hidden_states
-    assert_close(vision_features(load_tower(tmp_path, (0, 2)), pixels, (0, 2)).levels, torch.cat([states[i][:, 5:] for i in (0, 2)], dim=-1))
+    for levels in ((0, 2), (2, 0), (1, 2, 0), (2,)):  # joined in the order they are asked for
+        assert_close(vision_features(load_tower(tmp_path, levels), pixels, levels).levels, torch.cat([states[i][:, 5:] for i in levels], dim=-1))
 
 
 def test_tower_of_a_whole_clip_with_text(tmp_path):
@@ -160,7 +161,7 @@ NOISE = Image.effect_noise((40, 30), 80)
     (lambda: Image.new("RGBA", (2, 2), (0, 0, 0, 51)), (204, 204, 204)),
     (lambda: Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
     (lambda: Image.new("RGB", (2, 2), (0, 0, 255)).convert("P"), (0, 0, 255)),
-    (lambda: Image.fromarray(np.full((2, 2), 32768, np.uint16)), (128, 128, 128)),
+    (lambda: Image.fromarray(np.full((2, 2), 51400, np.uint16)), (200, 200, 200)),
     (lambda: Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3))])
 def test_every_mode_becomes_rgb(make, expected, tmp_path):
     image = make()
@@ -189,7 +190,14 @@ def test_truncated(fmt):
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture at all", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
-def test_no_picture(data):
+def test_no_picture(data): refused(data)
+
+
+def test_seldom_formats_are_not_even_tried():  # Pillow knows some fifty, and runs Ghostscript for one of them
+    for fmt in ("PCX", "TGA", "ICO"): refused(encoded(NOISE.convert("RGB"), fmt))
+
+
+def refused(data):
     with pytest.raises(ValueError, match="cannot be used.*readable are JPEG"): open_image(io.BytesIO(data))
 
 
@@ -209,7 +217,7 @@ def test_bombs_are_refused_before_they_are_decoded(size, message, monkeypatch):
 
 
 def test_text_bomb_in_a_png():
-    info = zlib.compress(b"a"*200_000_000, 9)
+    info = zlib.compress(b"a"*5_000_000)
     data = b"a\0\0" + info
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     good = encoded(NOISE, "PNG")

@@ -38,9 +38,9 @@ class PoolingMLP(nn.Module):
 @dataclass
 class Benchmark:
     seeds: tuple[int, ...] = (0, 1, 2)  # Each is one start, one order of the pictures, one set of scenes
-    steps: int = 40  # Optimizer steps of each run
-    train_pictures: int = 800  # Half with one thing
-    test_pictures: int = 48  # Held-out scenes with one thing
+    steps: int = 30  # Optimizer steps of each run
+    train_pictures: int = 400  # Half with one thing
+    test_pictures: int = 32  # Held-out scenes with one thing
     tokens: int = 4  # Budget V
     record: Path = Path("runs/calibration.json")
 

@@ -82,7 +82,7 @@ def right_and_shuffled(
     p = ttest_rel(right.double(), shuffled.double(), alternative="less").pvalue
     return dict(right=right.mean().item(), shuffled=shuffled.mean().item(), p=float(p))
 
-# %% ../nbs/43_evaluate.ipynb #565d387b
+# %% ../nbs/43_evaluate.ipynb #331ccb43
 def _candidates(
     rows:Sequence[dict],  # Planted scenes, with `objects`
     n:int,  # Names for each
@@ -96,22 +96,29 @@ def _candidates(
         lists.append([str(rng.choice(shown)), *map(str, rng.choice(absent, n-1, replace=False))])
     return lists
 
-@torch.no_grad()
-def _name_scores(model, processor, question, visual, names):
-    "Log-probability (b, n) of each name as the answer about each picture; the prompt is read once for all names of a picture."
-    texts = [[t[0].upper() + t[1:] for t in map(with_article, row)] for row in names]
-    pairs = [processor.supervised([dict(role="user", content=question), dict(role="assistant", content=t)], tokens=visual.shape[1]) for row in texts for t in row]
-    start = next(i for i,label in enumerate(pairs[0]["labels"]) if label != -100)
-    said = [[label for label in p["labels"] if label != -100][:-1] for p in pairs]  # without the end of the turn: more may be in the picture
-    said = torch.tensor([s + [-100]*(max(map(len, said)) - len(s)) for s in said], device=model.device)
-    prompt = torch.tensor([pairs[0]["input_ids"][:start]], device=model.device).expand(len(visual), -1)
-    read = model.model(prompt, mm_encoder_outputs=_images(visual), use_cache=True)
-    read.past_key_values.batch_repeat_interleave(len(names[0]))
-    later = model.model.language_model(said[:, :-1].clamp(min=0), past_key_values=read.past_key_values, use_cache=True).last_hidden_state
-    hidden = torch.cat([read.last_hidden_state[:, -1:].repeat_interleave(len(names[0]), dim=0), later], dim=1)
-    score = model.lm_head(hidden).float().log_softmax(-1).gather(-1, said.clamp(min=0)[..., None])[..., 0]
-    return (score * (said != -100)).sum(1).view(len(visual), -1).cpu()
+def _spoken(processor, question, names, tokens):
+    "Token ids of the prompt, and of each name as its answer, without the end of the turn: more may be in the picture."
+    spoken = {}
+    for name in names:
+        text = with_article(name)
+        row = processor.supervised([dict(role="user", content=question), dict(role="assistant", content=text[0].upper() + text[1:])], tokens=tokens)
+        start = next(i for i,label in enumerate(row["labels"]) if label != -100)
+        spoken[name] = [label for label in row["labels"][start:] if label != -100][:-1]
+    return row["input_ids"][:start], spoken
 
+@torch.no_grad()
+def _name_scores(model, visual, prompt, spoken):
+    "Log-probability (b, n) of each name (b lists of n) as the answer about each picture; the prompt is read once for all names of a picture."
+    n,longest = len(spoken[0]),max(len(ids) for row in spoken for ids in row)
+    said = torch.tensor([ids + [-100]*(longest - len(ids)) for row in spoken for ids in row], device=model.device)
+    read = model.model(torch.tensor([prompt], device=model.device).expand(len(visual), -1), mm_encoder_outputs=_images(visual), use_cache=True)
+    read.past_key_values.batch_repeat_interleave(n)
+    later = model.model.language_model(said[:, :-1].clamp(min=0), past_key_values=read.past_key_values, use_cache=True).last_hidden_state
+    hidden = torch.cat([read.last_hidden_state[:, -1:].repeat_interleave(n, dim=0), later], dim=1)
+    score = model.lm_head(hidden).float().log_softmax(-1).gather(-1, said.clamp(min=0)[..., None])[..., 0]
+    return (score * (said != -100)).sum(1).view(len(visual), n).cpu()
+
+# %% ../nbs/43_evaluate.ipynb #d4021754
 def naming(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
     processor:DeltaLlavaProcessor,  # Its processor
@@ -127,5 +134,7 @@ def naming(
     most = len(concept_names()) - 3  # a scene shows up to four things
     if not 2 <= candidates <= most: raise ValueError(f"candidates={candidates} must lie in 2..{most}.")
     names = _candidates(rows, candidates, seed)
-    scores = [_name_scores(model, processor, question, visual[i:i+batch_size], names[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
+    prompt,spoken = _spoken(processor, question, sorted({name for row in names for name in row}), visual.shape[1])
+    said = [[spoken[name] for name in row] for row in names]
+    scores = [_name_scores(model, visual[i:i+batch_size], prompt, said[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
     return (torch.cat(scores).argmax(1) == 0).float().mean().item()

@@ -28,16 +28,16 @@ from .tower import CachedFeatures, cache_features, image_processor_for, load_tow
 from .train import ElasticCollator, answer_embeddings, calibrate, pretrain, pretrain_arguments, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, save_projector
 
-# %% ../nbs/50_quickstart.ipynb #d78cb2a6
+# %% ../nbs/50_quickstart.ipynb #cba25caa
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the quickstart trains, on what, and for how long."
     seed:int=0  # Of the scenes, the projector's start, the order of the pictures
-    steps:int=80  # Optimizer steps
+    steps:int=100  # Optimizer steps
     batch_size:int=16  # Pictures in a step
     lr:float=5e-4  # Highest learning rate
     train_pictures:int=1600  # Half with one thing, half with two or three
-    test_pictures:int=48  # In each of the four held-out sets
+    test_pictures:int=64  # In each of the four held-out sets
     image_size:int=168  # Side of a picture, px; a multiple of the tower's patch size
     tokens:int=16  # Main budget V
     train_budgets:tuple[int,...]=(16,)  # Budgets of the training steps
@@ -69,12 +69,12 @@ def build(
     torch.manual_seed(recipe.seed)
     return build_vlm(load_tower(recipe.tower, levels), llm, tokenizer, config), processor
 
-# %% ../nbs/50_quickstart.ipynb #9b911ef0
+# %% ../nbs/50_quickstart.ipynb #0834523e
 SETS = {f"{split}, {count}": (split, n) for split in ("heldout_scenes", "heldout_artist") for count,n in (("one thing", (1, 1)), ("several things", (2, 3)))}
 HELD_OUT_SEED = 1_000_000  # far from the seeds of the training scenes
 
 def _scenes(folder:Path, n:int, split:str, seed:int, n_objects:tuple[int, int], size:int)->Dataset:
-    return load_conversations(write_scenes(folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False, min_side=size*2//7))
+    return load_conversations(write_scenes(folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False, min_side=size//3))
 
 def make_pictures(
     recipe:Recipe,  # How many, how large
@@ -83,7 +83,7 @@ def make_pictures(
     "Write all scenes of the quickstart as LLaVA conversations, and read them back."
     folder,half = Path(folder),max(1, recipe.train_pictures//2)
     train = [_scenes(folder/f"train-{n[0]}", half, "train", 2*recipe.seed + n[0] - 1, n, recipe.image_size) for n in ((1, 1), (2, 3))]
-    held = {name: _scenes(folder/f"{split}-{n[0]}", recipe.test_pictures, split, HELD_OUT_SEED, n, recipe.image_size) for name,(split,n) in SETS.items()}
+    held = {name: _scenes(folder/f"{split}-{n[0]}", recipe.test_pictures, split, HELD_OUT_SEED + n[0], n, recipe.image_size) for name,(split,n) in SETS.items()}
     return concatenate_datasets(train), held
 
 def read_features(

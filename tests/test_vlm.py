@@ -218,6 +218,12 @@ def test_logits_only_where_there_are_labels():
     model(prompt(16), pictures(), tokens=16, labels=labels)
     assert rows == [2]
 
+@pytest.mark.parametrize("keep,kept", [(1, slice(-1, None)), (3, slice(-3, None)), (torch.tensor([0, 5]), [0, 5])])
+def test_logits_only_where_they_are_kept(keep, kept):
+    model = tiny()
+    whole = model(prompt(4), pictures(), tokens=4).logits
+    assert_close(model(prompt(4), pictures(), tokens=4, logits_to_keep=keep).logits, whole[:, kept])
+
 def test_nothing_supervised_is_an_error():
     with pytest.raises(ValueError, match="supervise nothing"): tiny().train()(prompt(4), pictures(), tokens=4, labels=torch.full_like(prompt(4), -100))
 
@@ -283,6 +289,12 @@ def test_build_vlm_keeps_the_parts(name, tmp_path):
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert same_weights(again, model) and not any(p.requires_grad for p in again.model.vision_tower.parameters())
     assert again.generation_config.suppress_tokens == [IMAGE]
+
+def test_siglip_loses_its_pooling_head():
+    tower,llm = parts("siglip_so400m_384")
+    assert any("head" in k for k in tower.state_dict())
+    model = build_vlm(tower, llm, byte_tokenizer(), projector_config("siglip_so400m_384"))
+    assert not any("head" in k for k in model.model.vision_tower.state_dict())
 
 def test_cut_tower_sees_what_the_whole_tower_sees():
     tower,llm = parts()

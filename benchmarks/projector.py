@@ -10,12 +10,8 @@ taken within its round, so that other work on the machine hits both sides. Print
   python benchmarks/projector.py --batch 1 8 --dtype float32 --tokens 144 36 1 --rounds 9 --record
 """
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +22,7 @@ from torch.nn import functional as F
 from delta_llava.config import ProjectorConfig
 from delta_llava.grid import sincos_2d
 from delta_llava.projector import DeltaProjector
+from delta_llava.train import hardware, write_record
 
 
 class Straightforward(nn.Module):
@@ -114,17 +111,6 @@ def measure(batch, dtype, tokens, args, device):
             "module/folded": ratio("module", "folded")}
 
 
-def git(*args):
-    return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-
-
-def hardware(device):
-    if device.type == "cuda": return torch.cuda.get_device_name()
-    cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="images in a batch")
@@ -141,7 +127,7 @@ def main():
     if bad := [t for t in args.tokens if math.isqrt(t)**2 != t or t < 1 or 24 % math.isqrt(t)]:
         parser.error(f"--tokens {bad}: the straightforward algorithm takes 576, 144, 64, 36, 16, 9, 4 or 1")
     device = torch.device(args.device)
-    print(f"{hardware(device)}; torch {torch.__version__}; median of {args.rounds} paired rounds [middle half]")
+    print(f"{hardware()}, on {device.type}; torch {torch.__version__}; median of {args.rounds} paired rounds [middle half]")
     print(f"{'batch':>5} {'dtype':>9} {'tokens':>6} {'straightforward':>16}   {'÷ module':>20}   {'÷ folded':>20}")
     show = lambda r: f"{r['median']:6.2f} [{r['low']:.2f}–{r['high']:.2f}]"
     rows = []
@@ -152,11 +138,8 @@ def main():
                 print(f"{batch:5d} {dtype:>9} {tokens:6d} {row['ms']['straightforward']['median']:13.1f} ms   {show(row['straightforward/module']):>20}   "
                       f"{show(row['straightforward/folded']):>20}", flush=True)
     if args.record:
-        record = {"name": "benchmark_projector", "command": " ".join(["python", "benchmarks/projector.py", *sys.argv[1:]]), "commit": git("rev-parse", "HEAD"),
-                  "clean": not git("status", "--porcelain"), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(device), "torch": torch.__version__,
-                  "seeds": [args.seed], "rounds": args.rounds, "rows": rows}
-        path = Path(__file__).parent.parent/"runs"/"benchmark_projector.json"
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        path = write_record(Path(__file__).parent.parent/"runs"/"benchmark_projector.json", [args.seed], rows,
+                            command=" ".join(["python benchmarks/projector.py", *sys.argv[1:]]), device=args.device, rounds=args.rounds)
         print(f"wrote {path}")
 
 

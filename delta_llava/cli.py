@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['Command', 'Quickstart', 'Chat', 'Gradcam', 'main']
 
-# %% ../nbs/51_cli.ipynb #7e0c736e
+# %% ../nbs/51_cli.ipynb #c19aa206
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +37,13 @@ class Quickstart(Recipe):
         print(f"\n{record['picture']}\nWhat is in the picture?\n> {record['example']}\n\nThe report: {self.folder/'report.html'}")
         print(f"Next: delta-llava chat --image {record['picture']}")
 
-# %% ../nbs/51_cli.ipynb #b42916c8
-def _checked_image(path:Path, tokens:int|None, folder:Path):
+# %% ../nbs/51_cli.ipynb #36b86507
+def _checked_image(path:Path, tokens:Sequence[int], folder:Path):
     "The picture, the model and its processor; bad input fails before the model is loaded."
     picture = open_image(path)
-    model,processor,recipe = load_trained(folder)
-    if tokens is not None: check_tokens(tokens, model.config.projector["grid"])
-    return picture, model, processor, recipe
+    if (about := folder/"projector.json").exists():
+        for t in tokens: check_tokens(t, json.loads(about.read_text())["projector"]["grid"])
+    return picture, *load_trained(folder)
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -52,12 +54,12 @@ class Chat:
     folder:Path=Path("runs/quickstart")  # What `delta-llava quickstart` trained
 
     def __call__(self):
-        picture,model,processor,_ = _checked_image(self.image, self.tokens, self.folder)
+        picture,model,processor,_ = _checked_image(self.image, () if self.tokens is None else (self.tokens,), self.folder)
         if self.ask is not None: return print(answer(model, processor, picture, self.ask, self.tokens))
         print("Ask about the picture; an empty line ends. The quickstart's model has learned one question: What is in the picture?")
         while question := input("> ").strip(): print(answer(model, processor, picture, question, self.tokens))
 
-# %% ../nbs/51_cli.ipynb #62423217
+# %% ../nbs/51_cli.ipynb #b474d92d
 @dataclass(frozen=True, kw_only=True)
 class Gradcam:
     "Draw which visual tokens a word of the answer used (Fig. 1)."
@@ -70,9 +72,8 @@ class Gradcam:
 
     def __call__(self):
         if not self.out.absolute().parent.is_dir(): raise ValueError(f"out={self.out} lies in a folder that does not exist; make it first.")
-        picture,model,processor,recipe = _checked_image(self.image, None, self.folder)
+        picture,model,processor,recipe = _checked_image(self.image, self.tokens or (), self.folder)
         budgets = self.tokens or tuple(t for t in recipe.test_budgets if t > 1)
-        for t in budgets: check_tokens(t, model.config.projector["grid"])
         said = answer(model, processor, picture, self.ask, recipe.tokens)
         word = self.word or max(said.strip(".").split(), key=len, default="")
         results = {t: word_cams(model, processor, picture, self.ask, [word], answer=said, tokens=t) for t in budgets}

@@ -60,12 +60,13 @@ def answer_losses(
         losses.append(torch.zeros(len(keep), device=loss.device).index_add(0, keep.nonzero()[:, 0], loss) / keep.sum(1))
     return torch.cat(losses).cpu()
 
-# %% ../nbs/43_evaluate.ipynb #687d8b55
+# %% ../nbs/43_evaluate.ipynb #0f3172c6
 def another(
     n:int,  # Pictures
     seed:int=0,  # Of the draw
 )->Tensor:  # For each picture the number of another one
     "A random order in which no picture stays in its place."
+    if n < 2: raise ValueError(f"n={n} must be at least 2: one picture alone has no other.")
     ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(ring).scatter_(0, ring, ring.roll(1))
 
@@ -118,7 +119,7 @@ def _name_scores(model, visual, prompt, spoken):
     score = model.lm_head(hidden).float().log_softmax(-1).gather(-1, said.clamp(min=0)[..., None])[..., 0]
     return (score * (said != -100)).sum(1).view(len(visual), n).cpu()
 
-# %% ../nbs/43_evaluate.ipynb #d4021754
+# %% ../nbs/43_evaluate.ipynb #fdcf44eb
 def naming(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
     processor:DeltaLlavaProcessor,  # Its processor
@@ -137,4 +138,5 @@ def naming(
     prompt,spoken = _spoken(processor, question, sorted({name for row in names for name in row}), visual.shape[1])
     said = [[spoken[name] for name in row] for row in names]
     scores = [_name_scores(model, visual[i:i+batch_size], prompt, said[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
-    return (torch.cat(scores).argmax(1) == 0).float().mean().item()
+    scores = torch.cat(scores)
+    return (scores[:, 0] > scores[:, 1:].amax(1)).float().mean().item()  # a tie is not right, nor is a loss that is no number

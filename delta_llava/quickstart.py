@@ -28,7 +28,7 @@ from .tower import CachedFeatures, cache_features, image_processor_for, load_tow
 from .train import ElasticCollator, answer_embeddings, calibrate, pretrain, pretrain_arguments, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, save_projector
 
-# %% ../nbs/50_quickstart.ipynb #cba25caa
+# %% ../nbs/50_quickstart.ipynb #7fae50d4
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the quickstart trains, on what, and for how long."
@@ -50,6 +50,8 @@ class Recipe:
         for name in ("steps", "batch_size", "train_pictures", "test_pictures"):
             if (v := getattr(self, name)) < 1: raise ValueError(f"{name}={v} must be at least 1.")
         if self.test_pictures < 2: raise ValueError(f"test_pictures={self.test_pictures} must be at least 2: captions are compared with another picture.")
+        if not self.train_budgets: raise ValueError("train_budgets is empty; give at least one, such as (16,).")
+        if max(self.test_budgets, default=0) < 2: raise ValueError(f"test_budgets={self.test_budgets} must hold one above 1: a map over a single token shows nothing.")
         if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}.")
 
 # %% ../nbs/50_quickstart.ipynb #b228c915
@@ -152,14 +154,14 @@ def point_at_things(
         games.append(pointing_game(answer_cam(model, batch, marks[None])[0], torch.tensor([t["box"] for t in things]), size))
     return {k: torch.cat([getattr(g, k) for g in games]).mean().item() for k in ("hit", "chance", "energy", "area")}
 
-# %% ../nbs/50_quickstart.ipynb #1e4de89b
+# %% ../nbs/50_quickstart.ipynb #2b71108b
 def load_trained(
     folder:str|Path="runs/quickstart",  # Written by `run`
 )->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, Recipe]:  # In evaluation mode
     "The model that the quickstart trained."
     folder = Path(folder)
-    if not (folder/"recipe.json").exists():
-        raise ValueError(f"{folder} holds no trained projector (no recipe.json); train one with `make quickstart` or `delta-llava quickstart --folder {folder}`.")
+    for part in ("recipe.json", "projector.safetensors"):
+        if not (folder/part).exists(): raise ValueError(f"{folder} holds no trained projector (no {part}); train one with `make quickstart` or `delta-llava quickstart --folder {folder}`.")
     recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in json.loads((folder/"recipe.json").read_text()).items()})
     model,processor = build(recipe)
     load_projector(folder, model)

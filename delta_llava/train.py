@@ -26,7 +26,7 @@ from .data import Collator
 from .delta import DeltaProjection
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
-# %% ../nbs/31_train.ipynb #59cd7bc6
+# %% ../nbs/31_train.ipynb #0139438e
 def answer_embeddings(
     answers:Sequence[str],  # One text for each picture
     tokenizer,  # The LLM's
@@ -55,6 +55,7 @@ class _Regression:
         damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance
 
+# %% ../nbs/31_train.ipynb #0d6e3035
 def _regress(
     projector:nn.Module,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
@@ -74,7 +75,7 @@ def _regress(
         for hook in hooks: hook.remove()
     return found
 
-# %% ../nbs/31_train.ipynb #1c03f0be
+# %% ../nbs/31_train.ipynb #4b176404
 def _readers(
     projector:nn.Module,  # Any compressor
     channels:int,  # Of the patch tokens
@@ -94,6 +95,7 @@ def _writer(
     if not layers: raise ValueError(f"{type(projector).__name__} has no linear layer with a bias, so there is nothing to calibrate.")
     return layers[-1]
 
+# %% ../nbs/31_train.ipynb #e2fac83a
 def _point(
     layer:nn.Module,  # `nn.Linear` or `DeltaProjection`
     rows:Float[Tensor, "r c"],  # Its new first rows
@@ -197,7 +199,7 @@ def pretrain_arguments(
                   remove_unused_columns=False, label_names=["labels"], report_to="none", dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(str(folder), **fields | more)
 
-# %% ../nbs/31_train.ipynb #8a721a80
+# %% ../nbs/31_train.ipynb #97c4f541
 def pretrain(
     model:DeltaLlavaForConditionalGeneration,  # Its projector is trained
     rows,  # Training rows of `load_conversations`
@@ -209,9 +211,13 @@ def pretrain(
 )->list[dict]:  # The log: step, loss, learning rate, gradient norm
     "Stage 1: train the projector on captions (§6)."
     freeze(model)
+    done = last_checkpoint(args.output_dir) if resume else None
+    if done and int(done.name.split("-")[1]) >= args.max_steps > 0:  # at its end already, where `Trainer` would take one step more
+        load_projector(done, model)
+        model.eval()
+        return json.loads((done/"trainer_state.json").read_text())["log_history"]
     collator(rows.select(range(min(len(rows), 2))) if hasattr(rows, "select") else rows[:2])  # bad rows fail here, not in an hour
     trainer = ProjectorTrainer(model, args, data_collator=collator, train_dataset=rows, callbacks=list(callbacks))
-    done = last_checkpoint(args.output_dir) if resume else None
     trainer.train(resume_from_checkpoint=str(done) if done else None)
     model.eval()
     return trainer.state.log_history

@@ -1,0 +1,119 @@
+"The program: its help, and errors that are one sentence before any model is loaded."
+import io
+import json
+import sys
+from dataclasses import asdict
+from unittest.mock import Mock
+
+import pytest
+from PIL import Image
+
+from delta_llava import cli, quickstart
+from delta_llava.config import dinov2_s14
+from delta_llava.projector import DeltaProjector
+from delta_llava.quickstart import Recipe
+from delta_llava.vlm import save_projector
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch): monkeypatch.setenv("COLUMNS", "200")  # no sentence of the help is broken
+
+@pytest.fixture
+def loaded(monkeypatch):
+    "Nothing may load a model here."
+    stub = Mock(side_effect=AssertionError("a model was loaded"))
+    for name in ("build", "load_llm", "load_tower"): monkeypatch.setattr(quickstart, name, stub)
+    return stub
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path/"a.png")
+    return tmp_path/"a.png"
+
+@pytest.fixture
+def trained(tmp_path):
+    "A folder as `run` leaves it, with an untrained projector."
+    folder = save_projector(DeltaProjector(dinov2_s14(d_llm=64)), tmp_path/"trained")
+    (folder/"recipe.json").write_text(json.dumps(asdict(Recipe())))
+    return folder
+
+def refused(*args, capsys):
+    "The sentence with which the program ends, after checking that it is one, on stderr, with exit code 1."
+    with pytest.raises(SystemExit) as stopped: cli.main([str(a) for a in args])
+    code = stopped.value.code  # a text: Python prints it on stderr and exits with 1
+    assert isinstance(code, str) and code.startswith("delta-llava: ") and "\n" not in code
+    assert "Traceback" not in (said := capsys.readouterr()).err and not said.out
+    return code
+
+def printed(*args, capsys):
+    with pytest.raises(SystemExit) as stopped: cli.main(list(args))
+    assert stopped.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+def test_help_names_the_commands(capsys):
+    text = printed("--help", capsys=capsys)
+    for word in ("quickstart", "chat", "gradcam", "token-efficient visual projector", "Ask a trained model about a picture"): assert word in text
+
+@pytest.mark.parametrize("command,words", [
+    ("quickstart", ["--steps", "Optimizer steps", "--train-budgets", "Budgets of the training steps", "--folder", "--calibrated", "authors' start"]),
+    ("chat", ["--image", "The picture", "--ask", "One question", "--tokens", "Budget V, a square", "--folder"]),
+    ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one row each"])])
+def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, capsys):
+    text = printed(command, "--help", capsys=capsys)
+    for word in words: assert word in text, word
+
+@pytest.mark.parametrize("command", ["chat", "gradcam"])
+def test_pictures_that_cannot_be_read(command, tmp_path, picture, trained, loaded, capsys):
+    half,text = tmp_path/"half.png",tmp_path/"text.png"
+    noise = Image.effect_noise((200, 200), 90)
+    noise.save(buffer := io.BytesIO(), "PNG")
+    half.write_bytes(buffer.getvalue()[:2000])
+    text.write_text("no picture")
+    for path,word in ((tmp_path/"none.png", "is not a file"), (tmp_path, "is not a file"), (half, "half.png"), (text, "text.png")):
+        said = refused(command, "--image", path, "--folder", trained, "--out", tmp_path/"o.png", capsys=capsys) if command == "gradcam" else \
+            refused(command, "--image", path, "--ask", "What?", "--folder", trained, capsys=capsys)
+        assert word in said
+    assert not loaded.called
+
+@pytest.mark.parametrize("command", ["chat", "gradcam"])
+def test_folders_without_a_trained_projector(command, tmp_path, picture, trained, loaded, capsys):
+    assert "holds no trained projector" in refused(command, "--image", picture, "--folder", tmp_path/"none", capsys=capsys)
+    (trained/"projector.safetensors").unlink()  # a run that was stopped before its end
+    assert "holds no trained projector" in refused(command, "--image", picture, "--folder", trained, capsys=capsys)
+    assert not loaded.called
+
+@pytest.mark.parametrize("command", ["chat", "gradcam"])
+@pytest.mark.parametrize("tokens", [5, 0, 169])
+def test_budgets_that_cannot_be(command, tokens, picture, trained, loaded, capsys):
+    assert f"tokens={tokens} must be the square" in refused(command, "--image", picture, "--tokens", tokens, "--folder", trained, capsys=capsys)
+    assert not loaded.called
+
+def test_figure_needs_a_folder(tmp_path, picture, trained, loaded, capsys):
+    assert "does not exist" in refused("gradcam", "--image", picture, "--out", tmp_path/"no"/"a.png", "--folder", trained, capsys=capsys)
+    assert not loaded.called
+
+@pytest.mark.parametrize("args", [["--steps", "0"], ["--tokens", "9"], ["--test-pictures", "1"]])
+def test_recipes_that_cannot_be(args, tmp_path, loaded, capsys):
+    with pytest.raises(SystemExit) as stopped: cli.main(["quickstart", *args, "--folder", str(tmp_path/"q")])
+    assert stopped.value.code and not (tmp_path/"q").exists() and not loaded.called
+    said = capsys.readouterr()
+    assert "must be" in said.err + str(stopped.value.code) and "Traceback" not in said.err
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "run", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="goes on from the last checkpoint"): cli.main(["quickstart", "--folder", str(tmp_path)])
+
+def test_quickstart_passes_every_field(tmp_path, monkeypatch, capsys):
+    scores = {"some": {"16": dict(right=1., shuffled=2., p=1e-5, naming=.5, pointing=.4, pointing_chance=.1)}}
+    run = Mock(return_value=dict(result=dict(scores=scores), picture="p.png", example="A fox."))
+    monkeypatch.setattr(cli, "run", run)
+    cli.main(["quickstart", "--seed", "7", "--steps", "3", "--train-budgets", "4", "16", "--no-calibrated", "--folder", str(tmp_path)])
+    recipe,folder = run.call_args.args
+    assert recipe == Recipe(seed=7, steps=3, train_budgets=(4, 16), calibrated=False) and type(recipe) is Recipe and folder == tmp_path
+    text = capsys.readouterr().out
+    assert "A fox." in text and "50%" in text and str(tmp_path/"report.html") in text and "chat --image p.png" in text
+
+@pytest.mark.slow
+def test_program_ends_with_one_line_and_code_1(tmp_path):
+    import subprocess
+    done = subprocess.run([sys.executable, "-c", "from delta_llava.cli import main; main()", "chat", "--image", "none.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "delta-llava: image 'none.png' is not a file; check the image folder.\n")

@@ -1,0 +1,111 @@
+"The whole road in miniature, with the real tower, LLM and pictures; and recipes that cannot be."
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from delta_llava import quickstart
+from delta_llava.quickstart import SETS, Recipe, answer, load_trained, make_pictures, run
+from delta_llava.tower import open_image
+
+TINY = Recipe(steps=2, batch_size=2, train_pictures=8, test_pictures=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "The same miniature twice, in two folders."
+    folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
+    return folders, [run(TINY, folder) for folder in folders]
+
+def unchanging(record):
+    "A record without what depends on the folder, the clock and the command."
+    return {k: v for k,v in record.items() if k not in ("seconds", "command", "picture", "commit")}
+
+def steps_left(monkeypatch):
+    "Optimizer steps of the runs to come."
+    taken,step = [],torch.optim.AdamW.step
+    def counted(self, *args, **kwargs):
+        taken.append(1)
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return taken
+
+# ---------------------------------------------------------------- the road
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_numbers(runs):
+    (one, two), records = runs
+    assert unchanging(records[0]) == unchanging(records[1])
+    scores = records[0]["result"]["scores"]
+    assert scores.keys() == SETS.keys() and all(s.keys() == {"4", "16"} for s in scores.values())
+    assert (one/"projector.safetensors").read_bytes() == (two/"projector.safetensors").read_bytes()
+    assert records[0]["seeds"] == [0] and records[0]["recipe"] == json.loads(json.dumps(asdict(TINY)))
+
+@pytest.mark.slow
+def test_report_is_whole(runs):
+    (folder, _), (record, _) = runs
+    page = (folder/"report.html").read_text()
+    body = page.split("</style>")[1]
+    assert not re.search(r"[{}]", body) and "nan" not in body.lower()
+    figures = re.findall(r'src="([^"]+)"', page)
+    assert figures == ["examples.png", "gradcam.png", "loss.png"]
+    for name in figures: assert min(open_image(folder/name).size) > 100
+    assert body.count("<tr") == 1 + 4*2 and body.count('class="main"') == 4 and (folder/"record.json").exists()
+    for name in SETS: assert name in body
+    assert record["said"] in body and f"<em>{record['word']}</em>" in body and "{{" not in page
+
+@pytest.mark.slow
+def test_trained_model_answers(runs):
+    (folder, _), (record, _) = runs
+    model,processor,recipe = load_trained(folder)
+    assert recipe == TINY and not model.training
+    said = answer(model, processor, open_image(record["picture"]))
+    assert said == record["example"] == answer(model, processor, open_image(record["picture"]), tokens=16)
+    assert isinstance(answer(model, processor, open_image(record["picture"]), "What colour is it?", tokens=4, max_new_tokens=3), str)
+
+@pytest.mark.slow
+def test_same_recipe_goes_on_another_starts_over(runs, monkeypatch):
+    (_, folder), (_, record) = runs
+    taken = steps_left(monkeypatch)
+    assert unchanging(run(TINY, folder)) == unchanging(record) and not taken  # nothing is trained twice
+    other = run(replace(TINY, seed=1), folder)
+    assert len(taken) == 2 and other["result"] != record["result"] and other["seeds"] == [1]
+    assert json.loads((folder/"recipe.json").read_text())["seed"] == 1
+
+# ---------------------------------------------------------------- its parts
+
+def test_pictures_of_the_sets_are_apart(tmp_path):
+    rows,held = make_pictures(TINY, tmp_path)
+    assert len(rows) == 8 and held.keys() == SETS.keys() and all(len(h) == 2 for h in held.values())
+    for name,part in held.items():
+        counts = {len(row["objects"]) for row in part}
+        assert counts == {1} if "one thing" in name else counts <= {2, 3}
+    captions = [row["conversations"][1]["value"] for row in rows]
+    again,_ = make_pictures(TINY, tmp_path/"again")
+    assert [row["conversations"][1]["value"] for row in again] == captions
+    other,_ = make_pictures(replace(TINY, seed=1), tmp_path/"other")
+    assert not {tuple(map(str, row["objects"])) for row in other} & {tuple(map(str, row["objects"])) for row in rows}  # seeds share no scene
+
+def test_forgetting_keeps_what_is_not_ours(tmp_path):
+    for name in ("checkpoints", "scenes"): (tmp_path/name/"inside").mkdir(parents=True)
+    for name in ("projector.safetensors", "record.json", "notes.txt"): (tmp_path/name).write_text("x")
+    quickstart._forget(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+@pytest.mark.parametrize("fields,error", [
+    (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_pictures=0), "train_pictures=0"),
+    (dict(test_pictures=1), "test_pictures=1 must be at least 2"), (dict(tokens=9), "tokens=9 must be one of test_budgets"),
+    (dict(tokens=1, test_budgets=(1,)), "test_budgets"), (dict(train_budgets=()), "train_budgets")])
+def test_recipes_that_cannot_be(fields, error):
+    with pytest.raises(ValueError, match=re.escape(error)): Recipe(**fields)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields,error", [(dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
+                                          (dict(train_budgets=(5,)), "tokens=5 must be the square"), (dict(test_budgets=(16, 169)), "tokens=169 must be the square")])
+def test_recipes_that_do_not_fit_the_tower(fields, error, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(error)): run(replace(TINY, **fields), tmp_path)
+    assert not (tmp_path/"scenes").exists()
+
+def test_folder_without_a_trained_projector(tmp_path):
+    with pytest.raises(ValueError, match="holds no trained projector"): load_trained(tmp_path)

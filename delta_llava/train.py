@@ -6,14 +6,15 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #d0feef10
+# %% ../nbs/31_train.ipynb #4d2b82ff
 import json
 import platform
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #541f002c
+# %% ../nbs/31_train.ipynb #f72340d6
 @torch.no_grad()
 def calibrate(
     projector:nn.Module,  # Any compressor whose output is written by a linear layer
@@ -118,6 +119,7 @@ def calibrate(
 ):
     "Start the projector near the words of the training answers, in closed form; layers between both ends stay as they are."
     if len(features) != len(embeddings): raise ValueError(f"{len(features)} features for {len(embeddings)} embeddings; each picture needs one of both.")
+    if not (embeddings - embeddings[:1]).any(): raise ValueError(f"all {len(embeddings)} embeddings are the same, so there is nothing to predict; take pictures with different answers.")
     writer,readers,mode = _writer(projector),_readers(projector, features.shape[-1]),projector.training
     away = (embeddings - embeddings.mean(0)).to(features)
     projector.eval()
@@ -222,7 +224,7 @@ def pretrain(
     model.eval()
     return trainer.state.log_history
 
-# %% ../nbs/31_train.ipynb #7ae880c9
+# %% ../nbs/31_train.ipynb #fffb4f73
 def hardware()->str:  # One line
     "Processor, cores and accelerator of this machine."
     cpu = platform.processor() or platform.machine()
@@ -233,7 +235,8 @@ def hardware()->str:  # One line
 
 def commit()->str:  # Hash, with `-dirty` if files differ from it; "not in a repository" outside of one
     "The commit of the code that runs."
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
+    here = Path(find_spec("delta_llava").origin).parent
+    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True).stdout.strip()
     try: return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "not in a repository"
     except FileNotFoundError: return "git is not installed"
 

@@ -65,13 +65,12 @@ def test_trained_model_answers(runs):
     assert isinstance(answer(model, processor, open_image(record["picture"]), "What colour is it?", tokens=4, max_new_tokens=3), str)
 
 @pytest.mark.slow
-def test_same_recipe_goes_on_another_starts_over(runs, monkeypatch):
+def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
     (_, folder), (_, record) = runs
     taken = steps_left(monkeypatch)
     assert unchanging(run(TINY, folder)) == unchanging(record) and not taken  # nothing is trained twice
-    other = run(replace(TINY, seed=1), folder)
-    assert len(taken) == 2 and other["result"] != record["result"] and other["seeds"] == [1]
-    assert json.loads((folder/"recipe.json").read_text())["seed"] == 1
+    with pytest.raises(ValueError, match="holds a run of another recipe"): run(replace(TINY, seed=1), folder)
+    assert json.loads((folder/"recipe.json").read_text())["seed"] == 0 and (folder/"report.html").exists()
 
 # ---------------------------------------------------------------- its parts
 
@@ -87,11 +86,10 @@ def test_pictures_of_the_sets_are_apart(tmp_path):
     other,_ = make_pictures(replace(TINY, seed=1), tmp_path/"other")
     assert not {tuple(map(str, row["objects"])) for row in other} & {tuple(map(str, row["objects"])) for row in rows}  # seeds share no scene
 
-def test_forgetting_keeps_what_is_not_ours(tmp_path):
-    for name in ("checkpoints", "scenes"): (tmp_path/name/"inside").mkdir(parents=True)
-    for name in ("projector.safetensors", "record.json", "notes.txt"): (tmp_path/name).write_text("x")
-    quickstart._forget(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+@pytest.mark.parametrize("name,p,naming,expected", [("heldout_scenes, one thing", .001, .32, True), ("heldout_scenes, one thing", .001, .30, False),
+    ("heldout_artist, several things", .001, .19, True), ("heldout_artist, several things", .001, .18, False), ("heldout_artist, several things", .02, .9, False)])
+def test_goal(name, p, naming, expected):
+    assert quickstart.reached(name, dict(p=p, naming=naming)) is expected
 
 @pytest.mark.parametrize("fields,error", [
     (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_pictures=0), "train_pictures=0"),

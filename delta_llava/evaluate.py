@@ -20,11 +20,11 @@ from .data import concept_names, with_article
 from .processor import DeltaLlavaProcessor
 from .vlm import DeltaLlavaForConditionalGeneration, visual_tokens
 
-# %% ../nbs/43_evaluate.ipynb #380aad92
+# %% ../nbs/43_evaluate.ipynb #724765f9
 @torch.no_grad()
 def see(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    features:Sequence|Tensor,  # Patch tokens of each picture: `cache_features` gives them
+    features:torch.utils.data.Dataset|Sequence|Tensor,  # Patch tokens of each picture: `cache_features` gives them
     tokens:int|None=None,  # Budget $V$; `None` takes the model's
     batch_size:int=32,  # Pictures in one pass
 )->Float[Tensor, "b v d"]:  # Visual tokens of each picture

@@ -121,7 +121,7 @@ def train(
     args = pretrain_arguments(folder, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, warmup=.1, seed=recipe.seed, **more)
     return pretrain(model, rows, collator, args)
 
-# %% ../nbs/50_quickstart.ipynb #915c2e6f
+# %% ../nbs/50_quickstart.ipynb #d2bce1f6
 POINTED = 24  # pictures of the pointing game: it needs gradients
 
 def score(
@@ -154,7 +154,7 @@ def point_at_things(
         things = [row["objects"][0] for row in part]
         marks = mark_phrases(batch["input_ids"], [t["name"] for t in things], processor.tokenizer)
         size = open_image(part[0]["image"]).size[::-1]
-        games.append(pointing_game(answer_cam(model, batch, marks[None])[0], torch.tensor([t["box"] for t in things]), size))
+        games.append(pointing_game(answer_cam(model, batch, marks[None])[0], torch.tensor([t["box"] for t in things], dtype=torch.float), size))
     return {k: torch.cat([getattr(g, k) for g in games]).mean().item() for k in ("hit", "chance", "energy", "area")}
 
 # %% ../nbs/50_quickstart.ipynb #2b71108b

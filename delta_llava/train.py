@@ -201,7 +201,7 @@ def pretrain_arguments(
                   remove_unused_columns=False, label_names=["labels"], report_to="none", dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(str(folder), **fields | more)
 
-# %% ../nbs/31_train.ipynb #97c4f541
+# %% ../nbs/31_train.ipynb #ebc84690
 def pretrain(
     model:DeltaLlavaForConditionalGeneration,  # Its projector is trained
     rows,  # Training rows of `load_conversations`
@@ -218,7 +218,7 @@ def pretrain(
         load_projector(done, model)
         model.eval()
         return json.loads((done/"trainer_state.json").read_text())["log_history"]
-    collator(rows.select(range(min(len(rows), 2))) if hasattr(rows, "select") else rows[:2])  # bad rows fail here, not in an hour
+    collator([rows[i] for i in range(min(len(rows), 2))])  # a setting that cannot work fails here, not in an hour
     trainer = ProjectorTrainer(model, args, data_collator=collator, train_dataset=rows, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=str(done) if done else None)
     model.eval()

@@ -366,4 +366,4 @@ def test_overflow_of_half_precision_is_an_error(pictures, small, tmp_path, monke
         return seen
     monkeypatch.setattr(tower_module, "vision_features", large)
     with pytest.raises(ValueError, match="use dtype=torch.float32"): keep(pictures, small, tmp_path/"c", dtype=torch.float16)
-    assert_close(keep(pictures, small, tmp_path/"c")[0], 1e6*direct(pictures[:1], small)[0])
+    assert_close(keep(pictures, small, tmp_path/"c")[0], 1e6*direct(pictures[:1], small)[0], rtol=1e-4, atol=1)

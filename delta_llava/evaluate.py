@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['see', 'answer_losses', 'another', 'right_and_shuffled', 'naming']
 
-# %% ../nbs/43_evaluate.ipynb #755d17fa
+# %% ../nbs/43_evaluate.ipynb #86d04f7e
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .data import concept_names, with_article
+from .grid import batches
 from .processor import DeltaLlavaProcessor
 from .vlm import DeltaLlavaForConditionalGeneration, visual_tokens
 
-# %% ../nbs/43_evaluate.ipynb #724765f9
+# %% ../nbs/43_evaluate.ipynb #79f6815d
 @torch.no_grad()
 def see(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
@@ -30,8 +31,7 @@ def see(
 )->Float[Tensor, "b v d"]:  # Visual tokens of each picture
     "What the LLM gets to see of many pictures."
     if model.training: raise ValueError("the model is in training mode, where DropPath makes every pass another one; call model.eval() first.")
-    places = [range(i, min(i+batch_size, len(features))) for i in range(0, len(features), batch_size)]
-    return torch.cat([visual_tokens(model.model, vision_features=torch.stack([torch.as_tensor(features[j]) for j in at]), tokens=tokens) for at in places])
+    return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens) for x in batches(features, batch_size)])
 
 def _images(visual:Tensor)->dict:
     "Visual tokens in the form in which the model takes ready ones."

@@ -6,10 +6,11 @@
 __all__ = ['AUTHORS_NAMES', 'WindowAttention', 'ResidualMLP', 'DeltaProjector', 'names_under', 'from_authors_state',
            'to_authors_state', 'FoldedProjector']
 
-# %% ../nbs/05_projector.ipynb #a7d33f3a
+# %% ../nbs/05_projector.ipynb #913f6e6d
 import copy
 import math
 import os
+from collections.abc import Sequence
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .config import ProjectorConfig, check_tokens
 from .delta import DeltaProjection
-from .grid import VisionFeatures, interpolate, positions, side, to_windows
+from .grid import VisionFeatures, batches, interpolate, positions, side, to_windows
 from .mixing import NTB
 
 # %% ../nbs/05_projector.ipynb #95adec45
@@ -107,7 +108,7 @@ def _mix(
     if block is None: return x
     return block(rearrange(x, "b (row col) c -> b row col c", row=side(x.shape[1])), reduction).flatten(1, 2)
 
-# %% ../nbs/05_projector.ipynb #5d6df84f
+# %% ../nbs/05_projector.ipynb #826d05d7
 class DeltaProjector(nn.Module):
     "The Delta-LLaVA projector: patch tokens of several levels to a budget of visual tokens (§4)."
     def __init__(self,
@@ -145,13 +146,17 @@ class DeltaProjector(nn.Module):
 
     @torch.no_grad()
     def measure(self,
-        levels:Float[Tensor, "b n {self.config.d_levels}"],  # Features of a sample of the training set
+        features:Tensor|Sequence,  # Patch tokens `[b, n, l·C]` of training pictures, or a data set of `[n, l·C]`
+        batch_size:int=64,  # Pictures in memory at a time
     ):
         "Take the statistics that `standardize` uses: mean and deviation of each channel."
         if not self.config.standardize: raise ValueError("this projector has standardize=False; make it with replace(config, standardize=True).")
-        flat = levels.flatten(0, 1).double()
-        self.feature_mean.copy_(flat.mean(0))
-        self.feature_std.copy_(flat.std(0).clamp_min(1e-6))
+        n = total = squares = 0
+        for x in batches(features, batch_size):
+            x = x.flatten(0, 1).double()
+            n,total,squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+        self.feature_mean.copy_(total/n)
+        self.feature_std.copy_(((squares - total**2/n)/(n - 1)).clamp_min(1e-12).sqrt())
 
     def refine(self,
         x:Float[Tensor, "b v {self.config.d_vision}"],  # Query level, shrunk to one token for each query

@@ -6,7 +6,7 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #4d2b82ff
+# %% ../nbs/31_train.ipynb #c2ada94a
 import json
 import platform
 import subprocess
@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from .data import Collator
 from .delta import DeltaProjection
+from .grid import batches
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
 # %% ../nbs/31_train.ipynb #0139438e
@@ -56,11 +57,11 @@ class _Regression:
         damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance
 
-# %% ../nbs/31_train.ipynb #0d6e3035
+# %% ../nbs/31_train.ipynb #340e4471
 def _regress(
     projector:nn.Module,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
-    features:Tensor,  # Patch tokens of each picture
+    features:Tensor|Sequence,  # Patch tokens of each picture
     targets:Tensor,  # One for each picture, mean 0
     budgets:Sequence[int|None],  # One run for each
     batch_size:int,  # Pictures in one run
@@ -70,8 +71,8 @@ def _regress(
     def listen(regression): return lambda module, args: args[0].ndim == 3 and regression.add(args[0], now) or None
     hooks = [m.register_forward_pre_hook(listen(r)) for m,r in zip(layers, found)]
     try:
-        for rows,now in zip(features.split(batch_size), targets.split(batch_size)):
-            for t in budgets: projector(rows, tokens=t)
+        for rows,now in zip(batches(features, batch_size), targets.split(batch_size)):
+            for t in budgets: projector(rows.to(targets), tokens=t)
     finally:
         for hook in hooks: hook.remove()
     return found
@@ -106,11 +107,11 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #f72340d6
+# %% ../nbs/31_train.ipynb #ec5d83e4
 @torch.no_grad()
 def calibrate(
     projector:nn.Module,  # Any compressor whose output is written by a linear layer
-    features:Float[Tensor, "b n c"],  # Patch tokens of training pictures
+    features:Tensor|Sequence,  # Patch tokens `[b, n, c]` of training pictures, or a data set of `[n, c]`: the more, the better
     embeddings:Float[Tensor, "pictures d"],  # Where each picture's visual tokens should lie: `answer_embeddings`
     *,
     tokens:Sequence[int]=(),  # Budgets to calibrate for; empty takes the projector's own
@@ -120,8 +121,8 @@ def calibrate(
     "Start the projector near the words of the training answers, in closed form; layers between both ends stay as they are."
     if len(features) != len(embeddings): raise ValueError(f"{len(features)} features for {len(embeddings)} embeddings; each picture needs one of both.")
     if not (embeddings - embeddings[:1]).any(): raise ValueError(f"all {len(embeddings)} embeddings are the same, so there is nothing to predict; take pictures with different answers.")
-    writer,readers,mode = _writer(projector),_readers(projector, features.shape[-1]),projector.training
-    away = (embeddings - embeddings.mean(0)).to(features)
+    writer,readers,mode = _writer(projector),_readers(projector, features[0].shape[-1]),projector.training
+    away = (embeddings - embeddings.mean(0)).to(writer.weight)
     projector.eval()
     for layer,found in zip(readers, _regress(projector, readers, features, away, [None], batch_size)):
         if not found.n: continue  # as wide, but reads something else

@@ -1,16 +1,12 @@
-"""The authors' code, number by number: every case of the fixtures in `--parity-dir` (see data/parity/README.md).
-
-A fixture is NAME.json (constructor arguments, cases) with NAME.safetensors (states, inputs, outputs, gradients). Cases are discovered from
-the JSON; which tensors a case compares (outputs, intermediates, gradients) is discovered from the tensors."""
-import json
+"""The authors' code, number by number: every case of the fixtures in `--parity-dir` (see data/parity/README.md). Which tensors a case compares
+(outputs, intermediates, gradients) is discovered from the tensors."""
 from functools import cache
-from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
 from hashfill import fill
+from parity import cases, close, info, tensors, under
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from delta_llava.config import ProjectorConfig
@@ -20,33 +16,15 @@ from delta_llava.mixing import EMHSA, MHCA, NTB, round_channels
 from delta_llava.projector import AUTHORS_NAMES, DeltaProjector, from_authors_state, names_under, to_authors_state
 
 PROJECTORS = ("delta_llava", "delta_llava_hd16")  # fixtures of the whole projector
-close = lambda ours, theirs, what: assert_close(ours, theirs, rtol=0, atol=1e-5, msg=lambda m: f"{what}: {m}")
-
-
-@cache
-def info(folder: Path, name: str) -> dict:
-    path = folder/f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {"cases": []}
-
-
-@cache
-def tensors(folder: Path, name: str) -> dict:
-    return load_file(folder/f"{name}.safetensors")
-
-
-def under(folder: Path, name: str, prefix: str) -> dict:
-    "Tensors of one fixture below `prefix`, which is cut off."
-    return {k.removeprefix(prefix): v for k, v in tensors(folder, name).items() if k.startswith(prefix)}
 
 
 def pytest_generate_tests(metafunc):
-    folder = metafunc.config.getoption("--parity-dir")
-    of = lambda *names: [pytest.param((folder, n, c), id=f"{n}-{c['name']}") for n in names for c in info(folder, n)["cases"]]
-    wanted = {"projector": lambda: of(*PROJECTORS), "gradient": lambda: [p for p in of(*PROJECTORS) if p.values[0][2].get("grads")],
-              "intermediate": lambda: [p for p in of(*PROJECTORS) if p.values[0][2].get("mid")], "block": lambda: of("delta_blocks"), "geometry": lambda: of("delta_posembed_windows"),
-              "real": lambda: [p for p in of("real_shapes") if p.id.startswith("real_shapes-delta")], "selection": lambda: of("clip_feature_select")}
-    for kind, cases in wanted.items():
-        if f"{kind}_case" in metafunc.fixturenames: metafunc.parametrize(f"{kind}_case", cases())
+    of = lambda *names, where=lambda name, case: True: cases(metafunc, *names, where=where)
+    wanted = {"projector": lambda: of(*PROJECTORS), "gradient": lambda: of(*PROJECTORS, where=lambda n, c: c.get("grads")),
+              "intermediate": lambda: of(*PROJECTORS, where=lambda n, c: c.get("mid")), "block": lambda: of("delta_blocks"), "geometry": lambda: of("delta_posembed_windows"),
+              "real": lambda: of("real_shapes", where=lambda n, c: c["name"].startswith("delta")), "selection": lambda: of("clip_feature_select")}
+    for kind, found in wanted.items():
+        if f"{kind}_case" in metafunc.fixturenames: metafunc.parametrize(f"{kind}_case", found())
 
 
 # ---- the whole projector

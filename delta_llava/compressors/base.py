@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import CompressorConfig
 from ..projector import Compressor
 
-# %% ../../nbs/10_compressor.ipynb #b3ba2d81
+# %% ../../nbs/10_compressor.ipynb #0128ac34
 COMPRESSORS = {
     "delta": "delta_llava.projector:DeltaProjector",
     "mlp": "delta_llava.compressors.mlp:MLP",
@@ -54,9 +54,8 @@ def compressor_config(
     **options,  # Fields of the compressor's own config
 )->CompressorConfig:  # Of the compressor's own class
     "The config of one compressor with the sizes of another's."
-    shared = {f.name: getattr(like, f.name) for f in fields(CompressorConfig)}
-    options = VARIANTS.get(name, (name, {}))[1] | options
-    Config = compressor_class(name).Config
+    Config,options = compressor_class(name).Config,VARIANTS.get(name, (name, {}))[1] | options
+    shared = {f.name: getattr(like, f.name) for f in fields(Config if isinstance(like, Config) else CompressorConfig)}
     if unknown := sorted(set(options) - {f.name for f in fields(Config)}):
         raise ValueError(f"{unknown} are no settings of {name!r}; its own are {sorted({f.name for f in fields(Config)} - set(shared))}.")
     return Config(**shared | options)

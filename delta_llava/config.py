@@ -22,7 +22,7 @@ def check_tokens(
         raise ValueError(f"tokens={tokens!r} must be the square of an int in 1..{grid}, one of {ok}; {even} cut the {grid}×{grid} grid evenly.")
     return math.isqrt(tokens)
 
-# %% ../nbs/01_config.ipynb #22d0003e
+# %% ../nbs/01_config.ipynb #b475641c
 @dataclass(frozen=True, kw_only=True)
 class CompressorConfig:
     "Sizes that tower and LLM dictate to any compressor; the default is CLIP ViT-L/14 at 336 px and a 7B LLM."
@@ -59,6 +59,12 @@ class CompressorConfig:
         if isinstance(tokens, bool) or tokens not in ok:
             listed = f"{ok[0]}..{ok[-1]}" if len(ok) > 2 and ok == list(range(ok[0], ok[-1]+1)) else str(ok)
             raise ValueError(f"tokens={tokens!r} is not possible for {type(self).__name__} on a {grid}×{grid} grid; use one of {listed}.")
+        return tokens
+
+    def placeholders(self,
+        tokens:int,  # Budget $V$
+    )->int:
+        "Visual tokens that enter the LLM: the budget, unless the LLM itself drops some later."
         return tokens
 
     @property

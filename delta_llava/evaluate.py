@@ -21,17 +21,19 @@ from .grid import batches
 from .processor import DeltaLlavaProcessor
 from .vlm import DeltaLlavaForConditionalGeneration, visual_tokens
 
-# %% ../nbs/43_evaluate.ipynb #79f6815d
+# %% ../nbs/43_evaluate.ipynb #17734021
 @torch.no_grad()
 def see(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
     features:torch.utils.data.Dataset|Sequence|Tensor,  # Patch tokens of each picture: `cache_features` gives them
     tokens:int|None=None,  # Budget $V$; `None` takes the model's
     batch_size:int=32,  # Pictures in one pass
+    question:dict|None=None,  # What `encode_questions` gave for the one question, for projectors that read it
 )->Float[Tensor, "b v d"]:  # Visual tokens of each picture
     "What the LLM gets to see of many pictures."
     if model.training: raise ValueError("the model is in training mode, where DropPath makes every pass another one; call model.eval() first.")
-    return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens) for x in batches(features, batch_size)])
+    asked = lambda n: {k: v.to(model.device).expand(n, -1) for k,v in (question or {}).items()}
+    return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens, **asked(len(x))) for x in batches(features, batch_size)])
 
 def _images(visual:Tensor)->dict:
     "Visual tokens in the form in which the model takes ready ones."

@@ -328,7 +328,7 @@ class AnswerCams:
         if phrase.casefold() not in said: raise ValueError(f"{phrase!r} has no map; there are {said}. Ask for others with phrases=[…].")
         return self.cams[len(said) - 1 - said[::-1].index(phrase.casefold())]
 
-# %% ../nbs/40_gradcam.ipynb #48f0e9a5
+# %% ../nbs/40_gradcam.ipynb #4e16f13f
 def word_cams(
     model:nn.Module,  # A `DeltaLlavaForConditionalGeneration`
     processor,  # Its `DeltaLlavaProcessor`
@@ -343,7 +343,8 @@ def word_cams(
 )->AnswerCams:
     "Ask, answer, and map the words of the answer over the visual tokens (Fig. 1)."
     turns = [dict(role="user", content=f"<image>\n{question}")]
-    inputs = processor(picture, processor.apply_chat_template(turns, add_generation_prompt=True), tokens=tokens).to(model.device)
+    asked = dict(questions=[question]) if processor.questions else {}
+    inputs = processor(picture, processor.apply_chat_template(turns, add_generation_prompt=True), tokens=tokens, **asked).to(model.device)
     if answer is None:
         with undisturbed(model): ids = model.generate(**inputs, tokens=tokens, max_new_tokens=max_new_tokens, do_sample=False)
         start = inputs["input_ids"].shape[1]
@@ -357,6 +358,6 @@ def word_cams(
     if phrases is not None: words = [find_phrase(words, p) for p in phrases]
     marks = torch.zeros(len(words), *ids.shape, dtype=torch.bool, device=ids.device)
     for mark,w in zip(marks, words): mark[0, start+w.start:start+w.stop] = True
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"], tokens=tokens)
+    inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tokens": tokens}
     cams = answer_cam(model, inputs, marks, log_prob=log_prob)[:, 0]
     return AnswerCams(answer, tuple(words), cams, seen_picture(inputs["pixel_values"][0], processor.image_processor))

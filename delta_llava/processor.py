@@ -77,7 +77,7 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #6f4529bb
+# %% ../nbs/23_processor.ipynb #3fe9daca
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads off the code on reload
@@ -86,10 +86,12 @@ class DeltaLlavaProcessor(LlavaProcessor):
         tokenizer=None,  # The LLM's, which knows `<image>`
         tokens:int=144,  # Default budget $V$
         chat_template:str|None=None,  # Jinja text; named here, or it would be lost on reload
+        questions:bool=False,  # Also encode each question alone, for projectors that read it
+        placeholders:int|None=None,  # Image tokens in the prompt where that is not the budget: the LLM drops some later
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.tokens = tokens
+        self.tokens,self.questions,self.placeholders = tokens,questions,placeholders
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
 
@@ -98,6 +100,7 @@ class DeltaLlavaProcessor(LlavaProcessor):
         text:str|list[str]|None=None,  # Prompts with one `<image>` for each image
         tokens:int|None=None,  # Budget $V$ of this call; `None` takes the processor's
         max_length:int|None=None,  # Most tokens of a row, visual tokens included
+        questions:list[str]|None=None,  # The question of each text alone, if the processor was made with `questions=True`
         return_tensors:str|None="pt",
         add_special_tokens:bool=True,  # BOS, if the tokenizer adds one
         videos=None, audio=None, **kwargs,  # Not understood; named by transformers' `apply_chat_template`
@@ -110,11 +113,26 @@ class DeltaLlavaProcessor(LlavaProcessor):
         images = [] if images is None else make_flat_list_of_images(images)
         if (named := sum(t.count(self.image_token) for t in text)) != len(images):
             raise ValueError(f"the texts name {named} image(s) with {self.image_token!r}, but {len(images)} were given; write it once for each image.")
-        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.tokens if tokens is None else tokens, max_length)
-                for t in text]
+        if images and self.questions and len(questions or []) != len(text):
+            raise ValueError(f"questions={questions!r}: this projector reads the question, so give the question of each of the {len(text)} texts.")
+        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.reserved(tokens), max_length) for t in text]
         out = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=return_tensors)
         pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
-        return BatchFeature({**out, **pixels})
+        return BatchFeature({**out, **pixels, **(self.encode_questions(questions) if images and self.questions else {})})
+
+    def reserved(self,
+        tokens:int|None=None,  # Budget $V$; `None` takes the processor's
+    )->int:  # Image tokens in the prompt
+        "Places that one image takes in the prompt."
+        return self.placeholders or (self.tokens if tokens is None else tokens)
+
+    def encode_questions(self,
+        questions:list[str],  # Without `<image>`; an empty one becomes "image", as in QueCC
+    )->dict:  # `question_ids` and `question_mask`, padded on the left
+        "Token ids of each question alone."
+        ids = [self.tokenizer(q.replace(self.image_token, "").strip() or "image", add_special_tokens=False).input_ids for q in questions]
+        out = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+        return dict(question_ids=out["input_ids"], question_mask=out["attention_mask"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -127,9 +145,9 @@ class DeltaLlavaProcessor(LlavaProcessor):
 
     def _get_num_multimodal_tokens(self, image_sizes=None, tokens=None, **kwargs):
         n = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[tokens or self.tokens]*n, num_image_patches=[1]*n)
+        return MultiModalData(num_image_tokens=[self.reserved(tokens)]*n, num_image_patches=[1]*n)
 
-# %% ../nbs/23_processor.ipynb #f227f897
+# %% ../nbs/23_processor.ipynb #fbaf0224
 AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor, exist_ok=True)
 
 def build_processor(
@@ -137,6 +155,8 @@ def build_processor(
     tokenizer:PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
     tokens:int=144,  # Default budget $V$
     template:str="chat",  # `"plain"`, `"v1"`, `"chatml"`, or `"chat"`: the tokenizer's own
+    questions:bool=False,  # Also encode each question alone, for projectors that read it
+    placeholders:int|None=None,  # Image tokens in the prompt where that is not the budget
 )->DeltaLlavaProcessor:
     "A processor for a tower and an LLM."
     if template not in (names := [*TEMPLATES, "chat"]): raise ValueError(f"template={template!r}; use one of {names}.")
@@ -145,7 +165,7 @@ def build_processor(
     if template == "chatml" and tokenizer.eos_token != "<|im_end|>":
         raise ValueError(f"template='chatml' ends each answer in '<|im_end|>', but this tokenizer stops at {tokenizer.eos_token!r}; use 'v1', or 'chat' if it has a template.")
     add_image_token(tokenizer)
-    return DeltaLlavaProcessor(image_processor, tokenizer, tokens=tokens, chat_template=JOIN_PARTS + text)
+    return DeltaLlavaProcessor(image_processor, tokenizer, tokens=tokens, chat_template=JOIN_PARTS + text, questions=questions, placeholders=placeholders)
 
 # %% ../nbs/23_processor.ipynb #e426c5d4
 def as_messages(
@@ -164,7 +184,7 @@ def as_messages(
     if [m["role"] for m in messages if m["role"] != "system"][:1] != ["user"]: raise ValueError("a conversation must begin with a question of the user.")
     return messages
 
-# %% ../nbs/23_processor.ipynb #670cdc6b
+# %% ../nbs/23_processor.ipynb #9393b3e0
 def supervised_ids(
     processor:DeltaLlavaProcessor,  # With tokenizer and chat template
     conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
@@ -184,7 +204,7 @@ def supervised_ids(
         start,end = (len(commonprefix([encode(text), ids])) for text in (before, after))
         if tokenizer.eos_token_id in ids[start:end]: end -= ids[start:end][::-1].index(tokenizer.eos_token_id)  # generation stops here
         labels[start:end] = ids[start:end]
-    image,v = processor.image_token_id, processor.tokens if tokens is None else tokens
+    image,v = processor.image_token_id, processor.reserved(tokens)
     out = expand_images(ids, image, v, max_length)
     labels = [l for j,l in zip(ids, labels) for l in ([-100]*v if j == image else [l])][:len(out)]
     if all(l == -100 for l in labels): raise ValueError(f"nothing is supervised: no answer lies within max_length={max_length}; raise it, or drop the row.")

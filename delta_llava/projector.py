@@ -21,7 +21,7 @@ from .delta import DeltaProjection
 from .grid import VisionFeatures, batches, interpolate, positions, side, to_windows
 from .mixing import NTB
 
-# %% ../nbs/05_projector.ipynb #f1451057
+# %% ../nbs/05_projector.ipynb #be6cb5fd
 class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: what Delta-LLaVA's projector and its alternatives have in common."
     Config = CompressorConfig  # Class of its config
@@ -36,6 +36,10 @@ class Compressor(nn.Module):
         if config.standardize:
             self.register_buffer("feature_mean", torch.zeros(config.d_levels))
             self.register_buffer("feature_std", torch.ones(config.d_levels))
+
+    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+        "Layers that read the patch tokens, and the one that writes the visual tokens: what a calibrated start sets."
+        raise NotImplementedError(f"{type(self).__name__} does not name its ends.")
 
     def forget(self):
         "Statistics of the features back to 0 and 1."
@@ -149,7 +153,7 @@ def _mix(
     if block is None: return x
     return block(rearrange(x, "b (row col) c -> b row col c", row=side(x.shape[1])), reduction).flatten(1, 2)
 
-# %% ../nbs/05_projector.ipynb #fa9fbdcc
+# %% ../nbs/05_projector.ipynb #0eee41f2
 class DeltaProjector(Compressor):
     "The Delta-LLaVA projector: patch tokens of several levels to a budget of visual tokens (§4)."
     Config = ProjectorConfig
@@ -179,6 +183,11 @@ class DeltaProjector(Compressor):
                 nn.init.trunc_normal_(layer.weight, std=.02)
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+        "Keys and values read the patches; the last layer of the MLP writes."
+        first = lambda p: p[0] if isinstance(p, nn.Sequential) else p
+        return [first(self.k), first(self.v)], (self.mlp.mlp if self.config.residual_mlp else self.mlp)[-1]
 
     def refine(self,
         x:Float[Tensor, "b v {self.config.d_vision}"],  # Query level, shrunk to one token for each query

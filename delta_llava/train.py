@@ -6,7 +6,7 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #c2ada94a
+# %% ../nbs/31_train.ipynb #5542395d
 import json
 import platform
 import subprocess
@@ -25,7 +25,8 @@ from transformers import Trainer, TrainingArguments
 
 from .data import Collator
 from .delta import DeltaProjection
-from .grid import batches
+from .grid import batches, side
+from .projector import Compressor
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
 # %% ../nbs/31_train.ipynb #0139438e
@@ -57,45 +58,26 @@ class _Regression:
         damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance
 
-# %% ../nbs/31_train.ipynb #340e4471
+# %% ../nbs/31_train.ipynb #d6ffea80
 def _regress(
-    projector:nn.Module,  # Runs on the features
+    projector:Compressor,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
     features:Tensor|Sequence,  # Patch tokens of each picture
     targets:Tensor,  # One for each picture, mean 0
     budgets:Sequence[int|None],  # One run for each
+    text:Tensor|None,  # The question, where it is read
     batch_size:int,  # Pictures in one run
-)->list[_Regression]:  # One for each layer; without a count where a layer does not read a sequence of tokens
+)->list[_Regression]:  # One for each layer
     "Run the projector, and regress from what each layer reads."
     found,now = [_Regression() for _ in layers],None
-    def listen(regression): return lambda module, args: args[0].ndim == 3 and regression.add(args[0], now) or None
+    def listen(regression): return lambda module, args: regression.add(args[0], now)
     hooks = [m.register_forward_pre_hook(listen(r)) for m,r in zip(layers, found)]
     try:
         for rows,now in zip(batches(features, batch_size), targets.split(batch_size)):
-            for t in budgets: projector(rows.to(targets), tokens=t)
+            for t in budgets: projector(rows.to(targets), tokens=t, text=None if text is None else text.expand(len(rows), -1, -1))
     finally:
         for hook in hooks: hook.remove()
     return found
-
-# %% ../nbs/31_train.ipynb #4b176404
-def _readers(
-    projector:nn.Module,  # Any compressor
-    channels:int,  # Of the patch tokens
-)->list[nn.Module]:
-    "Layers wide enough to read the patch tokens: in Delta those of k and v, in an MLP the first one."
-    deltas = [m for m in projector.modules() if isinstance(m, DeltaProjection) and m.d_in == channels]
-    inner = {id(m) for delta in deltas for m in delta.modules()}
-    return deltas + [m for m in projector.modules() if isinstance(m, nn.Linear) and m.in_features == channels and id(m) not in inner]
-
-def _rows(layer:nn.Module)->int: return layer.d_out if isinstance(layer, DeltaProjection) else layer.out_features
-
-def _writer(
-    projector:nn.Module,  # Any compressor
-)->nn.Linear:
-    "The last linear layer: it writes the visual tokens."
-    layers = [m for m in projector.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-    if not layers: raise ValueError(f"{type(projector).__name__} has no linear layer with a bias, so there is nothing to calibrate.")
-    return layers[-1]
 
 # %% ../nbs/31_train.ipynb #e2fac83a
 def _point(
@@ -107,50 +89,54 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #ec5d83e4
+# %% ../nbs/31_train.ipynb #7335e52e
 @torch.no_grad()
 def calibrate(
-    projector:nn.Module,  # Any compressor whose output is written by a linear layer
+    projector:Compressor,  # Changed in place
     features:Tensor|Sequence,  # Patch tokens `[b, n, c]` of training pictures, or a data set of `[n, c]`: the more, the better
     embeddings:Float[Tensor, "pictures d"],  # Where each picture's visual tokens should lie: `answer_embeddings`
     *,
     tokens:Sequence[int]=(),  # Budgets to calibrate for; empty takes the projector's own
+    text:Float[Tensor, "1 1 d"]|None=None,  # The question asked about every picture, for a projector that reads it
     ridge:float=.01,  # $\lambda$ of @eq-calibrate, in units of the mean square of what is read
     batch_size:int=64,  # Pictures in one pass
 ):
     "Start the projector near the words of the training answers, in closed form; layers between both ends stay as they are."
     if len(features) != len(embeddings): raise ValueError(f"{len(features)} features for {len(embeddings)} embeddings; each picture needs one of both.")
     if not (embeddings - embeddings[:1]).any(): raise ValueError(f"all {len(embeddings)} embeddings are the same, so there is nothing to predict; take pictures with different answers.")
-    writer,readers,mode = _writer(projector),_readers(projector, features[0].shape[-1]),projector.training
+    for t in tokens: projector.config.check(t, side(len(features[0])))
+    (readers,writer),mode = projector.ends(),projector.training
     away = (embeddings - embeddings.mean(0)).to(writer.weight)
     projector.eval()
-    for layer,found in zip(readers, _regress(projector, readers, features, away, [None], batch_size)):
-        if not found.n: continue  # as wide, but reads something else
+    for layer,found in zip(readers, _regress(projector, readers, features, away, [None], text, batch_size)):
         weight,_,covariance = found.solve(ridge)
-        lead = torch.linalg.svd(weight, full_matrices=False).Vh[:_rows(layer)//2]
+        rows = layer.d_out if isinstance(layer, DeltaProjection) else layer.out_features
+        lead = torch.linalg.svd(weight, full_matrices=False).Vh[:rows//2]
         lead /= torch.einsum("ri,ij,rj->r", lead, covariance, lead).clamp_min(1e-9).sqrt()[:, None]  # deviation 1 in each direction
         _point(layer, torch.cat([lead, -lead]))
-    found, = _regress(projector, [writer], features, away, list(tokens) or [None], batch_size)
+    found, = _regress(projector, [writer], features, away, list(tokens) or [None], text, batch_size)
     weight,mean,covariance = found.solve(ridge)
     weight *= away.std() / torch.einsum("di,ij,dj->d", weight, covariance, weight).mean().sqrt()
     writer.weight.copy_(weight)
-    writer.bias.copy_(embeddings.mean(0) - weight @ mean)
+    if writer.bias is not None: writer.bias.copy_(embeddings.mean(0) - weight @ mean)
     projector.train(mode)
 
-# %% ../nbs/31_train.ipynb #f1961af3
+# %% ../nbs/31_train.ipynb #d209ad24
 class ElasticCollator:
-    "A collator that gives each batch one of several budgets."
+    "A collator that gives each batch one of several budgets, or all of them."
     def __init__(self,
         collator:Collator,  # Makes the batches
         budgets:Sequence[int],  # Budgets $V$ to draw from; one alone is always taken
         seed:int=0,  # Another seed, other draws
+        nested:bool=False,  # Every batch once for each budget: `ProjectorTrainer` averages their losses
     ):
         if not budgets: raise ValueError("budgets is empty; give at least one, such as (16,).")
-        self.collators,self.seed = [replace(collator, tokens=t) for t in budgets],seed
+        self.collators,self.seed,self.nested = [replace(collator, tokens=t) for t in budgets],seed,nested
 
     def __call__(self,
         rows:Sequence[dict],  # As `Collator` takes them
-    )->dict:  # The batch, with its budget as `tokens`
+    )->dict:  # The batch, with its budget as `tokens`; nested, a list of them as `batches`
+        if self.nested: return dict(batches=[collate(rows) for collate in self.collators])
         drawn = zlib.crc32(" ".join([str(self.seed), *(row["id"] for row in rows)]).encode())
         return self.collators[drawn % len(self.collators)](rows)
 
@@ -165,7 +151,7 @@ def freeze(
     count = lambda ps: sum(p.numel() for p in ps)
     return {k: (count(p for p in m.parameters() if p.requires_grad), count(m.parameters())) for k,m in parts.items()}
 
-# %% ../nbs/31_train.ipynb #af43a157
+# %% ../nbs/31_train.ipynb #4de30e10
 def last_checkpoint(
     folder:str|Path,  # Output folder of a run
 )->Path|None:  # Its newest complete checkpoint; `None` if there is none
@@ -175,6 +161,10 @@ def last_checkpoint(
 
 class ProjectorTrainer(Trainer):
     "transformers' `Trainer` for stage 1: checkpoints hold the projector, its optimizer and the random state."
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "batches" not in inputs: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return sum(super(ProjectorTrainer, self).compute_loss(model, batch) for batch in inputs["batches"]) / len(inputs["batches"])
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save: save_projector(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 

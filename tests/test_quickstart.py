@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from delta_llava import quickstart
-from delta_llava.quickstart import SETS, Recipe, answer, load_trained, make_pictures, run
+from delta_llava.quickstart import SETS, Recipe, answer, held_out_pictures, load_trained, run, training_pictures
 from delta_llava.tower import open_image
 
 TINY = Recipe(steps=2, batch_size=2, train_pictures=8, test_pictures=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
@@ -75,15 +75,15 @@ def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
 # ---------------------------------------------------------------- its parts
 
 def test_pictures_of_the_sets_are_apart(tmp_path):
-    rows,held = make_pictures(TINY, tmp_path)
+    rows,held = training_pictures(TINY, tmp_path), held_out_pictures(TINY, tmp_path)
     assert len(rows) == 8 and held.keys() == SETS.keys() and all(len(h) == 2 for h in held.values())
     for name,part in held.items():
         counts = {len(row["objects"]) for row in part}
         assert counts == {1} if "one thing" in name else counts <= {2, 3}
     captions = [row["conversations"][1]["value"] for row in rows]
-    again,_ = make_pictures(TINY, tmp_path/"again")
+    again = training_pictures(TINY, tmp_path/"again")
     assert [row["conversations"][1]["value"] for row in again] == captions
-    other,_ = make_pictures(replace(TINY, seed=1), tmp_path/"other")
+    other = training_pictures(replace(TINY, seed=1), tmp_path/"other")
     assert not {tuple(map(str, row["objects"])) for row in other} & {tuple(map(str, row["objects"])) for row in rows}  # seeds share no scene
 
 @pytest.mark.parametrize("name,p,naming,expected", [("heldout_scenes, one thing", .001, .32, True), ("heldout_scenes, one thing", .001, .30, False),
@@ -94,7 +94,7 @@ def test_goal(name, p, naming, expected):
 @pytest.mark.parametrize("fields,error", [
     (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_pictures=0), "train_pictures=0"),
     (dict(test_pictures=1), "test_pictures=1 must be at least 2"), (dict(tokens=9), "tokens=9 must be one of test_budgets"),
-    (dict(tokens=1, test_budgets=(1,)), "test_budgets"), (dict(train_budgets=()), "train_budgets")])
+    (dict(tokens=25, train_budgets=()), "tokens=25 must be one of test_budgets")])
 def test_recipes_that_cannot_be(fields, error):
     with pytest.raises(ValueError, match=re.escape(error)): Recipe(**fields)
 
@@ -104,6 +104,14 @@ def test_recipes_that_cannot_be(fields, error):
 def test_recipes_that_do_not_fit_the_tower(fields, error, tmp_path):
     with pytest.raises(ValueError, match=re.escape(error)): run(replace(TINY, **fields), tmp_path)
     assert not (tmp_path/"scenes").exists()
+
+def test_empty_budgets_are_the_main_one():
+    recipe = Recipe(tokens=1, train_budgets=(), test_budgets=())
+    assert recipe.train_budgets == recipe.test_budgets == (1,)
+
+def test_report_needs_a_map(tmp_path):
+    with pytest.raises(ValueError, match="a map over a single token"): run(Recipe(tokens=1, test_budgets=()), tmp_path/"q")
+    assert not (tmp_path/"q").exists()
 
 def test_folder_without_a_trained_projector(tmp_path):
     with pytest.raises(ValueError, match="holds no trained projector"): load_trained(tmp_path)

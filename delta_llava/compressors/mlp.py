@@ -16,7 +16,7 @@ from ..config import CompressorConfig
 from ..grid import VisionFeatures
 from ..projector import Compressor
 
-# %% ../../nbs/11_mlp.ipynb #57a4091d
+# %% ../../nbs/11_mlp.ipynb #bb8f6dd4
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(CompressorConfig):
     "Sizes of LLaVA's projector."
@@ -56,6 +56,10 @@ class MLP(Compressor):
         "LLaVA's start, everywhere."
         for layer in self.mlp[::2]: layer.reset_parameters()
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+        "The first layer reads, the last one writes."
+        return [self.mlp[0]][:len(self.mlp)//2], self.mlp[-1]
 
     def forward(self,
         features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last

@@ -6,7 +6,7 @@
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'load_tower', 'vision_features', 'locate', 'open_image', 'check_image',
            'image_processor_for', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features']
 
-# %% ../nbs/21_tower.ipynb #ee09226f
+# %% ../nbs/21_tower.ipynb #baeda91e
 import hashlib, json, logging, os, struct, tempfile, zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,15 +18,16 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from .assets import Asset, cache_dir, default_tower, load_tower_model, resolve
-from .grid import VisionFeatures
+from .grid import VisionFeatures, side
 
-# %% ../nbs/21_tower.ipynb #e74218be
+# %% ../nbs/21_tower.ipynb #54fe11ab
 def _check_levels(
     levels:Sequence[int],  # Indices of hidden states
     depth:int|None=None,  # Blocks at hand
@@ -40,16 +41,63 @@ def _check_levels(
 def load_tower(
     name:str|Path|Asset|None,  # `pypi:…`, `hub:…` or a folder; `None` is the tower that needs no hub
     levels:Sequence[int],  # Hidden states that will be read; `relative_levels(depth)` gives the authors' choice
-)->PreTrainedModel:  # Frozen, in `eval` mode, without the blocks after the deepest level
+    attention:bool=False,  # Keep the block that reads the query level too: `vision_features(..., attention=True)` needs it
+)->PreTrainedModel:  # Frozen, in `eval` mode, without the blocks that nobody reads
     "The frozen vision tower (§3.1), cut after the deepest level that is read."
     _check_levels(levels)
-    return load_tower_model(name, depth=max(*levels, 1)).requires_grad_(False)
+    tower = load_tower_model(name, depth=max(*levels, levels[-1] + 1 if attention else 1)).requires_grad_(False)
+    if attention: _check_attention(tower.config, levels[-1])
+    return tower
 
-# %% ../nbs/21_tower.ipynb #c2f3d752
+# %% ../nbs/21_tower.ipynb #3188063f
+def _blocks(
+    model:PreTrainedModel,  # Vision tower
+)->torch.nn.ModuleList:
+    "Its transformer blocks, from first to last."
+    return model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
+
+def _states(
+    model:PreTrainedModel,  # Vision tower
+    pixel_values:Float[Tensor, "b 3 h w"],  # Pictures
+    depth:int,  # Blocks to compute
+    **resize,  # For the position embeddings
+)->list[Float[Tensor, "b t c"]]:  # $h_0$ to $h_{depth}$, CLS first
+    "Hidden states block by block: those of `output_hidden_states`, without computing the blocks behind."
+    x = model.embeddings(pixel_values, **resize)
+    states = [model.pre_layrnorm(x) if hasattr(model, "pre_layrnorm") else x]  # CLIP normalises once more
+    for block in _blocks(model)[:depth]: states.append(block(states[-1], None))
+    return states
+
+# %% ../nbs/21_tower.ipynb #9e4d2618
+def _check_attention(
+    config:PreTrainedConfig,  # Of the tower
+    level:int,  # Query level
+)->None:
+    "An error if the tower has no CLS token, or no block that reads the query level."
+    if config.model_type.startswith("siglip"):
+        raise ValueError(f"attention=True reads the CLS token, and a {config.model_type} has none; use a CLIP or DINOv2 tower.")
+    if level >= config.num_hidden_layers:
+        raise ValueError(f"attention=True needs the block that reads level {level}, but this tower ends with its {config.num_hidden_layers} blocks; "
+                         "load it with `load_tower(name, levels, attention=True)`, which keeps that block, or take a lower query level.")
+
+def _cls_attention(
+    block:torch.nn.Module,  # The block that reads the query level
+    x:Float[Tensor, "b t c"],  # The query level, CLS first
+    n:int,  # Patches, which stand last
+)->tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention of CLS to each patch, and the patches' keys
+    "What CLS looks at, all heads taken as one (@eq-cls); norm, queries and keys of the block and nothing more."
+    norm,attend = (block.layer_norm1, block.self_attn) if hasattr(block, "self_attn") else (block.norm1, block.attention)
+    x = norm(x)
+    q,k = attend.q_proj(x[:, 0]),attend.k_proj(x)
+    scores = torch.einsum("bc,btc->bt", q.float(), k.float()) * q.shape[-1]**-.5  # float32: half precision would make ties
+    return scores.softmax(dim=-1)[:, -n:], k[:, -n:]
+
+# %% ../nbs/21_tower.ipynb #58cb4ff8
 def vision_features(
     model:PreTrainedModel,  # CLIP, SigLIP or DINOv2 vision model
     pixel_values:Float[Tensor, "b 3 h w"],  # Square, normalised pictures
     levels:Sequence[int],  # Hidden states to read; the last one is the query level
+    attention:bool=False,  # Also the CLS attention and the keys over the query level (@eq-cls), which PruMerge reads
 )->VisionFeatures:  # `levels` of shape `[b, grid², l·c]`
     "Patch tokens of several depths, joined on the channels (§3.1, @eq-levels)."
     config,(height,width) = model.config,pixel_values.shape[-2:]
@@ -59,8 +107,13 @@ def vision_features(
         raise ValueError(f"pixel_values is {height}×{width}; it must be square and at least one patch ({config.patch_size} px) wide. "
                          "image_processor_for makes such pictures.")
     resize = {} if config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": height != config.image_size}
-    states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
-    return VisionFeatures(torch.cat([states[i][:, -grid**2:] for i in levels], dim=-1), grid)
+    looked = {}
+    if attention:
+        _check_attention(config, levels[-1])
+        states = _states(model, pixel_values, max(levels), **resize)
+        looked = dict(zip(("cls_attention", "keys"), _cls_attention(_blocks(model)[levels[-1]], states[levels[-1]], grid**2)))
+    else: states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
+    return VisionFeatures(torch.cat([states[i][:, -grid**2:] for i in levels], dim=-1), grid, **looked)
 
 # %% ../nbs/21_tower.ipynb #e77627cc
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, above which Pillow suspects an attack
@@ -168,25 +221,32 @@ def tower_sha256(
         digest.update(name.encode() + weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/21_tower.ipynb #4dcccbce
+# %% ../nbs/21_tower.ipynb #1274b320
+def _crc32(
+    entry:dict[str, Tensor],  # Tensors of one picture
+)->int:
+    "One checksum over all tensors of an entry, by the order of their names, `levels` first."
+    crc = 0
+    for name in sorted(entry, key=lambda name: (name != "levels", name)): crc = zlib.crc32(entry[name].view(torch.uint8).numpy(), crc)
+    return crc
+
 def _write_entry(
     path:Path,  # Final name
-    x:Tensor,  # Patch tokens of one picture, `[n, l·c]`
+    entry:dict[str, Tensor],  # `levels` of one picture, `[n, l·c]`; `cls_attention` and `keys` if they are kept
 )->None:
     "Write one picture's features under a temporary name, then rename: there is no half a file."
-    crc = zlib.crc32(x.view(torch.uint8).numpy())
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as f: f.write(to_safetensors({"levels": x}, {"crc32": str(crc)}))
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as f: f.write(to_safetensors(entry, {"crc32": str(_crc32(entry))}))
     os.replace(f.name, path)
 
-def _read_entry(
+def _intact(
     path:Path,  # File in the cache
-)->Tensor|None:  # Memory-mapped `[n, l·c]`, or `None` if the file is damaged
-    "One picture's features, if they are what was written."
+)->bool:  # Whether it holds what was written
+    "Compare one picture's features with their checksum."
     try:
-        with safe_open(path, "pt") as f: x,crc = f.get_tensor("levels"),f.metadata()["crc32"]
-    except (SafetensorError, KeyError, TypeError): return None
-    return x if zlib.crc32(x.view(torch.uint8).numpy()) == int(crc) else None
+        with safe_open(path, "pt") as f: return _crc32({name: f.get_tensor(name) for name in f.keys()}) == int(f.metadata()["crc32"])
+    except (SafetensorError, KeyError, TypeError): return False
 
+# %% ../nbs/21_tower.ipynb #5761d749
 class CachedFeatures(torch.utils.data.Dataset):
     "Patch tokens of many pictures, in the order of the pictures, read from disk when asked for."
     def __init__(self,
@@ -198,6 +258,13 @@ class CachedFeatures(torch.utils.data.Dataset):
     )->Float[Tensor, "..."]:  # float32 `[n, l·c]`, or `[b, n, l·c]` for several
         if np.ndim(i): return torch.stack([self[j] for j in i])
         with safe_open(self.files[int(i)], "pt") as f: return f.get_tensor("levels").float()
+    def take(self,
+        places:Sequence[int]|Tensor,  # Indices of several pictures
+    )->VisionFeatures:  # A batch in float32, with `cls_attention` and `keys` if the cache keeps them
+        "Several pictures as the tower handed them on."
+        opened = [load_file(self.files[int(i)]) for i in places]
+        batch = {name: torch.stack([entry[name] for entry in opened]).float() for name in opened[0]}
+        return VisionFeatures(grid=side(batch["levels"].shape[1]), **batch)
 
 # %% ../nbs/21_tower.ipynb #e649928a
 log = logging.getLogger(__name__)
@@ -213,7 +280,31 @@ def _folder_for(
     (folder/"key.json").write_text(text)
     return folder
 
-# %% ../nbs/21_tower.ipynb #35e35b65
+# %% ../nbs/21_tower.ipynb #727ccd54
+def _entries(
+    seen:VisionFeatures,  # A batch from the tower
+    dtype:torch.dtype,  # Precision on disk
+)->list[dict[str, Tensor]]:  # One for each picture
+    "What is written of each picture; the attention stays in float32, since its order is what counts."
+    kept = dict(levels=seen.levels.to(dtype)) | ({} if seen.keys is None else dict(cls_attention=seen.cls_attention.float(), keys=seen.keys.to(dtype)))
+    if not all(x.isfinite().all() for x in kept.values()): raise ValueError(f"some features do not fit into dtype={dtype}; use dtype=torch.float32.")
+    return [{name: x[i].cpu().contiguous() for name,x in kept.items()} for i in range(len(seen.levels))]
+
+def _missing(
+    images:Sequence[str|Path|Image.Image],  # Paths or pictures
+    files:Sequence[Path],  # The entry of each
+    root:str|Path|None,  # Folder that paths must stay in
+)->dict[Path, str|Path|Image.Image]:  # Entry -> picture
+    "The pictures whose entry is not there, or damaged; each once."
+    todo = {}
+    for file,image in zip(files, images):
+        if file in todo or file.exists() and _intact(file): continue
+        if file.exists(): log.warning(f"{file} is damaged and is computed again")
+        check_image(image, root)
+        todo[file] = image
+    return todo
+
+# %% ../nbs/21_tower.ipynb #58c819b5
 def cache_features(
     images:Sequence[str|Path|Image.Image],  # Paths or pictures; the same one may come twice
     tower:PreTrainedModel,  # Frozen vision tower
@@ -224,24 +315,18 @@ def cache_features(
     dtype:torch.dtype=torch.float16,  # Precision on disk
     batch_size:int=16,  # Pictures in one pass of the tower
     progress:bool=True,  # Show a bar
+    attention:bool=False,  # Keep CLS attention and keys too; `take` of the result gives them
 )->CachedFeatures:  # In the order of `images`
     "Pass each picture through the tower once, ever, and keep its patch tokens on disk."
     key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=list(levels), dtype=str(dtype))
-    folder = _folder_for(key, cache)
-    hashes = [image_sha256(image, root) for image in images]
-    files = {h: folder/f"{h}.safetensors" for h in hashes}
-    todo = {}
-    for h,image in zip(hashes, images):
-        if h in todo or files[h].exists() and _read_entry(files[h]) is not None: continue
-        if files[h].exists(): log.warning(f"{files[h]} is damaged and is computed again")
-        check_image(image, root)
-        todo[h] = image
+    folder = _folder_for(key | dict(attention=True) if attention else key, cache)  # without it the key, and so the folder, is as it was before
+    files = [folder/f"{image_sha256(image, root)}.safetensors" for image in images]
+    todo = _missing(images, files, root)
     with tqdm(total=len(todo), desc="vision tower", unit="picture", disable=not progress or not todo) as bar:
         for i in range(0, len(todo), batch_size):
             batch = list(todo)[i:i+batch_size]
-            pixels = processor([open_image(todo[h], root) for h in batch], return_tensors="pt").pixel_values
-            with torch.no_grad(): x = vision_features(tower, pixels.to(tower.device, tower.dtype), levels).levels.to(dtype).cpu()
-            if not x.isfinite().all(): raise ValueError(f"some features do not fit into dtype={dtype}; use dtype=torch.float32.")
-            for h,row in zip(batch, x): _write_entry(files[h], row.contiguous())
+            pixels = processor([open_image(todo[file], root) for file in batch], return_tensors="pt").pixel_values
+            with torch.no_grad(): seen = vision_features(tower, pixels.to(tower.device, tower.dtype), levels, attention)
+            for file,entry in zip(batch, _entries(seen, dtype)): _write_entry(file, entry)
             bar.update(len(batch))
-    return CachedFeatures([files[h] for h in hashes])
+    return CachedFeatures(files)

@@ -1,5 +1,7 @@
 "The tower: same numbers as transformers, no needless block, safe pictures, features that survive a kill."
+import hashlib
 import io
+import json
 import logging
 import os
 import struct
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (AutoModel, BitImageProcessorPil, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel,
                           Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipImageProcessorPil, SiglipVisionConfig,
@@ -116,6 +120,79 @@ def test_impossible_pixels(shape, message, small):
 
 def test_level_beyond_a_cut_tower(small):
     with pytest.raises(ValueError, match="reach beyond the 2 blocks"): vision_features(load_tower(small, (1, 2)), torch.zeros(1, 3, 32, 32), (1, 3))
+
+
+# ---- what the CLS token looks at
+
+LOOKING = {  # depth 4, and how many tokens stand before the patches
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32), 1),
+    "dinov2": (Dinov2Model, Dinov2Config(**TINY, num_hidden_layers=4, patch_size=8, image_size=32, use_mask_token=False), 1),
+    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_hidden_layers=4, patch_size=8, image_size=32, num_register_tokens=4), 5)}
+
+
+def blocks(model): return next(m for name, m in model.named_modules() if name in ("encoder.layers", "encoder.layer"))
+
+
+@pytest.mark.parametrize("levels", [(1, 3), (3, 1), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [32, 48])
+def test_attention_and_keys_are_those_of_the_block(name, levels, implementation, size, tmp_path):
+    cls, config, before = LOOKING[name]
+    whole = saved(cls, config, tmp_path)
+    for p in whole.parameters(): torch.nn.init.normal_(p, std=.3)  # biases and norms that a wrong read would miss
+    whole.save_pretrained(tmp_path)
+    whole.set_attn_implementation(implementation)
+    pixels, outputs = torch.randn(2, 3, size, size), {}
+    attend = next(m for name, m in blocks(whole)[levels[-1]].named_children() if name in ("self_attn", "attention"))
+    hooks = [p.register_forward_hook(lambda m, args, out, which=which: outputs.__setitem__(which, out)) for which, p in (("q", attend.q_proj), ("k", attend.k_proj))]
+    resize = {"interpolate_pos_encoding": True} if name == "clip" else {}
+    states = whole(pixels, output_hidden_states=True, **resize).hidden_states
+    for hook in hooks: hook.remove()
+    expected = (outputs["q"] @ outputs["k"].mT * 16**-.5).softmax(-1)[:, 0, before:]
+    tower = load_tower(tmp_path, levels, attention=True)
+    tower.set_attn_implementation(implementation)
+    for model in (tower, whole):
+        found = vision_features(model, pixels, levels, attention=True)
+        assert_close(found.cls_attention, expected, rtol=0, atol=1e-6)
+        assert_close(found.keys, outputs["k"][:, before:], rtol=0, atol=1e-5)
+        assert_close(found.levels, torch.cat([states[i][:, before:] for i in levels], dim=-1), rtol=0, atol=1e-5)
+    assert found.grid == size//8 and found.cls_attention.shape == (2, found.grid**2)
+    plain = vision_features(tower, pixels, levels)
+    assert plain.cls_attention is None and plain.keys is None
+    assert_close(plain.levels, found.levels, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_block_that_reads_the_query_level_is_kept_but_not_run(name, tmp_path):
+    cls, config, _ = LOOKING[name]
+    saved(cls, config, tmp_path)
+    for levels, depth in (((1, 2), 3), ((2, 1), 2), ((0,), 1), ((3,), 4)):
+        tower = load_tower(tmp_path, levels, attention=True)
+        assert tower.config.num_hidden_layers == len(blocks(tower)) == depth
+        ran = []
+        hooks = [b.register_forward_hook(lambda m, args, out, i=i: ran.append(i)) for i, b in enumerate(blocks(tower))]
+        vision_features(tower, torch.randn(1, 3, 32, 32), levels, attention=True)
+        for hook in hooks: hook.remove()
+        assert ran == list(range(max(levels)))
+
+
+def test_attention_of_a_half_precision_tower(small):
+    tower = load_tower(small, (1, 3), attention=True)
+    pixels = torch.randn(2, 3, 32, 32)
+    exact, found = (vision_features(tower.to(dtype), pixels.to(dtype), (1, 3), attention=True) for dtype in (torch.float32, torch.bfloat16))
+    assert found.cls_attention.dtype == torch.float32 and found.keys.dtype == found.levels.dtype == torch.bfloat16
+    assert_close(found.cls_attention, exact.cls_attention, rtol=.02, atol=1e-3)
+
+
+def test_who_has_no_attention_to_give(small, tmp_path):
+    pixels = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"reads level 3, but this tower ends with its 3 blocks.*attention=True.*keeps that block"):
+        vision_features(load_tower(small, (1, 3)), pixels, (1, 3), attention=True)
+    with pytest.raises(ValueError, match=r"depth=5 must lie in 1\.\.4"): load_tower(small, (1, 4), attention=True)
+    saved(SiglipVisionModel, SiglipVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32), tmp_path/"siglip")
+    with pytest.raises(ValueError, match="has none; use a CLIP or DINOv2"): load_tower(tmp_path/"siglip", (1, 3), attention=True)
+    with pytest.raises(ValueError, match="has none; use a CLIP or DINOv2"): vision_features(load_tower(tmp_path/"siglip", (1, 3)), pixels, (1, 2), attention=True)
 
 
 # ---- processors
@@ -253,10 +330,10 @@ def pictures(tmp_path):
 class Counted:
     "Counts the pictures that pass through the tower; stops like a killed run after `limit`."
     def __init__(self, limit=10**9): self.n, self.limit = 0, limit
-    def __call__(self, model, pixels, levels):
+    def __call__(self, model, pixels, levels, attention=False):
         self.n += len(pixels)
         if self.n > self.limit: raise KeyboardInterrupt
-        return vision_features(model, pixels, levels)
+        return vision_features(model, pixels, levels, attention)
 
 
 @pytest.fixture
@@ -268,12 +345,16 @@ def count(monkeypatch):
 
 def keep(pictures, small, cache, levels=(1, 3), size=32, **kwargs):
     kwargs = dict(batch_size=2, progress=False, dtype=torch.float32) | kwargs
-    return cache_features(pictures, load_tower(small, levels), image_processor_for(small, size), levels, cache, **kwargs)
+    tower = load_tower(small, levels, kwargs.get("attention", False))
+    return cache_features(pictures, tower, image_processor_for(small, size), levels, cache, **kwargs)
 
 
-def direct(pictures, small, levels=(1, 3), size=32):
+def seen(pictures, small, levels=(1, 3), size=32, attention=False):
     pixels = image_processor_for(small, size)([open_image(p) for p in pictures], return_tensors="pt").pixel_values
-    return vision_features(load_tower(small, levels), pixels, levels).levels
+    return vision_features(load_tower(small, levels, attention), pixels, levels, attention)
+
+
+def direct(*args, **kwargs): return seen(*args, **kwargs).levels
 
 
 def test_kept_features_are_the_features(pictures, small, tmp_path):
@@ -285,6 +366,62 @@ def test_kept_features_are_the_features(pictures, small, tmp_path):
     half = keep(pictures, small, tmp_path/"c", dtype=torch.float16)
     assert_close(half[range(7)], exact.half().float(), rtol=1e-3, atol=1e-4)
     assert half.files[0].stat().st_size < 0.6*kept.files[0].stat().st_size
+
+
+def test_kept_attention_is_the_attention(pictures, small, tmp_path):
+    exact = seen(pictures, small, attention=True)
+    kept = keep(pictures, small, tmp_path/"c", attention=True)
+    for places in ([5, 0], torch.tensor([5, 0])):
+        batch = kept.take(places)
+        assert batch.grid == exact.grid
+        for name in ("levels", "cls_attention", "keys"): assert_close(getattr(batch, name), getattr(exact, name)[[5, 0]])
+    assert_close(kept[2], exact.levels[2])  # an index gives the patch tokens, as ever
+    assert_close(kept[range(7)], exact.levels)
+    half = keep(pictures, small, tmp_path/"c", attention=True, dtype=torch.float16).take(range(7))
+    assert_close(half.cls_attention, exact.cls_attention, rtol=1e-6, atol=0)  # the order of the patches depends on it
+    assert_close(half.keys, exact.keys.half().float(), rtol=1e-3, atol=1e-4)
+    assert half.levels.dtype == half.keys.dtype == half.cls_attention.dtype == torch.float32
+
+
+def test_a_batch_of_a_plain_cache(pictures, small, tmp_path):
+    batch = keep(pictures, small, tmp_path/"c").take([1, 3])
+    assert batch.cls_attention is None and batch.keys is None and batch.grid == 4
+    assert_close(batch.levels, direct(pictures, small)[[1, 3]])
+
+
+def test_attention_has_a_cache_of_its_own(pictures, small, tmp_path, count):
+    levels = (3, 1)  # the block is in the tower either way: only the switch tells the two apart
+    keep(pictures, small, tmp_path/"c", levels)
+    keep(pictures, small, tmp_path/"c", levels, attention=True)
+    assert count.n == 14
+    assert keep(pictures, small, tmp_path/"c", levels).take([0]).keys is None and keep(pictures, small, tmp_path/"c", levels, attention=True).take([0]).keys is not None
+    assert count.n == 14
+
+
+def test_caches_of_earlier_versions_stay_valid(pictures, small, tmp_path, count):
+    "Folder name and checksum written out as they were before attention could be kept."
+    tower, processor, levels = load_tower(small, (1, 3)), image_processor_for(small, 32), (1, 3)
+    key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=[1, 3], dtype="torch.float32")
+    folder = tmp_path/"c"/hashlib.sha256(json.dumps(key, sort_keys=True, default=str, indent=1).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True)
+    for path, x in zip(pictures, direct(pictures, small)):
+        crc = zlib.crc32(x.contiguous().numpy().tobytes())
+        save_file({"levels": x.contiguous()}, folder/f"{image_sha256(path)}.safetensors", {"crc32": str(crc)})
+    count.n = 0
+    assert_close(keep(pictures, small, tmp_path/"c")[range(7)], direct(pictures, small))
+    assert count.n == 0
+
+
+@pytest.mark.parametrize("name", ["levels", "cls_attention", "keys"])
+def test_damage_in_any_tensor_is_found(name, pictures, small, tmp_path, count, caplog):
+    kept = keep(pictures, small, tmp_path/"c", attention=True)
+    entry, crc = load_file(kept.files[3]), safe_open(kept.files[3], "pt").metadata()["crc32"]
+    entry[name].view(-1)[-1] += 1
+    save_file(entry, kept.files[3], {"crc32": crc})
+    count.n = 0
+    with caplog.at_level(logging.WARNING): again = keep(pictures, small, tmp_path/"c", attention=True)
+    assert count.n == 1 and f"{kept.files[3]} is damaged" in caplog.text
+    assert_close(getattr(again.take(range(7)), name), getattr(seen(pictures, small, attention=True), name))
 
 
 def test_each_picture_passes_once(pictures, small, tmp_path, count):

@@ -31,7 +31,7 @@ from .tower import CachedFeatures, cache_features, image_processor_for, load_tow
 from .train import ElasticCollator, answer_embeddings, calibrate, pretrain, pretrain_arguments, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, question_embedding, save_projector
 
-# %% ../nbs/50_quickstart.ipynb #f23b9d68
+# %% ../nbs/50_quickstart.ipynb #13e381c1
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the quickstart trains, on what, and for how long."
@@ -54,6 +54,7 @@ class Recipe:
         for name in ("steps", "batch_size", "train_pictures", "test_pictures"):
             if (v := getattr(self, name)) < 1: raise ValueError(f"{name}={v} must be at least 1.")
         if self.test_pictures < 2: raise ValueError(f"test_pictures={self.test_pictures} must be at least 2: captions are compared with another picture.")
+        compressor_class(self.compressor)  # an unknown name fails here
         for name in ("train_budgets", "test_budgets"):
             if not getattr(self, name): object.__setattr__(self, name, (self.tokens,))
         if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}.")
@@ -284,7 +285,7 @@ def _figures(model, processor, recipe, held, log, folder:Path)->dict[str, str]:
     draw_cams(picture, cams, boxes=[thing["box"]]).savefig(folder/"gradcam.png", dpi=120)
     return dict(word=thing["name"], said=caption, example=said[0], picture=rows[0]["image"])
 
-# %% ../nbs/50_quickstart.ipynb #13886cce
+# %% ../nbs/50_quickstart.ipynb #7f064b43
 log = logging.getLogger(__name__)
 
 def fit(
@@ -292,12 +293,12 @@ def fit(
     folder:str|Path,  # Gets recipe, pictures, checkpoints and the projector
 )->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict]]:  # In evaluation mode; the log of the trainer
     "Parts, pictures, training. A broken run goes on where it stopped."
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    said,mine = json.dumps(asdict(recipe), indent=1) + "\n", folder/"recipe.json"
+    said,mine = json.dumps(asdict(recipe), indent=1) + "\n", Path(folder)/"recipe.json"
     if mine.exists() and mine.read_text() != said: raise ValueError(f"{folder} holds a run of another recipe; name another folder, or delete this one.")
-    mine.write_text(said)
     for name in (recipe.tower, recipe.llm): log.info(f"{resolve(name)}")
     model,processor = build(recipe)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    mine.write_text(said)
     rows = training_pictures(recipe, folder/"scenes")
     trained = train(recipe, model, processor, rows, read_features(model, processor, rows), folder/"checkpoints")
     save_projector(model, folder)

@@ -6,8 +6,9 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #5542395d
+# %% ../nbs/31_train.ipynb #0c12ea54
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import torch
 import transformers
@@ -172,7 +174,7 @@ class ProjectorTrainer(Trainer):
         saved = load_projector(resume_from_checkpoint)
         self.accelerator.unwrap_model(model or self.model).model.multi_modal_projector.load_state_dict(saved.state_dict())
 
-# %% ../nbs/31_train.ipynb #bb6b8290
+# %% ../nbs/31_train.ipynb #c869c292
 def pretrain_arguments(
     folder:str|Path,  # Gets checkpoints
     *,
@@ -188,7 +190,7 @@ def pretrain_arguments(
     for name,v in dict(steps=steps, batch_size=batch_size, save_steps=save_steps).items():
         if v < 1: raise ValueError(f"{name}={v} must be at least 1.")
     fields = dict(max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=warmup,
-                  weight_decay=0., max_grad_norm=1., seed=seed, data_seed=seed, save_steps=save_steps, save_total_limit=2, logging_steps=10,
+                  weight_decay=0., max_grad_norm=1., seed=seed, data_seed=seed, save_steps=save_steps, save_total_limit=2, logging_steps=min(10, steps),
                   remove_unused_columns=False, label_names=["labels"], report_to="none", dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(str(folder), **fields | more)
 
@@ -215,7 +217,7 @@ def pretrain(
     model.eval()
     return trainer.state.log_history
 
-# %% ../nbs/31_train.ipynb #fffb4f73
+# %% ../nbs/31_train.ipynb #37fdae00
 def hardware()->str:  # One line
     "Processor, cores and accelerator of this machine."
     cpu = platform.processor() or platform.machine()
@@ -224,12 +226,11 @@ def hardware()->str:  # One line
     gpu = f", {torch.cuda.device_count()}× {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {torch.get_num_threads()} threads{gpu}"
 
-def commit()->str:  # Hash, with `-dirty` if files differ from it; "not in a repository" outside of one
+def commit()->str:  # Hash, with `-dirty` if files differ from it; `DELTA_LLAVA_COMMIT` speaks for a copy without its repository
     "The commit of the code that runs."
-    here = Path(find_spec("delta_llava").origin).parent
-    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True).stdout.strip()
-    try: return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "not in a repository"
-    except FileNotFoundError: return "git is not installed"
+    here,said = Path(find_spec("delta_llava").origin).parent,""
+    if which("git"): said = subprocess.run(["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True).stdout.strip()
+    return said or os.environ.get("DELTA_LLAVA_COMMIT", "not in a repository")
 
 # %% ../nbs/31_train.ipynb #27f2a479
 def write_record(

@@ -12,7 +12,7 @@ from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
 from delta_llava.projector import DeltaProjector
 from delta_llava.compressors.m3 import M3, M3Config
-from delta_llava.train import ElasticCollator, answer_embeddings, calibrate, freeze, last_checkpoint, pretrain, pretrain_arguments, write_record
+from delta_llava.train import ElasticCollator, ProjectorTrainer, answer_embeddings, calibrate, freeze, last_checkpoint, pretrain, pretrain_arguments, write_record
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
 SMALL = replace(dinov2_s14(56, tokens=4, d_llm=32), d_vision=128, levels=(1, 2), heads=4)
@@ -248,3 +248,16 @@ def test_record_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "replace", lambda *args: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError): write_record(path, [3], dict(loss=2.))
     assert path.read_text() == before
+
+# ---------------------------------------------------------------- several budgets in one step
+
+def test_nested_batches_average_the_losses_of_all_budgets(tmp_path):
+    rows,model = tiny_rows(4),tiny_model()
+    one = tiny_collator(rows)
+    nested = ElasticCollator(replace(one.collators[0], tokens=None), (1, 4), nested=True)
+    batch = nested(rows)
+    assert [b["tokens"] for b in batch["batches"]] == [1, 4]
+    trainer = ProjectorTrainer(model.eval(), pretrain_arguments(tmp_path, steps=1, use_cpu=True), data_collator=nested)
+    losses = [model(**b).loss for b in batch["batches"]]
+    assert_close(trainer.compute_loss(model, batch), sum(losses)/2)
+    assert abs(losses[0] - losses[1]) > 1e-4  # else the mean would prove nothing

@@ -81,7 +81,7 @@ def test_selection(stored_case):
     assert kept.shape[1] == case["kept"] and [len(row.unique()) for row in kept] == case["distinct"]
     order = model._order(x, None)[1]
     rest = order[:, case["kept"]:]
-    assert torch.equal(rest.sort(dim=1).values, stored["compl"]) and rest.shape[1] == case["complement"]
+    assert torch.equal(rest, stored["compl"]) and rest.shape[1] == case["complement"]
 
 
 def test_tokens_notice_one_percent(stored_case):
@@ -148,13 +148,13 @@ def by_hand(x, tokens, plus, c, neighbours=32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("grid", [2, 3, 5, 6])
-def test_every_budget_of_every_grid(grid, plus):
-    model, x = tiny(grid, plus=plus, tokens=2, neighbours=3), some(2, grid)
+@pytest.mark.parametrize("grid,neighbours", [(2, 32), (3, 3), (3, 8), (5, 32), (6, 3)])
+def test_every_budget_of_every_grid(grid, neighbours, plus):
+    model, x = tiny(grid, plus=plus, tokens=2, neighbours=neighbours), some(2, grid)
     for tokens in model.config.budgets(grid):
         out, real = model.with_mask(x, tokens=tokens)
         assert out.shape == (2, tokens, 12) and real.all()
-        for i in range(2): assert_close(out[i], model.mlp(by_hand(picture(x, i), tokens, plus, 8, 3)), rtol=0, atol=1e-5)
+        for i in range(2): assert_close(out[i], model.mlp(by_hand(picture(x, i), tokens, plus, 8, neighbours)), rtol=0, atol=1e-5)
     assert model.config.budgets(grid) == list(range(2, grid*grid + 1))
 
 

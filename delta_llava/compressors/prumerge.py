@@ -38,7 +38,7 @@ def spaced(
     step = n // (slots//2) if slots > 1 else n
     return torch.arange(step//2, n-1, step, device=device)[:slots-1]
 
-# %% ../../nbs/17_prumerge.ipynb #7f823551
+# %% ../../nbs/17_prumerge.ipynb #21552ad1
 def keep_fixed(
     attention:Float[Tensor, "b n"],  # Attention of CLS to each patch
     slots:int,  # Patches to keep, $V-1$
@@ -61,7 +61,7 @@ def keep_outliers(
     place,(kept,ratio) = torch.arange(attention.shape[1], device=attention.device),outliers(attention, batch_statistics)
     rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     top = rank < kept[:, None]
-    every = (place % (ratio//3).clamp_min(1)[:, None] == 0) & (place < len(place)-1) & ~top & plus
+    every = (place % (ratio//3)[:, None] == 0) & (place < len(place)-1) & plus
     key = torch.where(top, rank, torch.where(every, place, place + len(place)) + len(place))  # one sort puts them all into their order
     return key.argsort(dim=1), (top | every).sum(1)
 

@@ -193,7 +193,7 @@ def test_start():
         for p in model.parameters(): p.fill_(7.)
     model.reset_parameters()
     for module, inputs in ((model.text[0], 24), (model.q[0], 128), (model.k[0], 256), (model.v[2], 128), (model.shrink, 4), (model.attend.out, 128), (model.mlp[0], 128), (model.mlp[2], 24)):
-        assert .95*inputs**-.5 < module.weight.abs().max() <= inputs**-.5
+        assert module.weight.abs().max() <= inputs**-.5 and abs(module.weight.std() * (3*inputs)**.5 - 1) < .06  # a uniform one, not a normal one
         if module is not model.attend.out: assert 0 < module.bias.abs().max() <= inputs**-.5
     limit = (6 / (128 + 3*128))**.5
     assert .99*limit < model.attend.qkv.weight.abs().max() <= limit

@@ -377,7 +377,9 @@ def test_kept_attention_is_the_attention(pictures, small, tmp_path):
         for name in ("levels", "cls_attention", "keys"): assert_close(getattr(batch, name), getattr(exact, name)[[5, 0]])
     assert_close(kept[2], exact.levels[2])  # an index gives the patch tokens, as ever
     assert_close(kept[range(7)], exact.levels)
-    half = keep(pictures, small, tmp_path/"c", attention=True, dtype=torch.float16).take(range(7))
+    half = keep(pictures, small, tmp_path/"c", attention=True, dtype=torch.float16)
+    assert {name: x.dtype for name, x in load_file(half.files[0]).items()} == dict(levels=torch.float16, keys=torch.float16, cls_attention=torch.float32)
+    half = half.take(range(7))
     assert_close(half.cls_attention, exact.cls_attention, rtol=1e-6, atol=0)  # the order of the patches depends on it
     assert_close(half.keys, exact.keys.half().float(), rtol=1e-3, atol=1e-4)
     assert half.levels.dtype == half.keys.dtype == half.cls_attention.dtype == torch.float32
@@ -400,7 +402,7 @@ def test_attention_has_a_cache_of_its_own(pictures, small, tmp_path, count):
 
 def test_caches_of_earlier_versions_stay_valid(pictures, small, tmp_path, count):
     "Folder name and checksum written out as they were before attention could be kept."
-    tower, processor, levels = load_tower(small, (1, 3)), image_processor_for(small, 32), (1, 3)
+    tower, processor = load_tower(small, (1, 3)), image_processor_for(small, 32)
     key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=[1, 3], dtype="torch.float32")
     folder = tmp_path/"c"/hashlib.sha256(json.dumps(key, sort_keys=True, default=str, indent=1).encode()).hexdigest()[:16]
     folder.mkdir(parents=True)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel,
                           StaticCache)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from delta_llava.compressors.base import build_compressor, from_reference, to_reference
 from delta_llava.compressors.fastv import FastV, FastVConfig, PrunedLayer, check_decoder, prune, survivors
@@ -336,6 +337,7 @@ def test_a_reset_or_new_cache_begins_anew():
     with prune(lm.model, ids == IMAGE, keep=4):
         first = lm(ids, past_key_values=cache).logits
         cache.reset()
+        if cache.get_seq_length(): cache = DynamicCache(config=lm.config)  # older versions only zero it
         close(lm(ids, past_key_values=cache).logits, first, "after reset")
     assert lengths(cache) == [20]*2 + [12]*3
 
@@ -385,6 +387,9 @@ def test_gradient_checkpointing_changes_nothing():
     want_in, want_p = losses(lm, ids, mask, "dropped")
     lm.train()
     lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if "__call__" in vars(GradientCheckpointingLayer):  # older versions recompute the hooks too
+        with pytest.raises(ValueError, match="switch gradient checkpointing off"): losses(lm, ids, mask, "dropped")
+        return
     gin, gp = losses(lm, ids, mask, "dropped")
     assert_close(gin, want_in, rtol=1e-5, atol=1e-5)
     for k in gp: assert_close(gp[k], want_p[k], rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FastVConfig', 'FastV', 'last_row', 'survivors', 'PrunedLayer', 'rotation', 'check_decoder', 'Pruning', 'prune']
 
-# %% ../../nbs/18_fastv.ipynb #86df6a45
+# %% ../../nbs/18_fastv.ipynb #02f9afc6
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .mlp import MLP, MLPConfig
 from ..grid import VisionFeatures
@@ -159,7 +160,7 @@ def check_decoder(
         raise ValueError(f"{type(decoder).__name__} has layers without full attention: a sliding window counts neighbours, and dropping tokens moves them. "
                          "If no sequence is longer than the window, build the model with sliding_window=None.")
 
-# %% ../../nbs/18_fastv.ipynb #ad111d64
+# %% ../../nbs/18_fastv.ipynb #923f3731
 class Pruning:
     "What the hooks of one `prune` do, and what the last pass that began a sequence kept."
     def __init__(self,
@@ -192,6 +193,8 @@ class Pruning:
         cached = [type(l) for l in getattr(kwargs.get("past_key_values"), "layers", [])]
         if self.mask is not None and (not isinstance(self.mask, Tensor) or self.mask.ndim != 2):
             raise ValueError("prune needs the 2D attention mask [batch, tokens] (or none), not one made for the layers: they will differ in length.")
+        if decoder.training and "__call__" in vars(GradientCheckpointingLayer) and getattr(decoder.layers[0], "gradient_checkpointing", False):
+            raise ValueError("this transformers recomputes a layer together with its hooks, which are gone by then: switch gradient checkpointing off, or update transformers.")
         if other := set(cached[self.layer:]) - {DynamicLayer, PrunedLayer}:
             raise ValueError(f"prune needs a DynamicCache, whose layers may differ in length; this one has {sorted(cls.__name__ for cls in other)}. Leave cache_implementation at its default.")
         if PrunedLayer in cached and cached.index(PrunedLayer) != self.layer:

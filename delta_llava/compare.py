@@ -70,18 +70,18 @@ def cell_name(
     budgets = "-".join(map(str, recipe.test_budgets))
     return f"{label(recipe)}_{budgets}_seed{recipe.seed}_{'calibrated' if recipe.calibrated else 'own'}"
 
-# %% ../nbs/51_compare.ipynb #dd1e82ce
+# %% ../nbs/51_compare.ipynb #da10fca5
 @torch.no_grad()
 def prefill_flops(
     model,  # In evaluation mode
     processor,  # Its processor
     row:dict,  # One picture and its question
-    features:torch.Tensor,  # (1, n, l·c) Its patch tokens
+    features,  # Patch tokens of this picture and, behind it, of others
     tokens:int,  # Budget $V$
 )->int:
     "FLOPs of projector and prefill for one picture, counted."
-    batch = Collator(processor=processor, tokens=tokens, features=features, paths=[row["image"]])([row])
-    batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k,v in batch.items() if k != "labels"}
+    batch = Collator(processor=processor, tokens=tokens, features=[features[0]], paths=[row["image"]])([row])
+    batch = {k: v if isinstance(v, int) else v.to(model.device) for k,v in batch.items() if k != "labels"}
     with FlopCounterMode(display=False) as counter: model(**batch, logits_to_keep=1)
     return counter.get_total_flops()
 
@@ -101,7 +101,7 @@ def run_cell(
     for name,part in held_out_pictures(recipe, Path(folder)/"held-out").items():
         seen = read_features(model, processor, part)
         scores[name] = {str(t): score(model, processor, part, seen, t, point=0) for t in recipe.test_budgets}
-        flops = flops or {str(t): prefill_flops(model, processor, part[0], seen[:1], t) for t in recipe.test_budgets}
+        flops = flops or {str(t): prefill_flops(model, processor, part[0], seen, t) for t in recipe.test_budgets}
     parameters = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     result = dict(scores=scores, flops=flops, parameters=parameters, losses=[e["loss"] for e in log if "loss" in e])
     return write_record(path, [recipe.seed], result, label=label(recipe), recipe=asdict(recipe), matmul=torch.get_float32_matmul_precision())

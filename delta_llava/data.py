@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'picture_index', 'concept
            'Scene', 'plan_scene', 'paint_background', 'draw_scene', 'with_article', 'listed', 'absent_names', 'ask',
            'write_scenes', 'check_turns', 'check_row', 'load_conversations', 'Collator']
 
-# %% ../nbs/30_data.ipynb #15d2b473
+# %% ../nbs/30_data.ipynb #556d8709
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from .grid import VisionFeatures, take
 from .tower import locate, open_image
 
 # %% ../nbs/30_data.ipynb #acf3b4ef
@@ -342,7 +343,7 @@ def load_conversations(
     if problems: raise ValueError(f"{file}: {len(problems)} of {len(rows)} rows cannot be used.\n" + "\n".join(problems[:5]) + "\n…"*(len(problems) > 5))
     return Dataset.from_list(clean, features=Features({"id": Value("string"), "image": Value("string"), "conversations": _TURNS, **keys}))
 
-# %% ../nbs/30_data.ipynb #3e1c9513
+# %% ../nbs/30_data.ipynb #f810a7ca
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."
@@ -361,7 +362,7 @@ class Collator:
 
     def __call__(self,
         rows:Sequence[dict],  # With `id`, `image` and `conversations`
-    )->dict[str, Tensor|int]:  # `input_ids`, `attention_mask`, `labels`, and `vision_features` or `pixel_values`; `tokens` if it was given
+    )->dict[str, Tensor|VisionFeatures|int]:  # `input_ids`, `attention_mask`, `labels`, and `vision_features` or `pixel_values`; `tokens` if it was given
         "Pad on the left, open or look up the pictures."
         encoded = [self._encode(row) for row in rows]
         length = max(len(e["input_ids"]) for e in encoded)
@@ -377,8 +378,8 @@ class Collator:
         try: return self.processor.supervised(row["conversations"], tokens=self.tokens, max_length=self.max_length)
         except ValueError as e: raise ValueError(f"row {row['id']!r}: {e}") from e
 
-    def _pictures(self, paths:list[str])->dict[str, Tensor]:
+    def _pictures(self, paths:list[str])->dict[str, Tensor|VisionFeatures]:
         if self.features is None: return {"pixel_values": self.processor.image_processor([open_image(p) for p in paths], return_tensors="pt")["pixel_values"]}
         lost = [path for path in paths if path not in self._place]
         if lost: raise ValueError(f"no features for {lost[0]!r}; pass the paths of all rows through cache_features.")
-        return {"vision_features": torch.stack([torch.as_tensor(self.features[self._place[path]]) for path in paths])}
+        return {"vision_features": take(self.features, [self._place[path] for path in paths])}

@@ -39,13 +39,14 @@ def _images(visual:Tensor)->dict:
     "Visual tokens in the form in which the model takes ready ones."
     return {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}
 
-# %% ../nbs/43_evaluate.ipynb #86c5b13b
+# %% ../nbs/43_evaluate.ipynb #b0570a61
 @torch.no_grad()
 def answer_losses(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
     processor:DeltaLlavaProcessor,  # Its processor
     rows:Sequence[dict],  # With `conversations`
     visual:Float[Tensor, "b v d"],  # Visual tokens for each row: of its own picture, or of another
+    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
     batch_size:int=16,  # Rows in one pass
 )->Float[Tensor, "b"]:  # Nats per token of each row's answer (@eq-shuffle)
     "How unlikely each answer is, given the visual tokens."
@@ -56,13 +57,13 @@ def answer_losses(
         batch = processor.tokenizer.pad([{"input_ids": e["input_ids"]} for e in encoded[i:i+batch_size]], padding_side="left", return_tensors="pt")
         width = batch["input_ids"].shape[1]
         labels = torch.tensor([[-100]*(width - len(e["labels"])) + e["labels"] for e in encoded[i:i+batch_size]]).to(model.device)
-        hidden = model.model(**batch.to(model.device), mm_encoder_outputs=_images(visual[i:i+batch_size]), use_cache=False).last_hidden_state
+        hidden = model.model(**batch.to(model.device), mm_encoder_outputs=_images(visual[i:i+batch_size]), tokens=tokens, use_cache=False).last_hidden_state
         keep = labels[:, 1:] != -100
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][keep]).float(), labels[:, 1:][keep], reduction="none")
         losses.append(torch.zeros(len(keep), device=loss.device).index_add(0, keep.nonzero()[:, 0], loss) / keep.sum(1))
     return torch.cat(losses).cpu()
 
-# %% ../nbs/43_evaluate.ipynb #0f3172c6
+# %% ../nbs/43_evaluate.ipynb #954fc4f3
 def another(
     n:int,  # Pictures
     seed:int=0,  # Of the draw
@@ -77,15 +78,16 @@ def right_and_shuffled(
     processor:DeltaLlavaProcessor,  # Its processor
     rows:Sequence[dict],  # Captions, one row for each picture
     visual:Float[Tensor, "b v d"],  # Visual tokens of the rows' own pictures
+    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
     seed:int=0,  # Of the shuffle
 )->dict[str, float]:  # `right` and `shuffled` in nats per token, `p` of the paired test
     "Loss of each caption with its own picture and with another's (@eq-shuffle)."
-    right = answer_losses(model, processor, rows, visual)
-    shuffled = answer_losses(model, processor, rows, visual[another(len(visual), seed)])
+    right = answer_losses(model, processor, rows, visual, tokens)
+    shuffled = answer_losses(model, processor, rows, visual[another(len(visual), seed)], tokens)
     p = ttest_rel(right.double(), shuffled.double(), alternative="less").pvalue
     return dict(right=right.mean().item(), shuffled=shuffled.mean().item(), p=float(p))
 
-# %% ../nbs/43_evaluate.ipynb #331ccb43
+# %% ../nbs/43_evaluate.ipynb #f5e5c305
 def _candidates(
     rows:Sequence[dict],  # Planted scenes, with `objects`
     n:int,  # Names for each
@@ -110,23 +112,24 @@ def _spoken(processor, question, names, tokens):
     return row["input_ids"][:start], spoken
 
 @torch.no_grad()
-def _name_scores(model, visual, prompt, spoken):
+def _name_scores(model, visual, prompt, spoken, tokens=None):
     "Log-probability (b, n) of each name (b lists of n) as the answer about each picture; the prompt is read once for all names of a picture."
     n,longest = len(spoken[0]),max(len(ids) for row in spoken for ids in row)
     said = torch.tensor([ids + [-100]*(longest - len(ids)) for row in spoken for ids in row], device=model.device)
-    read = model.model(torch.tensor([prompt], device=model.device).expand(len(visual), -1), mm_encoder_outputs=_images(visual), use_cache=True)
+    read = model.model(torch.tensor([prompt], device=model.device).expand(len(visual), -1), mm_encoder_outputs=_images(visual), tokens=tokens, use_cache=True)
     read.past_key_values.batch_repeat_interleave(n)
-    later = model.model.language_model(said[:, :-1].clamp(min=0), past_key_values=read.past_key_values, use_cache=True).last_hidden_state
+    later = model.model(said[:, :-1].clamp(min=0), past_key_values=read.past_key_values, tokens=tokens, use_cache=True).last_hidden_state
     hidden = torch.cat([read.last_hidden_state[:, -1:].repeat_interleave(n, dim=0), later], dim=1)
     score = model.lm_head(hidden).float().log_softmax(-1).gather(-1, said.clamp(min=0)[..., None])[..., 0]
     return (score * (said != -100)).sum(1).view(len(visual), n).cpu()
 
-# %% ../nbs/43_evaluate.ipynb #fdcf44eb
+# %% ../nbs/43_evaluate.ipynb #4d94688e
 def naming(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
     processor:DeltaLlavaProcessor,  # Its processor
     rows:Sequence[dict],  # Planted scenes, one row for each picture
     visual:Float[Tensor, "b v d"],  # Their visual tokens
+    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
     question:str="<image>\nWhat is in the picture?",  # Prompt; the names are its answers
     candidates:int=16,  # Names for each picture, one of them right
     seed:int=0,  # Of the candidates
@@ -139,6 +142,6 @@ def naming(
     names = _candidates(rows, candidates, seed)
     prompt,spoken = _spoken(processor, question, sorted({name for row in names for name in row}), visual.shape[1])
     said = [[spoken[name] for name in row] for row in names]
-    scores = [_name_scores(model, visual[i:i+batch_size], prompt, said[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
+    scores = [_name_scores(model, visual[i:i+batch_size], prompt, said[i:i+batch_size], tokens) for i in range(0, len(rows), batch_size)]
     scores = torch.cat(scores)
     return (scores[:, 0] > scores[:, 1:].amax(1)).float().mean().item()  # a tie is not right, nor is a loss that is no number

@@ -21,7 +21,7 @@ from .delta import DeltaProjection
 from .grid import VisionFeatures, batches, interpolate, positions, side, to_windows
 from .mixing import NTB
 
-# %% ../nbs/05_projector.ipynb #be6cb5fd
+# %% ../nbs/05_projector.ipynb #f065dbe7
 class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: what Delta-LLaVA's projector and its alternatives have in common."
     Config = CompressorConfig  # Class of its config
@@ -56,7 +56,7 @@ class Compressor(nn.Module):
         if not self.config.standardize: raise ValueError("this projector has standardize=False; make it with replace(config, standardize=True).")
         n = total = squares = 0
         for x in batches(features, batch_size):
-            x = x.flatten(0, 1).to(self.feature_mean.device, torch.double)
+            x = VisionFeatures.of(x).levels.flatten(0, 1).to(self.feature_mean.device, torch.double)
             n,total,squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
         self.feature_mean.copy_(total/n)
         self.feature_std.copy_(((squares - total**2/n)/(n - 1)).clamp_min(1e-12).sqrt())

@@ -246,16 +246,18 @@ def _intact(
         with safe_open(path, "pt") as f: return _crc32({name: f.get_tensor(name) for name in f.keys()}) == int(f.metadata()["crc32"])
     except (SafetensorError, KeyError, TypeError): return False
 
-# %% ../nbs/21_tower.ipynb #5761d749
+# %% ../nbs/21_tower.ipynb #e33cb40e
 class CachedFeatures(torch.utils.data.Dataset):
     "Patch tokens of many pictures, in the order of the pictures, read from disk when asked for."
     def __init__(self,
         files:Sequence[Path],  # One safetensors file per picture
-    ): self.files = list(files)
+        attention:bool=False,  # Give CLS attention and keys too
+    ): self.files,self.attention = list(files),attention
     def __len__(self)->int: return len(self.files)
     def __getitem__(self,
         i,  # Index of one picture, or of several
-    )->Float[Tensor, "..."]:  # float32 `[n, l·c]`, or `[b, n, l·c]` for several
+    )->Tensor|VisionFeatures:  # float32 `[n, l·c]`, or `[b, n, l·c]` for several; with attention a batch as `take` gives it
+        if self.attention: return self.take(i if np.ndim(i) else [i])
         if np.ndim(i): return torch.stack([self[j] for j in i])
         with safe_open(self.files[int(i)], "pt") as f: return f.get_tensor("levels").float()
     def take(self,
@@ -304,7 +306,7 @@ def _missing(
         todo[file] = image
     return todo
 
-# %% ../nbs/21_tower.ipynb #58c819b5
+# %% ../nbs/21_tower.ipynb #1261d3f9
 def cache_features(
     images:Sequence[str|Path|Image.Image],  # Paths or pictures; the same one may come twice
     tower:PreTrainedModel,  # Frozen vision tower
@@ -315,7 +317,7 @@ def cache_features(
     dtype:torch.dtype=torch.float16,  # Precision on disk
     batch_size:int=16,  # Pictures in one pass of the tower
     progress:bool=True,  # Show a bar
-    attention:bool=False,  # Keep CLS attention and keys too; `take` of the result gives them
+    attention:bool=False,  # Keep CLS attention and keys too
 )->CachedFeatures:  # In the order of `images`
     "Pass each picture through the tower once, ever, and keep its patch tokens on disk."
     key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=list(levels), dtype=str(dtype))
@@ -329,4 +331,4 @@ def cache_features(
             with torch.no_grad(): seen = vision_features(tower, pixels.to(tower.device, tower.dtype), levels, attention)
             for file,entry in zip(batch, _entries(seen, dtype)): _write_entry(file, entry)
             bar.update(len(batch))
-    return CachedFeatures(files)
+    return CachedFeatures(files, attention)

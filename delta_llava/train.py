@@ -6,7 +6,7 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #0c12ea54
+# %% ../nbs/31_train.ipynb #77bf6ba9
 import json
 import os
 import platform
@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from .data import Collator
 from .delta import DeltaProjection
-from .grid import batches, side
+from .grid import VisionFeatures, batches, take
 from .projector import Compressor
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
@@ -60,7 +60,7 @@ class _Regression:
         damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance
 
-# %% ../nbs/31_train.ipynb #d6ffea80
+# %% ../nbs/31_train.ipynb #407618d1
 def _regress(
     projector:Compressor,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
@@ -76,7 +76,7 @@ def _regress(
     hooks = [m.register_forward_pre_hook(listen(r)) for m,r in zip(layers, found)]
     try:
         for rows,now in zip(batches(features, batch_size), targets.split(batch_size)):
-            for t in budgets: projector(rows.to(targets), tokens=t, text=None if text is None else text.expand(len(rows), -1, -1))
+            for t in budgets: projector(rows.to(targets.device, targets.dtype), tokens=t, text=None if text is None else text.expand(len(now), -1, -1))
     finally:
         for hook in hooks: hook.remove()
     return found
@@ -91,7 +91,7 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #7335e52e
+# %% ../nbs/31_train.ipynb #34ce3cf4
 @torch.no_grad()
 def calibrate(
     projector:Compressor,  # Changed in place
@@ -106,7 +106,7 @@ def calibrate(
     "Start the projector near the words of the training answers, in closed form; layers between both ends stay as they are."
     if len(features) != len(embeddings): raise ValueError(f"{len(features)} features for {len(embeddings)} embeddings; each picture needs one of both.")
     if not (embeddings - embeddings[:1]).any(): raise ValueError(f"all {len(embeddings)} embeddings are the same, so there is nothing to predict; take pictures with different answers.")
-    for t in tokens: projector.config.check(t, side(len(features[0])))
+    for t in tokens: projector.config.check(t, VisionFeatures.of(take(features, [0])).grid)
     (readers,writer),mode = projector.ends(),projector.training
     away = (embeddings - embeddings.mean(0)).to(writer.weight)
     projector.eval()

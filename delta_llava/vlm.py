@@ -8,10 +8,10 @@ __all__ = ['cut_tower_config', 'DeltaLlavaConfig', 'DeltaLlavaPreTrainedModel', 
            'DeltaLlavaForConditionalGeneration', 'add_image_token', 'cut_tower', 'build_vlm', 'tower_identity',
            'save_projector', 'load_projector', 'install_projector']
 
-# %% ../nbs/22_vlm.ipynb #3d818bd2
+# %% ../nbs/22_vlm.ipynb #e094b5c9
 import copy
-import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,13 +24,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .compressors.fastv import prune
 from .compressors.base import build_compressor, compressor_class, compressor_name
 from .config import CompressorConfig
 from .grid import VisionFeatures
 from .projector import Compressor
 from .tower import vision_features as tower_features
 
-# %% ../nbs/22_vlm.ipynb #f5950da0
+# %% ../nbs/22_vlm.ipynb #7c7bc1ca
 def cut_tower_config(
     config:PreTrainedConfig,  # Of a vision tower
     depth:int,  # Blocks to keep
@@ -58,7 +59,11 @@ class DeltaLlavaConfig(LlavaConfig):
         if max(cfg.levels) > depth: raise ValueError(f"levels={cfg.levels} reach above the vision tower's {depth} blocks; take relative_levels({depth}).")
         if cfg.d_vision != width: raise ValueError(f"d_vision={cfg.d_vision}, but the vision tower's width is {width}; set d_vision={width}.")
         if cfg.d_llm != d_llm: raise ValueError(f"d_llm={cfg.d_llm}, but the LLM's width is {d_llm}; set d_llm={d_llm}.")
-        self.vision_config = cut_tower_config(self.vision_config, max(cfg.levels))
+        wanted = max(*cfg.levels, cfg.levels[-1] + 1 if "attention" in compressor_class(self.compressor).needs else 1)
+        if wanted > depth:
+            raise ValueError(f"compressor={self.compressor!r} reads what the block behind level {cfg.levels[-1]} attends to, but the vision tower has {depth} blocks; "
+                             "take a lower level, and a tower loaded with attention=True.")
+        self.vision_config = cut_tower_config(self.vision_config, wanted)
 
     def projector_config(self)->CompressorConfig:
         "The projector's own config."
@@ -95,7 +100,7 @@ class DeltaLlavaPreTrainedModel(LlavaPreTrainedModel):
                                  "save_pretrained, or join the parts with build_vlm and load_projector.")
         return (model, info) if kwargs.get("output_loading_info") else model
 
-# %% ../nbs/22_vlm.ipynb #5e6dd255
+# %% ../nbs/22_vlm.ipynb #0e53e90c
 @torch.no_grad()
 def question_embedding(
     model:"DeltaLlavaModel",  # Holds the LLM
@@ -120,11 +125,12 @@ def visual_tokens(
         raise ValueError("give either pixel_values or vision_features, not both and not neither.")
     if vision_features is None:
         with torch.no_grad():
-            vision_features = tower_features(model.vision_tower, pixel_values.to(model.vision_tower.dtype), model.config.vision_feature_layer)
+            vision_features = tower_features(model.vision_tower, pixel_values.to(model.vision_tower.dtype), model.config.vision_feature_layer,
+                                             attention="attention" in model.multi_modal_projector.needs)
     projector = model.multi_modal_projector
     features, weight = VisionFeatures.of(vision_features), next(projector.parameters())
     text = question_embedding(model, question_ids, question_mask) if "text" in projector.needs else None
-    return projector(dataclasses.replace(features, levels=features.levels.to(weight.device, weight.dtype)), tokens=tokens, text=text)
+    return projector(features.to(weight.device, weight.dtype), tokens=tokens, text=text)
 
 # %% ../nbs/22_vlm.ipynb #d5cec0fe
 def check_placeholders(
@@ -139,7 +145,7 @@ def check_placeholders(
     raise ValueError(f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} visual tokens = {images*tokens} "
                      f"are to be placed; give processor and model the same images and the same tokens=….")
 
-# %% ../nbs/22_vlm.ipynb #31f54330
+# %% ../nbs/22_vlm.ipynb #7a586c0e
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     "Tower, projector and LLM without the language-model head (§3)."
     def __init__(self,
@@ -181,9 +187,21 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         if inputs_embeds is None: inputs_embeds = self.get_input_embeddings()(input_ids)
         flat = torch.cat(visual).to(inputs_embeds) if visual else None
         if visual: inputs_embeds = inputs_embeds.masked_scatter(self.get_placeholder_mask(input_ids, inputs_embeds, flat), flat)
-        out = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        places = input_ids == self.config.image_token_id if visual and input_ids is not None else None
+        with self.dropping(places, tokens) as pruning: out = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        if pruning is not None and pruning.index is not None:  # every token back to its place; where one was dropped stands 0
+            hidden, index = out.last_hidden_state, pruning.index[..., None]
+            out.last_hidden_state = hidden.new_zeros(inputs_embeds.shape).scatter(1, index.expand_as(hidden), hidden)
         out.image_hidden_states = flat
         return out
+
+    def dropping(self, images:Tensor|None, tokens:int|None):
+        "FastV: the context in which the LLM drops all but `tokens` of the image tokens marked in `images`; otherwise one that does nothing."
+        if "decoder" not in self.multi_modal_projector.needs: return nullcontext()
+        config = self.multi_modal_projector.config
+        keep = config.tokens if tokens is None else tokens
+        if images is not None and keep >= config.placeholders(keep): return nullcontext()  # all of them stay
+        return prune(self.language_model, images, keep=keep, layer=config.layer)
 
 # %% ../nbs/22_vlm.ipynb #be1791fd
 def supervised_loss(
@@ -198,7 +216,7 @@ def supervised_loss(
     if not (keep := target != -100).any(): raise ValueError("labels supervise nothing: all are -100. Was the answer empty, or cut off?")
     return loss_function(logits=head(hidden[:, :-1][keep]), labels=None, shift_labels=target[keep], **kwargs)
 
-# %% ../nbs/22_vlm.ipynb #bd8f36a8
+# %% ../nbs/22_vlm.ipynb #937bdf42
 class BudgetGeneration(GenerationMixin):
     "`generate` with a budget, with patch tokens, and without `<image>`."
     def generate(self, inputs=None, generation_config=None, *, vision_features:Tensor|VisionFeatures|None=None, tokens:int|None=None, **kwargs):
@@ -207,8 +225,8 @@ class BudgetGeneration(GenerationMixin):
         kwargs["suppress_tokens"] = sorted({*suppress, self.config.image_token_id})
         if tokens is not None: kwargs["tokens"] = tokens
         if vision_features is not None or "question_ids" in kwargs:
-            about = {k: kwargs.pop(k, None) for k in ("pixel_values", "tokens", "question_ids", "question_mask")}
-            with torch.no_grad(): images = self.model.get_image_features(vision_features=vision_features, **about)
+            about = {k: kwargs.pop(k, None) for k in ("pixel_values", "question_ids", "question_mask")}
+            with torch.no_grad(): images = self.model.get_image_features(vision_features=vision_features, tokens=tokens, **about)
             kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, generation_config, **kwargs)
 

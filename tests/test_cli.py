@@ -91,7 +91,7 @@ def test_figure_needs_a_folder(tmp_path, picture, trained, loaded, capsys):
     assert "does not exist" in refused("gradcam", "--image", picture, "--out", tmp_path/"no"/"a.png", "--folder", trained, capsys=capsys)
     assert not loaded.called
 
-@pytest.mark.parametrize("args", [["--steps", "0"], ["--tokens", "9"], ["--test-pictures", "1"]])
+@pytest.mark.parametrize("args", [["--steps", "0"], ["--tokens", "4"], ["--test-pictures", "1"]])
 def test_recipes_that_cannot_be(args, tmp_path, loaded, capsys):
     with pytest.raises(SystemExit) as stopped: cli.main(["quickstart", *args, "--folder", str(tmp_path/"q")])
     assert stopped.value.code and not (tmp_path/"q").exists() and not loaded.called

@@ -93,7 +93,7 @@ def test_goal(name, p, naming, expected):
 
 @pytest.mark.parametrize("fields,error", [
     (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_pictures=0), "train_pictures=0"),
-    (dict(test_pictures=1), "test_pictures=1 must be at least 2"), (dict(tokens=9), "tokens=9 must be one of test_budgets"),
+    (dict(test_pictures=1), "test_pictures=1 must be at least 2"), (dict(tokens=4), "tokens=4 must be one of test_budgets"),
     (dict(tokens=25, train_budgets=()), "tokens=25 must be one of test_budgets")])
 def test_recipes_that_cannot_be(fields, error):
     with pytest.raises(ValueError, match=re.escape(error)): Recipe(**fields)

@@ -46,7 +46,7 @@ class QueCCConfig(TokenPackerConfig):
             raise ValueError(f"a kernel of {self.kernel}×{self.kernel} patches cannot cut a {grid}×{grid} grid evenly; use pictures of the size that gives the {self.grid}×{self.grid} grid it was built for.")
         return super().check(tokens, grid)
 
-# %% ../../nbs/15_quecc.ipynb #fc3d0eb2
+# %% ../../nbs/15_quecc.ipynb #e6be96a2
 class QueCC(Compressor):
     "Queries that know the question, each asking the patches of its own cell (@eq-quecc)."
     Config = QueCCConfig
@@ -74,6 +74,10 @@ class QueCC(Compressor):
         self.attend.out.reset_parameters()
         nn.init.zeros_(self.attend.out.bias)
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+        "Keys and values read the patches; the last layer of the MLP writes."
+        return [self.k[0], self.v[0]], self.mlp[-1]
 
     def read_question(self,
         text:Tensor|None,  # Question embeddings `[b, 1, d_text]`

@@ -38,7 +38,7 @@ class TokenPackerConfig(CompressorConfig):
         if self.d_vision % self.heads:
             raise ValueError(f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {[h for h in range(1, 33) if self.d_vision % h == 0]}.")
 
-# %% ../../nbs/13_tokenpacker.ipynb #71d34658
+# %% ../../nbs/13_tokenpacker.ipynb #7bc856c0
 class TokenPacker(Compressor):
     "Queries from the shrunk picture, each asking the patches of its own cell (@eq-packer)."
     Config = TokenPackerConfig
@@ -65,6 +65,10 @@ class TokenPacker(Compressor):
                 nn.init.trunc_normal_(layer.weight, std=.02)
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+        "Keys and values read the patches; the last layer of the MLP writes."
+        return [self.k[0], self.v[0]], self.mlp[-1]
 
     def queries(self,
         level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level

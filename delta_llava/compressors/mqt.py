@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MQTConfig', 'QueryAttention', 'Resampler', 'MQT', 'FoldedMQT']
 
-# %% ../../nbs/14_mqt.ipynb #25e8fdce
+# %% ../../nbs/14_mqt.ipynb #555a2d8a
 import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -40,16 +40,9 @@ class Cache:
 class Head(nn.Module):
     def forward(self, hidden): return hidden
 
-class Language(nn.Module):
-    def forward(self, ids, past_key_values, use_cache):
-        return BaseModelOutputWithPast(last_hidden_state=past_key_values.seen[:, None].expand(-1, ids.shape[1], -1))
-
 class Eyes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.language_model = Language()
-    def forward(self, input_ids, mm_encoder_outputs, use_cache, attention_mask=None):
-        seen = torch.stack(mm_encoder_outputs["image"].pooler_output).mean(1)
+    def forward(self, input_ids, mm_encoder_outputs=None, past_key_values=None, tokens=None, use_cache=None, attention_mask=None):
+        seen = torch.stack(mm_encoder_outputs["image"].pooler_output).mean(1) if mm_encoder_outputs else past_key_values.seen
         return BaseModelOutputWithPast(last_hidden_state=seen[:, None].expand(-1, input_ids.shape[1], -1), past_key_values=Cache(seen))
 
 class Reader(DeltaLlavaForConditionalGeneration):

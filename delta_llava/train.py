@@ -31,7 +31,7 @@ from .grid import VisionFeatures, batches, take
 from .projector import Compressor
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
-# %% ../nbs/31_train.ipynb #0139438e
+# %% ../nbs/31_train.ipynb #2934f373
 def answer_embeddings(
     answers:Sequence[str],  # One text for each picture
     tokenizer,  # The LLM's
@@ -53,12 +53,13 @@ class _Regression:
         self.xx = self.xx + (x.flatten(0, 1).T @ x.flatten(0, 1)).double()
         self.xy = self.xy + (x.sum(1).T @ y).double()
 
-    def solve(self, ridge:float)->tuple[Tensor, Tensor, Tensor]:
-        "W (d, c); mean (c) and covariance (c, c) of what was read."
+    def solve(self, ridge:float)->tuple[Tensor, Tensor, Tensor, Tensor]:
+        "W (d, c); mean (c) and covariance (c, c) of what was read; the reading (c) that is 1 on the mean and varies least."
         mean = self.x / self.n
         covariance = self.xx/self.n - torch.outer(mean, mean)
         damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-        return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance
+        one = torch.linalg.solve(damped, mean)
+        return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance, one/(mean @ one)
 
 # %% ../nbs/31_train.ipynb #407618d1
 def _regress(
@@ -91,7 +92,7 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #34ce3cf4
+# %% ../nbs/31_train.ipynb #830b2e03
 @torch.no_grad()
 def calibrate(
     projector:Compressor,  # Changed in place
@@ -111,16 +112,18 @@ def calibrate(
     away = (embeddings - embeddings.mean(0)).to(writer.weight)
     projector.eval()
     for layer,found in zip(readers, _regress(projector, readers, features, away, [None], text, batch_size)):
-        weight,_,covariance = found.solve(ridge)
+        weight,_,covariance,_ = found.solve(ridge)
         rows = layer.d_out if isinstance(layer, DeltaProjection) else layer.out_features
         lead = torch.linalg.svd(weight, full_matrices=False).Vh[:rows//2]
         lead /= torch.einsum("ri,ij,rj->r", lead, covariance, lead).clamp_min(1e-9).sqrt()[:, None]  # deviation 1 in each direction
         _point(layer, torch.cat([lead, -lead]))
     found, = _regress(projector, [writer], features, away, list(tokens) or [None], text, batch_size)
-    weight,mean,covariance = found.solve(ridge)
+    weight,mean,covariance,one = found.solve(ridge)
     weight *= away.std() / torch.einsum("di,ij,dj->d", weight, covariance, weight).mean().sqrt()
-    writer.weight.copy_(weight)
-    if writer.bias is not None: writer.bias.copy_(embeddings.mean(0) - weight @ mean)
+    offset = embeddings.mean(0).to(weight) - weight @ mean
+    if writer.bias is None: weight += torch.outer(offset, one)
+    else: writer.bias.copy_(offset)
+    (writer.weight if isinstance(writer, nn.Linear) else writer.weight.T).copy_(weight)
     projector.train(mode)
 
 # %% ../nbs/31_train.ipynb #d209ad24

@@ -213,7 +213,7 @@ def test_start_of_the_reference():
     torch.manual_seed(0)
     module = MQT(replace(SMALL, d_vision=256, d_llm=400, queries=64))
     attend = module.resample.attend
-    for tensor, std in ((module.resample.query, .02), (module.proj, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
+    for tensor, std in ((module.resample.query, .02), (module.proj.weight, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
         assert abs(tensor.std().item()/std - 1) < .05
     assert not attend.qkv.bias.any() and not attend.out.bias.any()
 

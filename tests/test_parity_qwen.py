@@ -92,7 +92,7 @@ def test_what_follows_the_resampler():
     module = shaken()
     bare = QwenResampler(replace(SMALL, post=False)).eval()
     bare.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "proj"))})
-    assert_close(module(features()), module.ln_post(bare(features())) @ module.proj)
+    assert_close(module(features()), module.proj(module.ln_post(bare(features()))))
     names = to_reference(module.state_dict(), module.names, module.outer)
     assert {"transformer.visual.ln_post.weight", "transformer.visual.proj", "transformer.visual.attn_pool.attn.in_proj_weight"} <= set(names)
 

@@ -106,7 +106,7 @@ def reg_stage(
     "Blocks in a row; none at all is the identity."
     return nn.Sequential(OrderedDict((f"b{i+1}", RegBlock(d_out if i else d_in, d_out)) for i in range(depth)))
 
-# %% ../../nbs/16_cabstractor.ipynb #a0bcb02d
+# %% ../../nbs/16_cabstractor.ipynb #5fceabec
 def _silu_mlp(
     d_in:int,  # Channels in
     d_out:int,  # Width of the LLM
@@ -142,6 +142,10 @@ class CAbstractor(Compressor):
         nn.init.trunc_normal_(self.pos_emb, std=.02)
         if self.config.eos: nn.init.trunc_normal_(self.eos_tokens, std=.02)
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Module]:
+        "Convolutions read the patches, which the calibrated start leaves alone; the last layer writes."
+        return [], self.readout[-1]
 
     def forward(self,
         features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QwenConfig', 'QwenResampler']
 
-# %% ../../nbs/19_qwen.ipynb #2c1e89dc
+# %% ../../nbs/19_qwen.ipynb #1abb1a9b
 import math
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .mqt import Resampler
+from .mqt import Matrix, Resampler
 from ..config import CompressorConfig
 from ..grid import VisionFeatures
 from ..projector import Compressor
@@ -46,13 +46,13 @@ class QwenConfig(CompressorConfig):
         "Heads that are used: as told, or the reference's `d_llm // 128`, less if that does not divide the LLM's width."
         return self.heads or next(h for h in range(max(1, self.d_llm//128), 0, -1) if self.d_llm % h == 0)
 
-# %% ../../nbs/19_qwen.ipynb #7d319630
+# %% ../../nbs/19_qwen.ipynb #75011e39
 class QwenResampler(Compressor):
     "Qwen-VL's resampler: learned queries over patches with content and place (@eq-qwen)."
     Config = QwenConfig
     names = {"resample.attend.qkv.": "attn_pool.attn.in_proj_", "resample.attend.out.": "attn_pool.attn.out_proj.",  # our prefix -> the reference's
              "resample.query": "attn_pool.query", "resample.pos_embed": "attn_pool.pos_embed",
-             "kv_proj.": "attn_pool.kv_proj.", "ln_q.": "attn_pool.ln_q.", "ln_kv.": "attn_pool.ln_kv."}
+             "kv_proj.": "attn_pool.kv_proj.", "ln_q.": "attn_pool.ln_q.", "ln_kv.": "attn_pool.ln_kv.", "proj.weight": "proj"}
     outer = "transformer.visual."  # of the reference's checkpoint
     def __init__(self,
         config:QwenConfig=QwenConfig(),  # Sizes
@@ -62,7 +62,7 @@ class QwenResampler(Compressor):
         self.kv_proj = nn.Identity() if c == d else nn.Linear(c, d, bias=False)
         self.resample = Resampler(config.tokens, d, config.n_heads)
         self.ln_q,self.ln_kv = (nn.LayerNorm(d, eps=1e-6) for _ in range(2))
-        if config.post: self.ln_post,self.proj = nn.LayerNorm(d, eps=1e-6),nn.Parameter(torch.empty(d, d))
+        if config.post: self.ln_post,self.proj = nn.LayerNorm(d, eps=1e-6),Matrix(d, d)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -71,8 +71,13 @@ class QwenResampler(Compressor):
         self.resample.reset_parameters()
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)): norm.reset_parameters()
         if isinstance(self.kv_proj, nn.Linear): nn.init.trunc_normal_(self.kv_proj.weight, std=.02)
-        if self.config.post: nn.init.normal_(self.proj, std=self.config.d_llm**-.5)
+        if self.config.post: self.proj.reset_parameters()
         self.forget()
+
+    def ends(self)->tuple[list[nn.Module], nn.Module]:
+        "No layer without LayerNorm behind it reads the patches; the last matrix writes."
+        if not self.config.post: raise ValueError("post=False leaves no last matrix that a calibrated start could set; use post=True.")
+        return [], self.proj
 
     def ask(self,
         level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
@@ -91,4 +96,4 @@ class QwenResampler(Compressor):
         features,_ = self.read(features, tokens)
         x = self.standardized(features.levels)[..., -self.config.d_vision:]
         y = self.resample.attend(*self.ask(x, features.grid))
-        return self.ln_post(y) @ self.proj if self.config.post else y
+        return self.proj(self.ln_post(y)) if self.config.post else y

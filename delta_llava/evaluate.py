@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['see', 'answer_losses', 'another', 'right_and_shuffled', 'naming']
 
-# %% ../nbs/43_evaluate.ipynb #86d04f7e
+# %% ../nbs/43_evaluate.ipynb #be5c52c0
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .data import concept_names, with_article
-from .grid import batches
+from .grid import VisionFeatures, batches
 from .processor import DeltaLlavaProcessor
 from .vlm import DeltaLlavaForConditionalGeneration, visual_tokens
 
-# %% ../nbs/43_evaluate.ipynb #17734021
+# %% ../nbs/43_evaluate.ipynb #06bff80e
 @torch.no_grad()
 def see(
     model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
@@ -33,7 +33,7 @@ def see(
     "What the LLM gets to see of many pictures."
     if model.training: raise ValueError("the model is in training mode, where DropPath makes every pass another one; call model.eval() first.")
     asked = lambda n: {k: v.to(model.device).expand(n, -1) for k,v in (question or {}).items()}
-    return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens, **asked(len(x))) for x in batches(features, batch_size)])
+    return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens, **asked(len(VisionFeatures.of(x).levels))) for x in batches(features, batch_size)])
 
 def _images(visual:Tensor)->dict:
     "Visual tokens in the form in which the model takes ready ones."

@@ -6,7 +6,7 @@
 __all__ = ['side', 'to_grid', 'from_grid', 'VisionFeatures', 'take', 'batches', 'interpolate', 'sincos_2d', 'positions',
            'to_windows', 'from_windows']
 
-# %% ../nbs/02_grid.ipynb #32bb95ee
+# %% ../nbs/02_grid.ipynb #0d3c5735
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 # %% ../nbs/02_grid.ipynb #8ab067a7
 def side(
@@ -78,9 +79,9 @@ class VisionFeatures:
         levels = moved(self.levels)
         return VisionFeatures(levels, self.grid, None if self.cls_attention is None else self.cls_attention.to(levels.device), moved(self.keys))
 
-# %% ../nbs/02_grid.ipynb #a06ec1dc
+# %% ../nbs/02_grid.ipynb #68770758
 def take(
-    features:Tensor|Sequence,  # Patch tokens `[b, n, c]`, or a data set of `[n, c]` or of `VisionFeatures` of one picture
+    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]`, or a data set of `[n, c]` or of `VisionFeatures` of one picture
     places:Sequence[int],  # Numbers of pictures
 )->Tensor|VisionFeatures:  # A batch of them
     "Patch tokens of some pictures."
@@ -89,7 +90,7 @@ def take(
     return VisionFeatures.join(rows) if isinstance(rows[0], VisionFeatures) else torch.stack([torch.as_tensor(row) for row in rows])
 
 def batches(
-    features:Tensor|Sequence,  # As for `take`
+    features:Tensor|Sequence|Dataset,  # As for `take`
     size:int,  # Pictures in a batch
 )->Iterator[Tensor|VisionFeatures]:  # The last batch may be smaller
     "Patch tokens of many pictures, `size` pictures at a time."

@@ -6,7 +6,7 @@
 __all__ = ['AUTHORS_NAMES', 'Compressor', 'WindowAttention', 'ResidualMLP', 'DeltaProjector', 'names_under', 'from_authors_state',
            'to_authors_state', 'FoldedProjector']
 
-# %% ../nbs/05_projector.ipynb #5df42e5d
+# %% ../nbs/05_projector.ipynb #8c898c5c
 import copy
 import math
 import os
@@ -16,12 +16,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from .config import CompressorConfig, ProjectorConfig
 from .delta import DeltaProjection
 from .grid import VisionFeatures, batches, interpolate, positions, side, to_windows
 from .mixing import NTB
 
-# %% ../nbs/05_projector.ipynb #f065dbe7
+# %% ../nbs/05_projector.ipynb #d1e93cf8
 class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: what Delta-LLaVA's projector and its alternatives have in common."
     Config = CompressorConfig  # Class of its config
@@ -49,7 +50,7 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def measure(self,
-        features:Tensor|Sequence,  # Patch tokens `[b, n, l·C]` of training pictures, or a data set of `[n, l·C]`
+        features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, l·C]` of training pictures, or a data set of `[n, l·C]`
         batch_size:int=64,  # Pictures in memory at a time
     ):
         "Take the statistics that `standardize` uses: mean and deviation of each channel."

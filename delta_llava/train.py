@@ -6,7 +6,7 @@
 __all__ = ['answer_embeddings', 'calibrate', 'ElasticCollator', 'freeze', 'last_checkpoint', 'ProjectorTrainer',
            'pretrain_arguments', 'pretrain', 'hardware', 'commit', 'write_record']
 
-# %% ../nbs/31_train.ipynb #77bf6ba9
+# %% ../nbs/31_train.ipynb #1ddc8700
 import json
 import os
 import platform
@@ -23,6 +23,7 @@ import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from .data import Collator
@@ -61,11 +62,11 @@ class _Regression:
         one = torch.linalg.solve(damped, mean)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance, one/(mean @ one)
 
-# %% ../nbs/31_train.ipynb #407618d1
+# %% ../nbs/31_train.ipynb #350c9470
 def _regress(
     projector:Compressor,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
-    features:Tensor|Sequence,  # Patch tokens of each picture
+    features:Tensor|Sequence|Dataset,  # Patch tokens of each picture
     targets:Tensor,  # One for each picture, mean 0
     budgets:Sequence[int|None],  # One run for each
     text:Tensor|None,  # The question, where it is read
@@ -92,11 +93,11 @@ def _point(
     weight[:len(rows)] += rows.to(weight) - old[:len(rows)]  # a low-rank update stays; the base makes up for it
     if getattr(layer, "bias", None) is not None: layer.bias.zero_()
 
-# %% ../nbs/31_train.ipynb #830b2e03
+# %% ../nbs/31_train.ipynb #c1714988
 @torch.no_grad()
 def calibrate(
     projector:Compressor,  # Changed in place
-    features:Tensor|Sequence,  # Patch tokens `[b, n, c]` of training pictures, or a data set of `[n, c]`: the more, the better
+    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]` of training pictures, or a data set of `[n, c]`: the more, the better
     embeddings:Float[Tensor, "pictures d"],  # Where each picture's visual tokens should lie: `answer_embeddings`
     *,
     tokens:Sequence[int]=(),  # Budgets to calibrate for; empty takes the projector's own

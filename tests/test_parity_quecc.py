@@ -21,10 +21,10 @@ def pytest_generate_tests(metafunc):
 
 
 # ---- the reference's numbers
-def test_every_kind_has_a_case(pytestconfig):
-    folder = pytestconfig.getoption("--parity-dir")
-    stored = info(folder, NAME)["cases"]
-    assert stored and all(under(folder, NAME, f"mid.{c['name']}.") for c in stored), "a fixture that is missing proves nothing"
+def test_every_kind_has_a_case(request):
+    for kind, found in KINDS.items(): assert found(request), f"no case of kind {kind!r}: a fixture that is missing proves nothing"
+    folder = request.config.getoption("--parity-dir")
+    assert all(under(folder, NAME, f"mid.{c['name']}.") for c in info(folder, NAME)["cases"])
 
 
 def reference_state(folder, case) -> dict:

@@ -1,5 +1,5 @@
 """The repository's own rules: pins, notebooks, modules, README, records."""
-import ast, json, re, subprocess, sys, tomllib
+import ast, json, re, runpy, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -199,6 +199,13 @@ def test_record_says_how_to_repeat_the_run(path):
     assert not empty, f"{empty} missing or empty"
     assert re.fullmatch(r"[0-9a-f]{7,40}", record["commit"]), "`commit` is a git hash, with no '-dirty'."
     assert not MACHINE_PATH.search(path.read_text(encoding="utf-8")), "a record names no path of one machine."
+
+
+def test_stored_fixtures_are_small_and_come_from_their_script():
+    folder, names = ROOT/"tests"/"data"/"parity", runpy.run_path(str(ROOT/"tests"/"data"/"subset_parity.py"))["LEFT_OUT"]
+    files = {p.name: p.stat().st_size for p in folder.iterdir()}
+    assert set(files) == {"README.md"} | {f"{name}.{kind}" for name in names for kind in ("json", "safetensors")}
+    assert sum(files.values()) < 6_000_000, f"{sum(files.values())} bytes; leave more out in tests/data/subset_parity.py."
 
 
 @pytest.mark.parametrize("folder", ["delta_llava", "tests", "tools", "benchmarks", ".ci", ".github"])

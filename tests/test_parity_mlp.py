@@ -80,7 +80,7 @@ def close_to_real(out, folder, case):
     stored = under(folder, "real_shapes", f"out.{case['name']}.")
     assert list(out.shape) == case["out_shape"]
     close(out[0, :4, :64], stored["head"], "head")
-    assert_close(out[0].norm(dim=-1), stored["norms"], rtol=1e-6, atol=1e-5)  # up to 45, where float32 itself has steps of 4e-6
+    assert_close(out[0].norm(dim=-1), stored["norms"], rtol=1e-6, atol=1e-5)  # up to 46, where float32 itself has steps of 4e-6
     close(torch.stack([out.mean(), out.std()]), torch.tensor([case["mean"], case["std"]]), "mean and deviation")
 
 

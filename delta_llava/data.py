@@ -248,7 +248,7 @@ def ask(
     pairs = [(question.format(*q), answer.format(*a)) for (q, a), (question, answer) in zip(facts, forms)]
     return [(question, answer[0].upper() + answer[1:]) for question, answer in pairs]
 
-# %% ../nbs/30_data.ipynb #482bce34
+# %% ../nbs/30_data.ipynb #f01ff201
 def write_scenes(
     folder:str|Path,  # Gets `<split>.json` and `images/`; splits may share one folder
     n:int,  # Pictures
@@ -271,8 +271,9 @@ def write_scenes(
     for scene in scenes:
         rows += [row for task in tasks for row in _rows(scene, task, paraphrase)]
         draw_scene(scene).save(folder/"images"/f"{scene.id}.png", compress_level=1)
-    (folder/f"{split}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    return folder/f"{split}.json"
+    part = folder/f"{split}.json.part"
+    part.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    return part.replace(folder/f"{split}.json")  # comes last and at once: where it lies, all pictures do
 
 def _rows(scene:Scene, task:str, paraphrase:bool)->list[dict]:
     "The conversations of one scene about one task, one question each."

@@ -79,12 +79,13 @@ def build(
     model = build_vlm(load_tower(recipe.tower, levels, "attention" in needs), llm, tokenizer, config, recipe.compressor)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
-# %% ../nbs/50_quickstart.ipynb #1cd0df47
+# %% ../nbs/50_quickstart.ipynb #0c070955
 SETS = {f"{split}, {count}": (split, n) for split in ("heldout_scenes", "heldout_artist") for count,n in (("one thing", (1, 1)), ("several things", (2, 3)))}
 HELD_OUT_SEED = 3_000_000  # far from the seeds of the training scenes
 
 def _scenes(folder:Path, n:int, split:str, seed:int, n_objects:tuple[int, int], size:int)->Dataset:
-    return load_conversations(write_scenes(folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False, min_side=size//3))
+    done = folder/f"{split}.json"  # written last: where it lies, all pictures do
+    return load_conversations(done if done.exists() else write_scenes(folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False, min_side=size//3))
 
 def training_pictures(
     recipe:Recipe,  # How many, how large

@@ -46,6 +46,7 @@ def test_cells_that_have_a_file_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_cell", run_cell)
     monkeypatch.setattr(compare, "prepare", lambda cells, folder: None)
     with pytest.raises(KeyboardInterrupt): compare.compare(cells, tmp_path)
+    with pytest.raises(ValueError, match="another recipe"): compare.compare([replace(c, steps=9) for c in cells], tmp_path)
     assert not (tmp_path/"record.json").exists()
     first = list(ran)
     record = json.loads(compare.compare(cells, tmp_path).read_text())

@@ -65,7 +65,8 @@ def _states(
     "Hidden states block by block: those of `output_hidden_states`, without computing the blocks behind."
     x = model.embeddings(pixel_values, **resize)
     states = [model.pre_layrnorm(x) if hasattr(model, "pre_layrnorm") else x]  # CLIP normalises once more
-    for block in _blocks(model)[:depth]: states.append(block(states[-1], None))
+    mask = {} if hasattr(model.encoder, "layer") else dict(attention_mask=None)  # CLIP's blocks ask for it, DINOv2's need not know it
+    for block in _blocks(model)[:depth]: states.append(block(states[-1], **mask))
     return states
 
 # %% ../nbs/21_tower.ipynb #9e4d2618

@@ -88,8 +88,9 @@ def _cls_attention(
 )->tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention of CLS to each patch, and the patches' keys
     "What CLS looks at, all heads taken as one (@eq-cls); norm, queries and keys of the block and nothing more."
     norm,attend = (block.layer_norm1, block.self_attn) if hasattr(block, "self_attn") else (block.norm1, block.attention)
+    ask,key = (attend.q_proj, attend.k_proj) if hasattr(attend, "q_proj") else (attend.attention.query, attend.attention.key)  # before transformers 5.20
     x = norm(x)
-    q,k = attend.q_proj(x[:, 0]),attend.k_proj(x)
+    q,k = ask(x[:, 0]),key(x)
     scores = torch.einsum("bc,btc->bt", q.float(), k.float()) * q.shape[-1]**-.5  # float32: half precision would make ties
     return scores.softmax(dim=-1)[:, -n:], k[:, -n:]
 

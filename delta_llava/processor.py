@@ -77,7 +77,7 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #3fe9daca
+# %% ../nbs/23_processor.ipynb #d31d5fb5
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads off the code on reload
@@ -135,11 +135,18 @@ class DeltaLlavaProcessor(LlavaProcessor):
         return dict(question_ids=out["input_ids"], question_mask=out["attention_mask"])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls,
+        pretrained_model_name_or_path,  # Folder or hub name
+        **kwargs,  # As in transformers
+    ):
         "As in transformers, with the PIL backend: the pixels do not depend on what else is installed."
         return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil"} | kwargs)
 
-    def supervised(self, conversation:list[dict], tokens:int|None=None, max_length:int|None=None)->dict[str,list[int]]:
+    def supervised(self,
+        conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
+        tokens:int|None=None,  # Budget $V$; `None` takes the processor's
+        max_length:int|None=None,  # Most tokens; the end is cut, never an image
+    )->dict[str,list[int]]:  # `input_ids` and `labels`
         "Token ids and labels of one conversation: `supervised_ids` with this processor."
         return supervised_ids(self, conversation, tokens, max_length)
 

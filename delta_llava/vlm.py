@@ -145,7 +145,7 @@ def check_placeholders(
     raise ValueError(f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} visual tokens = {images*tokens} "
                      f"are to be placed; give processor and model the same images and the same tokens=….")
 
-# %% ../nbs/22_vlm.ipynb #7a586c0e
+# %% ../nbs/22_vlm.ipynb #d603fe99
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     "Tower, projector and LLM without the language-model head (§3)."
     def __init__(self,
@@ -162,21 +162,37 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         if module is projector: projector.reset_parameters()  # transformers' guard leaves weights alone that were loaded
         elif not any(module is part for part in projector.modules()): super()._initialize_weights(module, *args)
 
-    def train(self, mode:bool=True):
+    def train(self,
+        mode:bool=True,  # Training mode for projector and LLM
+    ):
         "Training mode for projector and LLM; the tower stays in evaluation mode."
         super().train(mode)
         self.vision_tower.eval()
         return self
 
-    def get_image_features(self, pixel_values:Tensor|None=None, vision_features:Tensor|VisionFeatures|None=None, tokens:int|None=None,
-                           question_ids:Tensor|None=None, question_mask:Tensor|None=None, **kwargs):
+    def get_image_features(self,
+        pixel_values:Tensor|None=None,  # [b, 3, h, w] Images, normalised
+        vision_features:Tensor|VisionFeatures|None=None,  # [b, n, l·c] Patch tokens, instead of `pixel_values`
+        tokens:int|None=None,  # Budget $V$; `None` takes the config's
+        question_ids:Tensor|None=None,  # [b, q] Each question alone, for projectors that read it
+        question_mask:Tensor|None=None,  # [b, q] 0 where there is padding
+        **kwargs,  # Ignored
+    ):
         "`visual_tokens` in the form that transformers expects: `pooler_output` has one [v, d] for each image."
         return BaseModelOutputWithPooling(pooler_output=list(visual_tokens(self, pixel_values, vision_features, tokens, question_ids, question_mask)))
 
     @can_return_tuple
-    def forward(self, input_ids:Tensor|None=None, pixel_values:Tensor|None=None, vision_features:Tensor|VisionFeatures|None=None,
-                tokens:int|None=None, inputs_embeds:Tensor|None=None, mm_encoder_outputs:dict|None=None,
-                question_ids:Tensor|None=None, question_mask:Tensor|None=None, **kwargs):
+    def forward(self,
+        input_ids:Tensor|None=None,  # [b, t] With one image token for each visual token
+        pixel_values:Tensor|None=None,  # [b, 3, h, w] Images, normalised
+        vision_features:Tensor|VisionFeatures|None=None,  # [b, n, l·c] Patch tokens, instead of `pixel_values`
+        tokens:int|None=None,  # Budget $V$ of this call; `None` takes the config's
+        inputs_embeds:Tensor|None=None,  # [b, t, d] Embeddings, instead of `input_ids`
+        mm_encoder_outputs:dict|None=None,  # Visual tokens computed before: `image` as `get_image_features` gives it
+        question_ids:Tensor|None=None,  # [b, q] Each question alone, for projectors that read it
+        question_mask:Tensor|None=None,  # [b, q] 0 where there is padding
+        **kwargs,  # To the LLM
+    ):
         "The LLM over text and visual tokens in one sequence; `mm_encoder_outputs` brings visual tokens computed before."
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and not (pixel_values is None and vision_features is None):
@@ -195,7 +211,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         out.image_hidden_states = flat
         return out
 
-    def dropping(self, images:Tensor|None, tokens:int|None):
+    def dropping(self,
+        images:Tensor|None,  # [b, t] Where the image tokens stand; `None` in a step that only goes on
+        tokens:int|None,  # Budget $V$; `None` takes the config's
+    ):
         "FastV: the context in which the LLM drops all but `tokens` of the image tokens marked in `images`; otherwise one that does nothing."
         if "decoder" not in self.multi_modal_projector.needs: return nullcontext()
         config = self.multi_modal_projector.config
@@ -216,10 +235,17 @@ def supervised_loss(
     if not (keep := target != -100).any(): raise ValueError("labels supervise nothing: all are -100. Was the answer empty, or cut off?")
     return loss_function(logits=head(hidden[:, :-1][keep]), labels=None, shift_labels=target[keep], **kwargs)
 
-# %% ../nbs/22_vlm.ipynb #937bdf42
+# %% ../nbs/22_vlm.ipynb #da1ab7e5
 class BudgetGeneration(GenerationMixin):
     "`generate` with a budget, with patch tokens, and without `<image>`."
-    def generate(self, inputs=None, generation_config=None, *, vision_features:Tensor|VisionFeatures|None=None, tokens:int|None=None, **kwargs):
+    def generate(self,
+        inputs=None,  # As in transformers
+        generation_config=None,  # As in transformers
+        *,
+        vision_features:Tensor|VisionFeatures|None=None,  # [b, n, l·c] Patch tokens, instead of `pixel_values`
+        tokens:int|None=None,  # Budget $V$ of this call; `None` takes the config's
+        **kwargs,  # As in transformers
+    ):
         "As in transformers, with the budget `tokens` of this call, and patch tokens in place of `pixel_values` if wanted."
         suppress = kwargs.get("suppress_tokens") or (generation_config or self.generation_config).suppress_tokens or []
         kwargs["suppress_tokens"] = sorted({*suppress, self.config.image_token_id})
@@ -230,7 +256,7 @@ class BudgetGeneration(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, generation_config, **kwargs)
 
-# %% ../nbs/22_vlm.ipynb #ac0d1bb7
+# %% ../nbs/22_vlm.ipynb #475b17c4
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, BudgetGeneration, LlavaForConditionalGeneration):
     "Delta-LLaVA with its language-model head: an ordinary transformers model (§3)."
     def __init__(self,
@@ -247,7 +273,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, BudgetGenera
         pixel_values:Tensor|None=None,  # [b, 3, h, w] Images, normalised
         vision_features:Tensor|VisionFeatures|None=None,  # [b, n, l·c] Patch tokens, instead of `pixel_values`
         tokens:int|None=None,  # Budget $V$ of this call; `None` takes the config's
-        attention_mask:Tensor|None=None, position_ids:Tensor|None=None, past_key_values=None, inputs_embeds:Tensor|None=None,
+        attention_mask:Tensor|None=None,  # [b, t] 0 where there is padding
+        position_ids:Tensor|None=None,  # [b, t] Places in the sequence; `None` counts
+        past_key_values=None,  # Cache of earlier positions
+        inputs_embeds:Tensor|None=None,  # [b, t, d] Embeddings, instead of `input_ids`
         labels:Tensor|None=None,  # [b, t] Token ids to predict, -100 where nothing is supervised
         logits_to_keep:int|Tensor=0,  # Logits of the last so many positions only; 0 is all
         mm_encoder_outputs:dict|None=None,  # Visual tokens computed before

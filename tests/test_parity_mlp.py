@@ -28,17 +28,13 @@ def test_every_kind_has_a_case(request):
 
 
 # ---- the MLP
-def names(model) -> dict:
-    "Our prefix -> the reference's; LLaVA's `linear` is a layer without a number."
-    return MLP.names if model.config.depth > 1 else {"mlp.0.": ""}
-
 
 def build(folder, case, times=1.) -> MLP:
     "Ours with the sizes of the fixture and the reference's state, scaled by `times`, under the names of its checkpoint."
     n = tensors(folder, "llava_mlp")["in.x"].shape[1]
     model = MLP(MLPConfig(grid=round(n**.5), tokens=n, levels=(23,), d_vision=case["mm_hidden_size"], d_llm=case["hidden_size"], depth=DEPTHS[case["name"]]))
     state = {MLP.outer + k: v*times for k, v in under(folder, "llava_mlp", f"state.{case['name']}.").items()}
-    model.load_state_dict(from_reference(state, names(model), MLP.outer))
+    model.load_state_dict(from_reference(state, model.names, MLP.outer))
     return model.eval()
 
 
@@ -61,8 +57,8 @@ def test_reference_round_trip(mlp_case, outer):
     folder, name, case = mlp_case
     theirs = {outer + k: v for k, v in under(folder, name, f"state.{case['name']}.").items()}
     model = build(folder, case)
-    model.load_state_dict(from_reference(theirs, names(model), MLP.outer))
-    back = to_reference(model.state_dict(), names(model), outer)
+    model.load_state_dict(from_reference(theirs, model.names, MLP.outer))
+    back = to_reference(model.state_dict(), model.names, outer)
     assert set(back) == set(theirs)
     for key in theirs: assert_close(back[key], theirs[key], rtol=0, atol=0)
 
@@ -99,7 +95,7 @@ def pooled(folder, tokens, times=1.):
     x = tensors(folder, "m3_pooling")["in.x"]
     n, width = x.shape[1:]
     model = M3(M3Config(grid=round(n**.5), tokens=n, levels=(23,), d_vision=width, d_llm=width, depth=1))
-    model.load_state_dict(from_reference({"weight": torch.eye(width)*times, "bias": torch.zeros(width)}, names(model)))
+    model.load_state_dict(from_reference({"weight": torch.eye(width)*times, "bias": torch.zeros(width)}, model.names))
     return model.eval()(x, tokens=tokens)
 
 

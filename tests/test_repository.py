@@ -1,6 +1,7 @@
 """The repository's own rules: pins, notebooks, modules, README, records."""
 import ast, json, re, runpy, subprocess, sys, tomllib
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,28 @@ def test_files_name_no_machine(folder):
     files = [p for p in (ROOT/folder).rglob("*") if p.suffix in (".py", ".yml", ".sh", ".json", ".md", "") and p.is_file()]
     found = {p.name: m[0] for p in files if p != Path(__file__) and (m := MACHINE_PATH.search(p.read_text(encoding="utf-8")))}
     assert not found, f"paths of one machine: {found}"
+
+
+# Public names
+
+def public_functions(path):
+    "Each public function of a module, and each public method that does not override a documented one, with its owner."
+    tree, module = ast.parse(path.read_text(encoding="utf-8")), import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in module.__all__: yield "", node
+        if not isinstance(node, ast.ClassDef) or node.name not in module.__all__: continue
+        bases = getattr(module, node.name).__mro__[1:-1]
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and (method.name == "__init__" or not method.name.startswith("_")):
+                if method.name in ("__init__", "forward") or not any(method.name in vars(base) for base in bases): yield f"{node.name}.", method
+
+
+@every_module
+def test_public_parameters_are_documented(path):
+    "What a docs page shows: a line for the function, and a comment with meaning, shape or unit for each parameter."
+    lines, gaps = path.read_text(encoding="utf-8").splitlines(), []
+    for owner, node in public_functions(path):
+        if not ast.get_docstring(node) and node.name not in ("__init__", "forward"): gaps.append(f"{owner}{node.name} has no docstring")
+        for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+            if arg.arg not in ("self", "cls") and "  # " not in lines[arg.end_lineno - 1]: gaps.append(f"{owner}{node.name}({arg.arg}) has no comment")
+    assert not gaps, "\n".join(gaps)

@@ -49,6 +49,8 @@ def main() -> None:
     workers = max(2, min(4, os.cpu_count() or 2))
     unchanged("notebooks run", "A notebook must leave nothing behind: let it write to a temporary folder.",
               "nbdev_test", "--n_workers", str(workers), "--timing", *flags, OMP_NUM_THREADS="1", **offline)
+    ran = [p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)]
+    print(f"{len(ran)} notebooks passed")
     unchanged("tests", "A test must leave nothing behind: use pytest's tmp_path.",
               "python", "-m", "pytest", "-q", *([f"--{args.flag}"] if args.flag else []), **offline)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import CompressorConfig
 from ..projector import Compressor
 
-# %% ../../nbs/10_compressor.ipynb #e44e5eab
+# %% ../../nbs/10_compressor.ipynb #7e98ef0a
 COMPRESSORS = {
     "delta": "delta_llava.projector:DeltaProjector",
     "mlp": "delta_llava.compressors.mlp:MLP",
@@ -40,6 +40,7 @@ VARIANTS = {  # name -> a compressor above, and fields of its config: PruMerge+,
     "delta-tokenpacker-projections": ("delta", dict(projection="tokenpacker")),
 }
 
+# %% ../../nbs/10_compressor.ipynb #228b4c5c
 def compressor_class(
     name:str,  # A key of `COMPRESSORS` or `VARIANTS`
 )->type[Compressor]:
@@ -60,6 +61,7 @@ def compressor_config(
         raise ValueError(f"{unknown} are no settings of {name!r}; its own are {sorted({f.name for f in fields(Config)} - set(shared))}.")
     return Config(**shared | options)
 
+# %% ../../nbs/10_compressor.ipynb #45525164
 def build_compressor(
     name:str,  # A key of `COMPRESSORS` or `VARIANTS`
     config:CompressorConfig|dict,  # Its own config, or what that config's `to_dict` gave

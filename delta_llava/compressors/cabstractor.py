@@ -106,7 +106,7 @@ def reg_stage(
     "Blocks in a row; none at all is the identity."
     return nn.Sequential(OrderedDict((f"b{i+1}", RegBlock(d_out if i else d_in, d_out)) for i in range(depth)))
 
-# %% ../../nbs/16_cabstractor.ipynb #5fceabec
+# %% ../../nbs/16_cabstractor.ipynb #dee91cd9
 def _silu_mlp(
     d_in:int,  # Channels in
     d_out:int,  # Width of the LLM
@@ -115,6 +115,7 @@ def _silu_mlp(
     "LLaVA's MLP with SiLU for GELU."
     return nn.Sequential(*(nn.SiLU() if isinstance(layer, nn.GELU) else layer for layer in mlp(d_in, d_out, depth)))
 
+# %% ../../nbs/16_cabstractor.ipynb #79821776
 class CAbstractor(Compressor):
     "Honeybee's C-Abstractor: blocks, a mean over cells, blocks, and an MLP (@eq-cabs)."
     Config = CAbstractorConfig

@@ -160,7 +160,7 @@ def check_decoder(
         raise ValueError(f"{type(decoder).__name__} has layers without full attention: a sliding window counts neighbours, and dropping tokens moves them. "
                          "If no sequence is longer than the window, build the model with sliding_window=None.")
 
-# %% ../../nbs/18_fastv.ipynb #923f3731
+# %% ../../nbs/18_fastv.ipynb #86ee27bb
 class Pruning:
     "What the hooks of one `prune` do, and what the last pass that began a sequence kept."
     def __init__(self,
@@ -183,11 +183,11 @@ class Pruning:
         "Hang all hooks."
         layers,attention = self.decoder.layers,self.decoder.layers[self.layer-1].self_attn
         q,k = (getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")) for name in "qk")
-        ears = [] if self.images is None else [module.register_forward_hook(partial(self.listen, name)) for name,module in (("q", q), ("k", k))]
-        return [self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True), *ears,
-                *(block.register_forward_pre_hook(partial(self.step_in, i), with_kwargs=True) for i,block in enumerate(layers) if i >= self.layer)]
+        ears = [] if self.images is None else [module.register_forward_hook(partial(self._listen, name)) for name,module in (("q", q), ("k", k))]
+        return [self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True), *ears,
+                *(block.register_forward_pre_hook(partial(self._step_in, i), with_kwargs=True) for i,block in enumerate(layers) if i >= self.layer)]
 
-    def begin(self, decoder:nn.Module, args:tuple, kwargs:dict):
+    def _begin(self, decoder:nn.Module, args:tuple, kwargs:dict):
         "Before a pass: note which tokens are padding, and refuse what cannot work before the cache is touched."
         self.mask,self.changes,self.caught = kwargs.get("attention_mask", args[1] if len(args) > 1 else None),{},{}
         cached = [type(l) for l in getattr(kwargs.get("past_key_values"), "layers", [])]
@@ -200,20 +200,20 @@ class Pruning:
         if PrunedLayer in cached and cached.index(PrunedLayer) != self.layer:
             raise ValueError(f"layer={self.layer}, but the cache was pruned after layer {cached.index(PrunedLayer)}; go on with that one.")
 
-    def listen(self, name:str, module:nn.Module, args:tuple, output:Tensor):
+    def _listen(self, name:str, module:nn.Module, args:tuple, output:Tensor):
         "While layer K attends: its queries or keys, before rotation."
         self.caught[name] = output.detach()
 
-    def step_in(self, i:int, block:nn.Module, args:tuple, kwargs:dict)->tuple|None:
+    def _step_in(self, i:int, block:nn.Module, args:tuple, kwargs:dict)->tuple|None:
         "Before layer `i`: the tokens that go on, and what belongs to them."
         cache = kwargs.get("past_key_values")
         if i == self.layer:
-            if cache is not None and cache.get_seq_length(i): self.resume(args[0], cache, kwargs["attention_mask"])  # a sequence goes on
-            elif self.images is not None: args = (self.cut(args[0], cache, kwargs), *args[1:])
+            if cache is not None and cache.get_seq_length(i): self._resume(args[0], cache, kwargs["attention_mask"])  # a sequence goes on
+            elif self.images is not None: args = (self._cut(args[0], cache, kwargs), *args[1:])
         if cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], PrunedLayer): cache.layers[i].expected = True
         return args,kwargs | self.changes
 
-    def cut(self, x:Float[Tensor, "b t d"], cache:Cache|None, kwargs:dict)->Float[Tensor, "b k d"]:
+    def _cut(self, x:Float[Tensor, "b t d"], cache:Cache|None, kwargs:dict)->Float[Tensor, "b k d"]:
         "A sequence begins: rank, and drop."
         if x.shape[:2] != self.images.shape:
             raise ValueError(f"images is {list(self.images.shape)}, but the pass has {list(x.shape[:2])} tokens; give the positions of this very pass (with beams, repeat its rows), and let `generate` use the cache.")
@@ -223,7 +223,7 @@ class Pruning:
         visible = None if self.mask is None else self.mask.bool()
         place = torch.arange(x.shape[1], device=x.device)
         last = place.new_full((len(x),), len(place) - 1) if visible is None else (visible * place).argmax(1)
-        self.heard = self.hear(rotary, last, visible)
+        self.heard = self._hear(rotary, last, visible)
         self.index,shown = survivors(self.heard, self.images & (place != last[:, None]), self.keep, visible)  # the token that looks always goes on
         if cache is not None: cache.layers[self.layer:] = [PrunedLayer(self.index.shape[1], shown) for _ in self.decoder.layers[self.layer:]]
         x = self.take(x)
@@ -232,14 +232,14 @@ class Pruning:
         return x
 
     @torch.no_grad()
-    def hear(self, rotary:tuple[Tensor, Tensor], last:Int[Tensor, "b"], visible:Bool[Tensor, "b t"]|None)->Float[Tensor, "b t"]:
+    def _hear(self, rotary:tuple[Tensor, Tensor], last:Int[Tensor, "b"], visible:Bool[Tensor, "b t"]|None)->Float[Tensor, "b t"]:
         "@eq-heard, for the token at `last` in each row."
         attention = self.decoder.layers[self.layer-1].self_attn
         q,k = (rearrange(x.flatten(2), "b t (h e) -> b h t e", e=attention.head_dim) for x in (self.caught.pop("q"), self.caught.pop("k")))
         q,k = rotation(attention)(q, k, *rotary)
         return last_row(q[torch.arange(len(q), device=q.device), :, last], k, attention.scaling, visible)
 
-    def resume(self, x:Float[Tensor, "b t d"], cache:Cache, mask):
+    def _resume(self, x:Float[Tensor, "b t d"], cache:Cache, mask):
         "A sequence goes on: nothing is dropped, but a pruned cache wants masks of its length."
         if self.images is not None and x.shape[1] > 1 and self.images.shape == x.shape[:2] and self.images.any():
             raise ValueError("a picture in a pass that continues a cache cannot be pruned: give the whole prompt in one pass.")

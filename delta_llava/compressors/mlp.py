@@ -16,7 +16,7 @@ from ..config import CompressorConfig
 from ..grid import VisionFeatures
 from ..projector import Compressor
 
-# %% ../../nbs/11_mlp.ipynb #bb8f6dd4
+# %% ../../nbs/11_mlp.ipynb #24eb6093
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(CompressorConfig):
     "Sizes of LLaVA's projector."
@@ -41,6 +41,7 @@ def mlp(
     for _ in range(depth - 1): layers += [nn.GELU(), nn.Linear(d_out, d_out)]
     return nn.Sequential(*layers)
 
+# %% ../../nbs/11_mlp.ipynb #def4ec75
 class MLP(Compressor):
     "LLaVA-1.5's projector: every patch through an MLP (@eq-mlp)."
     Config = MLPConfig
@@ -51,6 +52,7 @@ class MLP(Compressor):
     ):
         super().__init__(config)
         self.mlp = mlp(config.d_vision, config.d_llm, config.depth)
+        if config.depth == 1: self.names = {"mlp.0.": ""}  # LLaVA's `linear` is no list of layers
 
     def reset_parameters(self):
         "LLaVA's start, everywhere."

@@ -101,7 +101,7 @@ class Resampler(nn.Module):
         "The places of the queries, resized bicubically to the patches."
         return interpolate(self.pos_embed[None].float(), grid, "bicubic").to(self.query.dtype)
 
-# %% ../../nbs/14_mqt.ipynb #dc1908e7
+# %% ../../nbs/14_mqt.ipynb #57d8d6ee
 class Matrix(nn.Module):
     "A linear map without a bias, stored from input to output as both references store it."
     bias = None
@@ -122,6 +122,7 @@ class Matrix(nn.Module):
     )->Float[Tensor, "b v d"]:  # The same at another width
         return x @ self.weight
 
+# %% ../../nbs/14_mqt.ipynb #23fc534e
 class MQT(Compressor):
     "MQT-LLaVA's resampler: the first $V$ learned queries (@eq-mqt)."
     Config = MQTConfig

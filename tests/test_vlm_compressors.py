@@ -1,0 +1,120 @@
+"Every compressor inside the model: loss, generation, batches, saving."
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_vlm import IMAGE, TOWERS, llm_config, pictures, projector_config
+from torch.testing import assert_close
+
+from delta_llava.compressors.base import COMPRESSORS, VARIANTS, compressor_class, compressor_config, compressor_name
+from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, load_projector, save_projector
+
+TOWER, SIZES = "clip_b32_384", projector_config("clip_b32_384")
+every = pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS])
+
+
+def tiny(name, **options):
+    "A model whose projector is `name`, at 9 tokens (the MLP has no choice but 144)."
+    torch.manual_seed(0)
+    config = compressor_config(name, SIZES, tokens=144 if name == "mlp" else 9, **options)
+    return DeltaLlavaForConditionalGeneration(DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(num_hidden_layers=4),
+                                                               compressor=compressor_name(compressor_class(name)(config)), projector=config.to_dict(), image_token_index=IMAGE)).eval()
+
+
+def inputs(model, rows=((72, 105), (65, 66, 67, 68)), seed=1):
+    "Prompts of unequal length, padded on the left, each with one picture; a question where the projector reads it."
+    v = model.config.image_seq_length
+    ids = [[*row, *[IMAGE]*v, 63, 10] for row in rows]
+    width = max(map(len, ids))
+    batch = dict(input_ids=torch.tensor([[257]*(width - len(i)) + i for i in ids]), attention_mask=torch.tensor([[0]*(width - len(i)) + [1]*len(i) for i in ids]),
+                 pixel_values=pictures(TOWER, len(rows), seed))
+    if "text" in model.model.multi_modal_projector.needs:
+        asked = [[5, *row] for row in rows]
+        q = max(map(len, asked))
+        batch |= dict(question_ids=torch.tensor([[257]*(q - len(a)) + a for a in asked]), question_mask=torch.tensor([[0]*(q - len(a)) + [1]*len(a) for a in asked]))
+    return batch
+
+
+@every
+def test_loss_reaches_the_projector(name):
+    model = tiny(name).train()
+    batch = inputs(model)
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad is None for p in model.model.vision_tower.parameters())
+
+
+@every
+def test_rows_of_a_batch_equal_rows_alone(name):
+    model = tiny(name)
+    batch = inputs(model)
+    with torch.no_grad():
+        together = model(**batch).logits[:, -1]
+        for i in range(2):
+            real = batch["attention_mask"][i].bool()
+            alone = {k: v[i:i+1] for k, v in batch.items()} | {k: batch[k][i:i+1, real] for k in ("input_ids", "attention_mask")}
+            assert_close(model(**alone).logits[0, -1], together[i], atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_generation_with_a_cache(name):
+    model = tiny(name)
+    batch = inputs(model)
+    said = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert said.shape == (2, batch["input_ids"].shape[1] + 5) or (said[:, -1] == 257).any()
+    if "decoder" not in model.model.multi_modal_projector.needs:  # without a cache FastV ranks anew at every step
+        assert said.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
+    with torch.no_grad(): first = model(**batch).logits[:, -1]
+    first[:, IMAGE] = -torch.inf  # an image cannot be said
+    assert said[:, batch["input_ids"].shape[1]].equal(first.argmax(-1))
+
+
+@every
+def test_saved_and_loaded(name, tmp_path):
+    model = tiny(name)
+    batch = inputs(model)
+    with torch.no_grad(): logits = model(**batch).logits
+    model.save_pretrained(tmp_path/"model")
+    again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path/"model").eval()
+    with torch.no_grad(): assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
+    save_projector(model, tmp_path/"projector")
+    loaded = load_projector(tmp_path/"projector")
+    assert type(loaded) is type(model.model.multi_modal_projector) and loaded.config == model.model.multi_modal_projector.config
+    other = tiny(name)
+    for p in other.model.multi_modal_projector.parameters(): torch.nn.init.zeros_(p)
+    load_projector(tmp_path/"projector", other)
+    with torch.no_grad(): assert_close(other(**batch).logits, logits, rtol=0, atol=1e-6)
+
+
+def test_the_question_changes_what_quecc_sees():
+    model = tiny("quecc")
+    batch = inputs(model)
+    with torch.no_grad():
+        before = model.model.get_image_features(**{k: batch[k] for k in ("pixel_values", "question_ids", "question_mask")}).pooler_output[0]
+        after = model.model.get_image_features(batch["pixel_values"], question_ids=batch["question_ids"].flip(0), question_mask=batch["question_mask"].flip(0)).pooler_output[0]
+    assert (before - after).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="give question_ids"): model(**{k: v for k, v in batch.items() if "question" not in k})
+
+
+def test_fastv_drops_what_the_budget_says():
+    model, seen = tiny("fastv"), []
+    batch = inputs(model)
+    hook = model.model.language_model.layers[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        for tokens in (144, 9, 1): model(**batch, tokens=tokens)
+    hook.remove()
+    rows = batch["input_ids"].shape[1]
+    assert seen == [rows, rows - 135, rows - 143]
+    out = model.generate(**batch, tokens=9, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [rows + 1]*2 + [rows + 1 - 135]*2
+    both = model.generate(vision_features=None, **batch, tokens=1, max_new_tokens=3, do_sample=False)
+    assert both.shape[1] > rows
+
+
+def test_prumerge_needs_a_block_more():
+    config = compressor_config("prumerge", replace(SIZES, levels=(1, 2, 3, 12)), tokens=9)
+    with pytest.raises(ValueError, match="compressor='prumerge' reads what the block behind level 12 attends to"):
+        DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(), compressor="prumerge", projector=config.to_dict(), image_token_index=IMAGE)

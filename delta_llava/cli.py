@@ -98,7 +98,7 @@ class Chat:
         print("Ask about the picture; an empty line ends. The quickstart's model has learned one question: What is in the picture?")
         while question := input("> ").strip(): print(answer(model, processor, picture, question, self.tokens))
 
-# %% ../nbs/52_cli.ipynb #b474d92d
+# %% ../nbs/52_cli.ipynb #7f78cbac
 @dataclass(frozen=True, kw_only=True)
 class Gradcam:
     "Draw which visual tokens a word of the answer used (Fig. 1)."
@@ -113,6 +113,7 @@ class Gradcam:
         if not self.out.absolute().parent.is_dir(): raise ValueError(f"out={self.out} lies in a folder that does not exist; make it first.")
         picture,model,processor,recipe = _checked_image(self.image, self.tokens or (), self.folder)
         budgets = self.tokens or tuple(t for t in recipe.test_budgets if t > 1)
+        if not budgets: raise ValueError(f"{self.folder} was tested at one token only, and a map over a single token shows nothing; name budgets: --tokens 4 16.")
         said = answer(model, processor, picture, self.ask, recipe.tokens)
         word = self.word or max(said.strip(".").split(), key=len, default="")
         results = {t: word_cams(model, processor, picture, self.ask, [word], answer=said, tokens=t) for t in budgets}

@@ -344,7 +344,7 @@ def load_conversations(
     if problems: raise ValueError(f"{file}: {len(problems)} of {len(rows)} rows cannot be used.\n" + "\n".join(problems[:5]) + "\n…"*(len(problems) > 5))
     return Dataset.from_list(clean, features=Features({"id": Value("string"), "image": Value("string"), "conversations": _TURNS, **keys}))
 
-# %% ../nbs/30_data.ipynb #f810a7ca
+# %% ../nbs/30_data.ipynb #69549734
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."
@@ -371,8 +371,8 @@ class Collator:
         batch = {"input_ids": padded("input_ids", self.processor.tokenizer.pad_token_id), "labels": padded("labels", -100)}
         batch["attention_mask"] = torch.tensor([[0]*(length - len(e["input_ids"])) + [1]*len(e["input_ids"]) for e in encoded])
         if self.tokens is not None: batch["tokens"] = self.tokens
-        if self.processor.questions: batch |= self.processor.encode_questions([row["conversations"][0]["value"] for row in rows])
         paths = [row["image"] for row in rows if row["image"] is not None]
+        if self.processor.questions and paths: batch |= self.processor.encode_questions([row["conversations"][0]["value"] for row in rows if row["image"] is not None])
         return {**batch, **self._pictures(paths)} if paths else batch
 
     def _encode(self, row:dict)->dict[str, list[int]]:

@@ -328,7 +328,7 @@ class AnswerCams:
         if phrase.casefold() not in said: raise ValueError(f"{phrase!r} has no map; there are {said}. Ask for others with phrases=[…].")
         return self.cams[len(said) - 1 - said[::-1].index(phrase.casefold())]
 
-# %% ../nbs/40_gradcam.ipynb #4e16f13f
+# %% ../nbs/40_gradcam.ipynb #9d471bc6
 def word_cams(
     model:nn.Module,  # A `DeltaLlavaForConditionalGeneration`
     processor,  # Its `DeltaLlavaProcessor`
@@ -342,6 +342,8 @@ def word_cams(
     log_prob:bool=False,  # As in `answer_cam`
 )->AnswerCams:
     "Ask, answer, and map the words of the answer over the visual tokens (Fig. 1)."
+    kind = model.model.multi_modal_projector
+    if not kind.spatial: raise ValueError(f"the tokens of {type(kind).__name__} have no place in the picture, so a map over them cannot be drawn on it; use a projector whose tokens form a grid.")
     turns = [dict(role="user", content=f"<image>\n{question}")]
     asked = dict(questions=[question]) if processor.questions else {}
     inputs = processor(picture, processor.apply_chat_template(turns, add_generation_prompt=True), tokens=tokens, **asked).to(model.device)

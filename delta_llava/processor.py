@@ -77,7 +77,7 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #d31d5fb5
+# %% ../nbs/23_processor.ipynb #a3e6da9b
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads off the code on reload
@@ -107,7 +107,7 @@ class DeltaLlavaProcessor(LlavaProcessor):
     )->BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
         if unknown := sorted(k for k,v in dict(kwargs, videos=videos, audio=audio).items() if v is not None):
-            raise ValueError(f"unknown arguments {unknown}; this processor takes images, text, tokens, max_length, return_tensors.")
+            raise ValueError(f"unknown arguments {unknown}; this processor takes images, text, tokens, max_length, questions, return_tensors.")
         if not text: raise ValueError(f"text={text!r}; give a prompt with one '<image>' for each image.")
         text = [text] if isinstance(text, str) else list(text)
         images = [] if images is None else make_flat_list_of_images(images)
@@ -118,7 +118,8 @@ class DeltaLlavaProcessor(LlavaProcessor):
         rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.reserved(tokens), max_length) for t in text]
         out = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=return_tensors)
         pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
-        return BatchFeature({**out, **pixels, **(self.encode_questions(questions) if images and self.questions else {})})
+        asked = [q for q,t in zip(questions or [], text) for _ in range(t.count(self.image_token))]  # one for each picture
+        return BatchFeature({**out, **pixels, **(self.encode_questions(asked) if images and self.questions else {})})
 
     def reserved(self,
         tokens:int|None=None,  # Budget $V$; `None` takes the processor's

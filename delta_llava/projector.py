@@ -22,11 +22,12 @@ from .delta import DeltaProjection
 from .grid import VisionFeatures, batches, interpolate, positions, side, to_windows
 from .mixing import NTB
 
-# %% ../nbs/05_projector.ipynb #d1e93cf8
+# %% ../nbs/05_projector.ipynb #40e89093
 class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: what Delta-LLaVA's projector and its alternatives have in common."
     Config = CompressorConfig  # Class of its config
     needs = ()  # What it reads besides patch tokens: `"text"`, `"attention"` of the tower, `"decoder"` layers of the LLM
+    spatial = True  # Whether its tokens are a grid over the picture, row by row
     nested = False  # Whether a training step averages the losses of all its budgets
     names,outer = {},""  # Our prefix -> the reference's, and the prefix of the whole in the reference's checkpoint
     def __init__(self,

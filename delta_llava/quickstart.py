@@ -306,13 +306,15 @@ def fit(
     save_projector(model, folder)
     return model, processor, trained
 
-# %% ../nbs/50_quickstart.ipynb #b86029ed
+# %% ../nbs/50_quickstart.ipynb #5d8c80f2
 def run(
     recipe:Recipe=Recipe(),  # What to train
     folder:str|Path="runs/quickstart",  # Gets everything
 )->dict:  # The record
     "The whole road: parts, pictures, training, scores, report. A broken run goes on where it stopped."
     if max(recipe.test_budgets) < 2: raise ValueError(f"test_budgets={recipe.test_budgets} must hold one above 1: a map over a single token shows nothing.")
+    if not compressor_class(recipe.compressor).spatial:
+        raise ValueError(f"compressor={recipe.compressor!r} makes tokens that have no place in the picture, so the report's map cannot be drawn; use `delta-llava train` or `compare`.")
     folder,start = Path(folder),time.perf_counter()
     model,processor,trained = fit(recipe, folder)
     held = held_out_pictures(recipe, folder/"scenes")

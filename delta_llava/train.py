@@ -32,7 +32,7 @@ from .grid import VisionFeatures, batches, take
 from .projector import Compressor
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
-# %% ../nbs/31_train.ipynb #2934f373
+# %% ../nbs/31_train.ipynb #f5b3f5c5
 def answer_embeddings(
     answers:Sequence[str],  # One text for each picture
     tokenizer,  # The LLM's
@@ -49,6 +49,7 @@ class _Regression:
 
     def add(self, x:Float[Tensor, "b t c"], y:Float[Tensor, "b d"]):
         "Count a batch; targets must have mean 0 over all pictures."
+        x,y = x.float(),y.float()
         self.n += x.shape[0]*x.shape[1]
         self.x = self.x + x.double().sum((0, 1))
         self.xx = self.xx + (x.flatten(0, 1).T @ x.flatten(0, 1)).double()
@@ -127,7 +128,7 @@ def calibrate(
     (writer.weight if isinstance(writer, nn.Linear) else writer.weight.T).copy_(weight)
     projector.train(mode)
 
-# %% ../nbs/31_train.ipynb #d209ad24
+# %% ../nbs/31_train.ipynb #8c7004f8
 class ElasticCollator:
     "A collator that gives each batch one of several budgets, or all of them."
     def __init__(self,
@@ -142,7 +143,9 @@ class ElasticCollator:
     def __call__(self,
         rows:Sequence[dict],  # As `Collator` takes them
     )->dict:  # The batch, with its budget as `tokens`; nested, a list of them as `batches`
-        if self.nested: return dict(batches=[collate(rows) for collate in self.collators])
+        if self.nested:
+            batches = [collate(rows) for collate in self.collators]
+            return dict(batches=batches, labels=batches[0]["labels"])  # `Trainer` counts the supervised tokens there, the same at each budget
         drawn = zlib.crc32(" ".join([str(self.seed), *(row["id"] for row in rows)]).encode())
         return self.collators[drawn % len(self.collators)](rows)
 
@@ -157,7 +160,7 @@ def freeze(
     count = lambda ps: sum(p.numel() for p in ps)
     return {k: (count(p for p in m.parameters() if p.requires_grad), count(m.parameters())) for k,m in parts.items()}
 
-# %% ../nbs/31_train.ipynb #4de30e10
+# %% ../nbs/31_train.ipynb #72e9d05a
 def last_checkpoint(
     folder:str|Path,  # Output folder of a run
 )->Path|None:  # Its newest complete checkpoint; `None` if there is none
@@ -169,7 +172,7 @@ class ProjectorTrainer(Trainer):
     "transformers' `Trainer` for stage 1: checkpoints hold the projector, its optimizer and the random state."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "batches" not in inputs: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return sum(super(ProjectorTrainer, self).compute_loss(model, batch) for batch in inputs["batches"]) / len(inputs["batches"])
+        return sum(super(ProjectorTrainer, self).compute_loss(model, batch, num_items_in_batch=num_items_in_batch) for batch in inputs["batches"]) / len(inputs["batches"])
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save: save_projector(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)

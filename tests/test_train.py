@@ -261,3 +261,6 @@ def test_nested_batches_average_the_losses_of_all_budgets(tmp_path):
     losses = [model(**b).loss for b in batch["batches"]]
     assert_close(trainer.compute_loss(model, batch), sum(losses)/2)
     assert abs(losses[0] - losses[1]) > 1e-4  # else the mean would prove nothing
+    assert batch["labels"] is batch["batches"][0]["labels"]  # what `Trainer` counts for gradient accumulation
+    counted = (batch["labels"][:, 1:] != -100).sum()
+    assert_close(trainer.compute_loss(model, batch, num_items_in_batch=2*counted), sum(losses)/4, msg="a loss that knows the number of tokens is divided by it")

@@ -3,10 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_vlm import IMAGE, TOWERS, llm_config, pictures, projector_config
+from PIL import Image
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, pictures, projector_config
 from torch.testing import assert_close
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS, compressor_class, compressor_config, compressor_name
+from delta_llava.data import Collator
+from delta_llava.gradcam import word_cams
+from delta_llava.processor import build_processor
+from delta_llava.quickstart import Recipe, run
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
 TOWER, SIZES = "clip_b32_384", projector_config("clip_b32_384")
@@ -116,5 +122,40 @@ def test_fastv_drops_what_the_budget_says():
 
 def test_prumerge_needs_a_block_more():
     config = compressor_config("prumerge", replace(SIZES, levels=(1, 2, 3, 12)), tokens=9)
-    with pytest.raises(ValueError, match="compressor='prumerge' reads what the block behind level 12 attends to"):
+    with pytest.raises(ValueError, match="PruMerge reads what the block behind level 12 attends to"):
         DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(), compressor="prumerge", projector=config.to_dict(), image_token_index=IMAGE)
+
+
+def test_projector_that_reads_attention_needs_a_tower_that_has_it(tmp_path):
+    save_projector(compressor_class("prumerge")(compressor_config("prumerge", SIZES, tokens=9)), tmp_path)
+    model = tiny("delta")  # its tower ends at the highest level
+    with pytest.raises(ValueError, match="reads what the block behind level 11 attends to"): load_projector(tmp_path, model)
+    assert model.config.compressor == "delta"
+
+
+def test_adaptive_counts_are_refused():
+    with pytest.raises(ValueError, match="adaptive=True gives each picture its own number"): tiny("prumerge", adaptive=True)
+
+
+def test_a_variant_is_what_its_name_says():
+    full = compressor_config("delta", SIZES, tokens=9)
+    with pytest.raises(ValueError, match="its config says {'mixing': 'full'}"):
+        DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(), compressor="delta-no-emhsa", projector=full.to_dict(), image_token_index=IMAGE)
+
+
+def test_every_picture_gets_its_own_question():
+    "Two pictures in the first row, none in the second."
+    processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=9, template="v1", questions=True)
+    picture = Image.new("RGB", (8, 8))
+    batch = processor([picture, picture], ["<image> <image> a", "b"], questions=["What?", "Nothing."])
+    assert batch["question_ids"].shape[0] == 2 and batch["question_ids"][0].equal(batch["question_ids"][1])
+    turns = lambda q: [{"from": "human", "value": q}, {"from": "gpt", "value": "a"}]
+    collate = Collator(processor=processor, features=torch.randn(1, 144, 512), paths=["p"])
+    batch = collate([dict(id="0", image="p", conversations=turns("<image>\nWhat?")), dict(id="1", image=None, conversations=turns("And?"))])
+    assert batch["question_ids"].shape[0] == len(batch["vision_features"]) == 1
+
+
+@pytest.mark.parametrize("name", ["mqt", "qwen", "prumerge"])
+def test_tokens_without_a_place_get_no_map(name):
+    with pytest.raises(ValueError, match="have no place in the picture"): word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
+    with pytest.raises(ValueError, match="have no place in the picture"): run(Recipe(compressor=name))

@@ -47,6 +47,7 @@ def main() -> None:
     offline = {} if args.flag == "net" else {"HF_HUB_OFFLINE": "1"}
     flags = ["--flags", args.flag] if args.flag else []
     workers = max(2, min(4, os.cpu_count() or 2))
+    run("weights converted, once", "python", "-c", "from delta_llava.assets import default_llm, default_tower, resolve; print(resolve(default_tower()), resolve(default_llm()), sep='\\n')")
     unchanged("notebooks run", "A notebook must leave nothing behind: let it write to a temporary folder.",
               "nbdev_test", "--n_workers", str(workers), "--timing", *flags, OMP_NUM_THREADS="1", **offline)
     ran = [p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)]

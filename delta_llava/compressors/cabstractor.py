@@ -47,7 +47,7 @@ class CAbstractorConfig(CompressorConfig):
         "Channels of the blocks."
         return self.d_vision if self.hidden is None else self.hidden
 
-# %% ../../nbs/16_cabstractor.ipynb #b10fcd1a
+# %% ../../nbs/16_cabstractor.ipynb #281c9e24
 class LayerNorm2d(nn.LayerNorm):
     "LayerNorm over the channels of each place, eps $10^{-5}$."
     def forward(self,
@@ -80,6 +80,7 @@ class Gate(nn.Module):
     )->Float[Tensor, "b c row col"]:
         return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
+# %% ../../nbs/16_cabstractor.ipynb #b80f2c85
 class RegBlock(nn.Module):
     "RegNet's block with a 3×3 convolution for each channel (@eq-regblock)."
     def __init__(self,
@@ -98,6 +99,7 @@ class RegBlock(nn.Module):
     )->Float[Tensor, "b d row col"]:
         return F.silu(self.conv3(self.se(self.conv2(self.conv1(x)))) + self.downsample(x))
 
+# %% ../../nbs/16_cabstractor.ipynb #d233fee3
 def reg_stage(
     d_in:int,  # Channels in
     d_out:int,  # Channels out

@@ -122,10 +122,11 @@ class Matrix(nn.Module):
     )->Float[Tensor, "b v d"]:  # The same at another width
         return x @ self.weight
 
-# %% ../../nbs/14_mqt.ipynb #23fc534e
+# %% ../../nbs/14_mqt.ipynb #b4d1ae1c
 class MQT(Compressor):
     "MQT-LLaVA's resampler: the first $V$ learned queries (@eq-mqt)."
     Config = MQTConfig
+    spatial = False
     names = {"resample.attend.qkv.": "attn.in_proj_", "resample.attend.out.": "attn.out_proj.",  # our prefix -> the reference's
              "resample.query": "query", "resample.pos_embed": "pos_embed", "proj.weight": "proj"}
     outer = "model.query_abstractor."  # of the reference's checkpoint

@@ -105,10 +105,11 @@ class PruMergeConfig(MLPConfig):
         "Any number: at least one patch, and one token for the rest."
         return list(range(2, grid*grid + 1))
 
-# %% ../../nbs/17_prumerge.ipynb #5ce5c704
+# %% ../../nbs/17_prumerge.ipynb #1e573069
 class PruMerge(MLP):
     "LLaVA's MLP on the patches that CLS attends to, with the others merged into them (@eq-merge)."
     Config = PruMergeConfig
+    spatial = False
     needs = ("attention",)
     def __init__(self,
         config:PruMergeConfig=PruMergeConfig(),  # Sizes and switches

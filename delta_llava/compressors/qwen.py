@@ -46,10 +46,11 @@ class QwenConfig(CompressorConfig):
         "Heads that are used: as told, or the reference's `d_llm // 128`, less if that does not divide the LLM's width."
         return self.heads or next(h for h in range(max(1, self.d_llm//128), 0, -1) if self.d_llm % h == 0)
 
-# %% ../../nbs/19_qwen.ipynb #75011e39
+# %% ../../nbs/19_qwen.ipynb #53a8f439
 class QwenResampler(Compressor):
     "Qwen-VL's resampler: learned queries over patches with content and place (@eq-qwen)."
     Config = QwenConfig
+    spatial = False
     names = {"resample.attend.qkv.": "attn_pool.attn.in_proj_", "resample.attend.out.": "attn_pool.attn.out_proj.",  # our prefix -> the reference's
              "resample.query": "attn_pool.query", "resample.pos_embed": "attn_pool.pos_embed",
              "kv_proj.": "attn_pool.kv_proj.", "ln_q.": "attn_pool.ln_q.", "ln_kv.": "attn_pool.ln_kv.", "proj.weight": "proj"}

@@ -31,7 +31,7 @@ from .grid import VisionFeatures
 from .projector import Compressor
 from .tower import vision_features as tower_features
 
-# %% ../nbs/22_vlm.ipynb #fbd6534d
+# %% ../nbs/22_vlm.ipynb #0c7585a6
 def cut_tower_config(
     config:PreTrainedConfig,  # Of a vision tower
     depth:int,  # Blocks to keep
@@ -55,6 +55,7 @@ def blocks_wanted(
                          "take a lower level, or load the tower with attention=True.")
     return wanted
 
+# %% ../nbs/22_vlm.ipynb #348d2718
 class DeltaLlavaConfig(LlavaConfig):
     "Configuration of tower, projector and LLM; `projector` is the projector's own config as a dict."
     model_type = "delta_llava"

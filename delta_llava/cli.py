@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Command', 'Quickstart', 'Train', 'Compare', 'Chat', 'Gradcam', 'main']
 
-# %% ../nbs/52_cli.ipynb #622381b5
+# %% ../nbs/52_cli.ipynb #b262862d
 import json
 import logging
 import sys
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -40,7 +40,7 @@ class Quickstart(Recipe):
         print(f"\n{record['picture']}\nWhat is in the picture?\n> {record['example']}\n\nThe report: {self.folder/'report.html'}")
         print(f"Next: delta-llava chat --image {record['picture']}")
 
-# %% ../nbs/52_cli.ipynb #b5a631a2
+# %% ../nbs/52_cli.ipynb #888dd5f1
 @dataclass(frozen=True, kw_only=True)
 class Train(Recipe):
     "Train any compressor on the quickstart's pictures: stage 1 alone, without the report."
@@ -67,11 +67,12 @@ class Compare:
     batch_size:int=8  # Pictures in a step
     train_pictures:int=1600  # Half with one thing, half with two or three
     test_pictures:int=64  # In each of the four held-out sets
+    llm_dtype:Literal["float32", "bfloat16"]="float32"  # Of the frozen LLM; bfloat16 is faster where the processor computes in it
     jobs:int=1  # Trainings at a time
     folder:Path=Path("runs/compare")  # Gets a file for each training, and the record
 
     def __call__(self):
-        like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_pictures", "test_pictures")})
+        like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_pictures", "test_pictures", "llm_dtype")})
         print(compare(plan(self.compressors, self.budgets, self.seeds, self.starts, like), self.folder, self.jobs))
 
 # %% ../nbs/52_cli.ipynb #d79705e9

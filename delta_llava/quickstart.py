@@ -7,7 +7,7 @@ __all__ = ['SETS', 'HELD_OUT_SEED', 'QUESTION', 'POINTED', 'PAGE', 'log', 'Recip
            'held_out_pictures', 'read_features', 'asked', 'train', 'score', 'point_at_things', 'load_trained', 'answer',
            'draw_log', 'draw_examples', 'reached', 'fit', 'run']
 
-# %% ../nbs/50_quickstart.ipynb #5e0dd771
+# %% ../nbs/50_quickstart.ipynb #1b29f603
 import html
 import json
 import logging
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -31,7 +32,7 @@ from .tower import CachedFeatures, cache_features, image_processor_for, load_tow
 from .train import ElasticCollator, answer_embeddings, calibrate, pretrain, pretrain_arguments, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, question_embedding, save_projector
 
-# %% ../nbs/50_quickstart.ipynb #19377257
+# %% ../nbs/50_quickstart.ipynb #b0516a64
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the quickstart trains, on what, and for how long."
@@ -49,6 +50,7 @@ class Recipe:
     compressor:str="delta"  # Which projector, by its name in the registry
     tower:str=default_tower()  # pypi:…, hub:… or a folder
     llm:str=default_llm()  # pypi:…, hub:… or a folder
+    llm_dtype:Literal["float32", "bfloat16"]="float32"  # Of the frozen LLM; the projector trains in float32 either way
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "train_pictures", "test_pictures"):
@@ -59,7 +61,7 @@ class Recipe:
             if not getattr(self, name): object.__setattr__(self, name, (self.tokens,))
         if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}.")
 
-# %% ../nbs/50_quickstart.ipynb #abe47837
+# %% ../nbs/50_quickstart.ipynb #45062459
 def build(
     recipe:Recipe,  # Names of tower and LLM, image size, main budget
 )->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # With a fresh projector; on the GPU if there is one
@@ -77,7 +79,10 @@ def build(
                                 placeholders=config.placeholders(recipe.tokens) if "decoder" in needs else None)
     torch.manual_seed(recipe.seed)
     model = build_vlm(load_tower(recipe.tower, levels, "attention" in needs), llm, tokenizer, config, recipe.compressor)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    for frozen in (model.model.language_model, model.lm_head): frozen.to(getattr(torch, recipe.llm_dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (device, recipe.llm_dtype) == ("cpu", "bfloat16"): model.set_attn_implementation({"text_config": "eager"})  # the fused one is slow backward there
+    return model.to(device), processor
 
 # %% ../nbs/50_quickstart.ipynb #0c070955
 SETS = {f"{split}, {count}": (split, n) for split in ("heldout_scenes", "heldout_artist") for count,n in (("one thing", (1, 1)), ("several things", (2, 3)))}

@@ -63,7 +63,7 @@ class _Regression:
         one = torch.linalg.solve(damped, mean)
         return torch.linalg.solve(damped, self.xy/self.n).T, mean, covariance, one/(mean @ one)
 
-# %% ../nbs/31_train.ipynb #350c9470
+# %% ../nbs/31_train.ipynb #e34fdd76
 def _regress(
     projector:Compressor,  # Runs on the features
     layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
@@ -74,12 +74,20 @@ def _regress(
     batch_size:int,  # Pictures in one run
 )->list[_Regression]:  # One for each layer
     "Run the projector, and regress from what each layer reads."
-    found,now = [_Regression() for _ in layers],None
-    def listen(regression): return lambda module, args: regression.add(args[0], now)
-    hooks = [m.register_forward_pre_hook(listen(r)) for m,r in zip(layers, found)]
+    found,read,now = [_Regression() for _ in layers],[],None
+    def listen(i):
+        def count(module, args):
+            shared = next((j for j,x in read if x is args[0]), None)  # keys and values often read one tensor: count it once
+            if shared is None: found[i].add(args[0], now)
+            else: found[i] = found[shared]
+            read.append((i, args[0]))
+        return count
+    hooks = [m.register_forward_pre_hook(listen(i)) for i,m in enumerate(layers)]
     try:
         for rows,now in zip(batches(features, batch_size), targets.split(batch_size)):
-            for t in budgets: projector(rows.to(targets.device, targets.dtype), tokens=t, text=None if text is None else text.expand(len(now), -1, -1))
+            for t in budgets:
+                projector(rows.to(targets.device, targets.dtype), tokens=t, text=None if text is None else text.expand(len(now), -1, -1))
+                read.clear()
     finally:
         for hook in hooks: hook.remove()
     return found

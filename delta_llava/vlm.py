@@ -110,7 +110,7 @@ class DeltaLlavaPreTrainedModel(LlavaPreTrainedModel):
                                  "save_pretrained, or join the parts with build_vlm and load_projector.")
         return (model, info) if kwargs.get("output_loading_info") else model
 
-# %% ../nbs/22_vlm.ipynb #0e53e90c
+# %% ../nbs/22_vlm.ipynb #2784bc55
 @torch.no_grad()
 def question_embedding(
     model:"DeltaLlavaModel",  # Holds the LLM
@@ -120,7 +120,8 @@ def question_embedding(
     "What the LLM makes of each question, without the picture."
     if question_ids is None:
         raise ValueError(f"{type(model.multi_modal_projector).__name__} reads the question: give question_ids; a processor made with questions=True and called with questions=[...] makes them.")
-    return model.language_model(input_ids=question_ids, attention_mask=question_mask, use_cache=False).last_hidden_state[:, -1:]
+    hidden = model.language_model(input_ids=question_ids, attention_mask=question_mask, use_cache=False).last_hidden_state
+    return hidden[:, -1:].to(next(model.multi_modal_projector.parameters()).dtype)
 
 def visual_tokens(
     model:"DeltaLlavaModel",  # Holds tower and projector

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'picture_index', 'concept_names', 'cut_out', 'group_of', 'PlantedObject',
            'Scene', 'plan_scene', 'paint_background', 'draw_scene', 'with_article', 'listed', 'absent_names', 'ask',
-           'write_scenes', 'check_turns', 'check_row', 'load_conversations', 'Collator']
+           'write_scenes', 'check_turns', 'check_row', 'load_conversations', 'pack', 'Collator']
 
 # %% ../nbs/30_data.ipynb #556d8709
 import json
@@ -344,7 +344,19 @@ def load_conversations(
     if problems: raise ValueError(f"{file}: {len(problems)} of {len(rows)} rows cannot be used.\n" + "\n".join(problems[:5]) + "\n…"*(len(problems) > 5))
     return Dataset.from_list(clean, features=Features({"id": Value("string"), "image": Value("string"), "conversations": _TURNS, **keys}))
 
-# %% ../nbs/30_data.ipynb #69549734
+# %% ../nbs/30_data.ipynb #76acc945
+def pack(
+    lengths:Sequence[int],  # Tokens of each row
+)->list[list[int]]:  # Numbers of the rows that share a sequence
+    "Rows to as few sequences as first-fit finds, longest first, none longer than the longest row."
+    room,bins = max(lengths, default=0), []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        home = next((b for b in bins if b[0] >= lengths[i]), None)
+        if home is None: bins.append(home := [room, []])
+        home[0] -= lengths[i]
+        home[1].append(i)
+    return [sorted(rows) for _,rows in bins]
+
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."
@@ -353,27 +365,46 @@ class Collator:
     max_length:int|None=None  # Most tokens of a row; longer ones lose their end, never an image
     features:torch.utils.data.Dataset|Sequence|Tensor|None=None  # Patch tokens (n, l·c) of each path in place of pixels: what `cache_features` gives
     paths:Sequence[str]|None=None  # The pictures that `features` belong to, in the same order
+    packed:bool=False  # Several rows in one sequence in place of padding: the same loss, fewer tokens
 
     def __post_init__(self):
         if isinstance(self.tokens, int) and self.tokens < 1: raise ValueError(f"tokens={self.tokens} must be at least 1, or None for the processor's budget.")
         if (self.features is None) != (self.paths is None): raise ValueError("features and paths belong together; give both or neither.")
+        if self.packed and getattr(self.processor, "placeholders", None): raise ValueError("packed=True, but here the LLM drops visual tokens row by row (FastV); take packed=False.")
         if self.features is None: return
         if len(self.features) != len(self.paths): raise ValueError(f"{len(self.features)} features for {len(self.paths)} paths; there must be one for each.")
         self._place = {path: i for i, path in enumerate(self.paths)}
 
     def __call__(self,
         rows:Sequence[dict],  # With `id`, `image` and `conversations`
-    )->dict[str, Tensor|VisionFeatures|int]:  # `input_ids`, `attention_mask`, `labels`, and `vision_features` or `pixel_values`; `tokens` if it was given
-        "Pad on the left, open or look up the pictures."
+    )->dict[str, Tensor|VisionFeatures|int]:  # `input_ids`, `labels`, `attention_mask` (packed: `position_ids`), and `vision_features` or `pixel_values`; `tokens` if it was given
+        "Pad or pack, open or look up the pictures."
         encoded = [self._encode(row) for row in rows]
-        length = max(len(e["input_ids"]) for e in encoded)
-        def padded(key, fill): return torch.tensor([[fill]*(length - len(e[key])) + list(e[key]) for e in encoded])
-        batch = {"input_ids": padded("input_ids", self.processor.tokenizer.pad_token_id), "labels": padded("labels", -100)}
-        batch["attention_mask"] = torch.tensor([[0]*(length - len(e["input_ids"])) + [1]*len(e["input_ids"]) for e in encoded])
+        if self.packed:
+            shared = pack([len(e["input_ids"]) for e in encoded])
+            batch,rows = self._packed([[encoded[i] for i in together] for together in shared]), [rows[i] for together in shared for i in together]
+        else: batch = self._padded(encoded)
         if self.tokens is not None: batch["tokens"] = self.tokens
-        paths = [row["image"] for row in rows if row["image"] is not None]
-        if self.processor.questions and paths: batch |= self.processor.encode_questions([row["conversations"][0]["value"] for row in rows if row["image"] is not None])
-        return {**batch, **self._pictures(paths)} if paths else batch
+        with_picture = [row for row in rows if row["image"] is not None]
+        if not with_picture: return batch
+        if self.processor.questions: batch |= self.processor.encode_questions([row["conversations"][0]["value"] for row in with_picture])
+        return {**batch, **self._pictures([row["image"] for row in with_picture])}
+
+    def _padded(self, encoded:list[dict])->dict[str, Tensor]:
+        "A row for each, padded on the left."
+        width,pad = max(len(e["input_ids"]) for e in encoded), self.processor.tokenizer.pad_token_id
+        before = [width - len(e["input_ids"]) for e in encoded]
+        return dict(input_ids=torch.tensor([[pad]*n + [*e["input_ids"]] for n,e in zip(before, encoded)]), labels=torch.tensor([[-100]*n + [*e["labels"]] for n,e in zip(before, encoded)]),
+                    attention_mask=torch.tensor([[0]*n + [1]*(width - n) for n in before]))
+
+    def _packed(self, sequences:list[list[dict]])->dict[str, Tensor]:
+        "Rows behind one another, padded on the right; places that begin again at 0 tell transformers where a row begins."
+        width,pad = max(sum(len(e["input_ids"]) for e in s) for s in sequences), self.processor.tokenizer.pad_token_id
+        def joined(key, fill):
+            rows = [[x for e in s for x in key(e)] for s in sequences]
+            return torch.tensor([row + fill(width - len(row)) for row in rows])
+        return dict(input_ids=joined(lambda e: e["input_ids"], lambda n: [pad]*n), labels=joined(lambda e: [-100, *e["labels"][1:]], lambda n: [-100]*n),
+                    position_ids=joined(lambda e: range(len(e["input_ids"])), lambda n: [*range(n)]))
 
     def _encode(self, row:dict)->dict[str, list[int]]:
         try: return self.processor.supervised(row["conversations"], tokens=self.tokens, max_length=self.max_length)

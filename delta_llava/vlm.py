@@ -156,7 +156,7 @@ def check_placeholders(
     raise ValueError(f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} visual tokens = {images*tokens} "
                      f"are to be placed; give processor and model the same images and the same tokens=….")
 
-# %% ../nbs/22_vlm.ipynb #336ec138
+# %% ../nbs/22_vlm.ipynb #6a9589e1
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     "Tower, projector and LLM without the language-model head (§3)."
     def __init__(self,
@@ -214,6 +214,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         if inputs_embeds is None: inputs_embeds = self.get_input_embeddings()(input_ids)
         flat = torch.cat(visual).to(inputs_embeds) if visual else None
         if visual: inputs_embeds = inputs_embeds.masked_scatter(self.get_placeholder_mask(input_ids, inputs_embeds, flat), flat)
+        elif self.training and torch.distributed.is_initialized(): inputs_embeds = inputs_embeds + 0*self.blank(tokens).sum()
         places = input_ids == self.config.image_token_id if visual and input_ids is not None else None
         with self.dropping(places, tokens) as pruning: out = super().forward(inputs_embeds=inputs_embeds, **kwargs)
         if pruning is not None and pruning.index is not None:  # every token back to its place; where one was dropped stands 0
@@ -221,6 +222,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
             out.last_hidden_state = hidden.new_zeros(inputs_embeds.shape).scatter(1, index.expand_as(hidden), hidden)
         out.image_hidden_states = flat
         return out
+
+    def blank(self,
+        tokens:int|None=None,  # Budget $V$; `None` takes the config's
+    )->Float[Tensor, "1 v d"]:  # Visual tokens of no picture
+        "What the projector makes of an empty picture: with it, a process whose batch has no picture still takes part in exchanging gradients."
+        projector = self.multi_modal_projector
+        config,weight = projector.config,next(projector.parameters())
+        n,width = config.grid**2,config.d_vision
+        extra = dict(cls_attention=weight.new_full((1, n), 1/n), keys=weight.new_zeros(1, n, width)) if "attention" in projector.needs else {}
+        text = weight.new_zeros(1, 1, config.d_llm) if "text" in projector.needs else None
+        return projector(VisionFeatures(weight.new_zeros(1, n, len(config.levels)*width), config.grid, **extra), tokens=tokens, text=text)
 
     def dropping(self,
         images:Tensor|None,  # [b, t] Where the image tokens stand; `None` in a step that only goes on
@@ -267,7 +279,7 @@ class BudgetGeneration(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, generation_config, **kwargs)
 
-# %% ../nbs/22_vlm.ipynb #475b17c4
+# %% ../nbs/22_vlm.ipynb #9a38076a
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, BudgetGeneration, LlavaForConditionalGeneration):
     "Delta-LLaVA with its language-model head: an ordinary transformers model (§3)."
     def __init__(self,
@@ -294,6 +306,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, BudgetGenera
         **kwargs,
     ):
         "Logits of the next token, and the loss (@eq-loss) if there are `labels`; in training the loss alone."
+        if labels is not None: kwargs.setdefault("use_cache", False)  # nothing follows; and with a cache, transformers would not see that rows are packed
         out = self.model(input_ids=input_ids, pixel_values=pixel_values, vision_features=vision_features, tokens=tokens, attention_mask=attention_mask,
                          position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
                          mm_encoder_outputs=mm_encoder_outputs, **kwargs)

@@ -159,3 +159,44 @@ def test_every_picture_gets_its_own_question():
 def test_tokens_without_a_place_get_no_map(name):
     with pytest.raises(ValueError, match="have no place in the picture"): word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
     with pytest.raises(ValueError, match="have no place in the picture"): run(Recipe(compressor=name))
+
+
+@every
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
+    model = tiny(name).eval()  # in training mode DropPath would draw
+    processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=model.config.image_seq_length, template="v1",
+                                questions="text" in model.model.multi_modal_projector.needs)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model.config.image_token_index = model.config.image_token_id = processor.image_token_id
+    say = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    rows = [dict(id="long", image=None, conversations=say("Hm? "*200, "Well. "*100)), dict(id="a", image="a", conversations=say("<image>\nWhat is it?", "A cat")),
+            dict(id="text", image=None, conversations=say("Why?", "So.")), dict(id="b", image="b", conversations=say("<image>\nAnd this one, what may it be?", "Two dogs and a bird"))]
+    width = len(SIZES.levels)*SIZES.d_vision
+    pictures = dict(features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"])
+    if "attention" in model.model.multi_modal_projector.needs:
+        from delta_llava.grid import VisionFeatures
+        g = torch.Generator().manual_seed(1)
+        pictures["features"] = [VisionFeatures(f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)) for f in pictures["features"]]
+    found = {}
+    for packed in (False, True):
+        if packed and name == "fastv": break
+        batch = Collator(processor=processor, packed=packed, **pictures)(rows)
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        found[packed] = len(batch["input_ids"]), out.loss, torch.cat([p.grad.flatten() for p in model.model.multi_modal_projector.parameters() if p.grad is not None])
+    if name == "fastv":
+        with pytest.raises(ValueError, match="packed=False"): Collator(processor=build_processor(processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144), packed=True)
+        return
+    assert (found[False][0], found[True][0]) == (4, 2)
+    assert_close(found[True][1], found[False][1], rtol=1e-5, atol=1e-6)
+    assert_close(found[True][2], found[False][2], rtol=1e-3, atol=1e-6)
+
+
+@every
+def test_no_picture_still_gives_finite_visual_tokens_and_gradients(name):
+    model = tiny(name).train()
+    tokens = model.model.blank()
+    tokens.sum().backward()
+    assert tokens.isfinite().all() and tokens.shape[0] == 1
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.model.multi_modal_projector.parameters())

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from delta_llava.data import (SPLITS, TASKS, Collator, ask, concept_names, cut_out, draw_scene, group_of, load_conversations, paint_background,
-                              picture_index, plan_scene, write_scenes)
+                              picture_index, plan_scene, read_rows, write_scenes)
 
 PICTURES = Path(__file__).parents[1]/"delta_llava"/"pictures"
 
@@ -158,6 +158,12 @@ BROKEN = {
     "missing file": (_row("<image>", "A fox.", image="lost.png"), "lost.png"),
     "outside the folder": (_row("<image>", "A fox.", image="../fox.png"), "outside its folder"),
     "absolute path outside": (_row("<image>", "A fox.", image="/etc/hostname"), "outside its folder"),
+    "several images": (_row("<image>", "A fox.", image=["fox.png", "lost.png"]), "'image' lists 2 pictures"),
+    "half a character": (_row("<image>", "A fox \ud83e."), "half of a character"),
+    "half a character in a path": (_row("<image>", "A fox.", image="\ud83e.png"), "half of a character"),
+    "half a character in an id": (_row("<image>", "A fox.", id="\ud83e"), "half of a character"),
+    "no path at all": (_row("<image>", "A fox.", image="a\0b.png"), "null"),
+    "endless path": (_row("<image>", "A fox.", image="a"*5000 + ".png"), "too long"),
     "no object": ("fox", "must be an object"),
 }
 
@@ -171,7 +177,7 @@ def test_all_problems_are_counted_and_five_shown(tmp_path):
     with pytest.raises(ValueError, match="7 of 8 rows") as error: _load(tmp_path, *[_row("<image>", "", id=i) for i in range(7)])
     assert str(error.value).count("empty answer") == 5
 
-@pytest.mark.parametrize("content,says", [("fox", "is not JSON"), ("[]", "an empty list"), ('{"id": 1}', "it holds dict")])
+@pytest.mark.parametrize("content,says", [("fox", "is not JSON"), ("[]", "an empty list"), ('{"id": 1}', "begins with '{'"), ("", "begins with ''")])
 def test_files_that_hold_no_rows(content, says, tmp_path):
     (tmp_path/"rows.json").write_text(content)
     with pytest.raises(ValueError, match=says): load_conversations(tmp_path/"rows.json")
@@ -191,6 +197,138 @@ def test_truncated_picture_is_found_when_asked(tmp_path):
     row = _row("<image>", "A fox.", image="half.png")
     assert len(_load(tmp_path, row)) == 2
     with pytest.raises(ValueError, match="row 1 .*half.png"): _load(tmp_path, row, open_pictures=True)
+
+def test_error_says_how_to_find_all(tmp_path):
+    with pytest.raises(ValueError, match="delta-llava doctor .*rows.json --images "): _load(tmp_path, "fox")
+
+# ---------------------------------------------------------------- LLaVA's own files, row by row
+
+BLIP = [{"id": "004539375", "image": "00453/004539375.jpg", "conversations": [{"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+                                                                             {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"}]},
+        {"id": "002239345", "image": "00223/002239345.jpg", "conversations": [{"from": "human", "value": "<image>\nWrite a terse but informative summary of the picture."},
+                                                                             {"from": "gpt", "value": "a grey watch with an army style strap"}]}]
+PLACES = ["coco/train2017/000000033471.jpg", "gqa/images/2354786.jpg", "ocr_vqa/images/140031996.jpg", "textvqa/train_images/00c359f294f7dcd9.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/3.jpg"]
+MIX = [*(_row("<image>\nWhat?", "A fox.", "Colour?", "Red.", id=place.split("/")[-1][:-4], image=place) for place in PLACES),
+       {"id": "wgByO4Y_0", "model": "", "conversations": _row("Who wrote it?", "I cannot know.", "Why?", "I saw no book.")["conversations"]},
+       _row("What is this?\n<image>\nAnswer shortly.", "Fox", image=PLACES[0], id=17)]
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_llavas_files_as_they_are(ending, stored, tmp_path):
+    for row in [*BLIP, *MIX]:
+        if "image" in row: (tmp_path/"images"/row["image"]).parent.mkdir(parents=True, exist_ok=True); Image.new("RGB", (8, 8)).save(tmp_path/"images"/row["image"])
+    for rows in (BLIP, MIX):
+        (file := tmp_path/f"rows{ending}").write_text(json.dumps(rows) if ending == ".json" else "\n".join(map(json.dumps, rows)) + "\n\n")
+        read = load_conversations(file, tmp_path/"images", text_rows=True, cache=tmp_path/"cache" if stored else None)
+        assert read.column_names == ["id", "image", "conversations"] and read["id"] == [str(row["id"]) for row in rows]
+        for row, kept in zip(rows, read, strict=True):
+            assert kept["image"] == (str((tmp_path/"images"/row["image"]).resolve()) if "image" in row else None)
+            for turn, said in zip(row["conversations"], kept["conversations"], strict=True):
+                if "<image>" in turn["value"]: assert said["value"] == "<image>\n" + turn["value"].replace("<image>", "").strip()  # what LLaVA trains on
+                else: assert said == turn
+    with pytest.raises(ValueError, match="row 6 .*no 'image'"): load_conversations(file, tmp_path/"images")
+
+def _value(rng, depth=0):
+    "Any JSON value, with everything that has ever confused a scanner."
+    kind = rng.integers(9 if depth < 4 else 7)
+    text = "".join(rng.choice(list('ab"\\/\b\f\n\r\t{}[],: \u2028é🦊\u0000\ufeff'), rng.integers(0, 9)))
+    if kind < 3: return text
+    if kind < 7: return [int(rng.integers(-9, 10**12)), float(rng.normal()*10.**rng.integers(-20, 20)), None, bool(rng.integers(2))][kind - 3]
+    items = [_value(rng, depth + 1) for _ in range(rng.integers(0, 4))]
+    return items if kind == 7 else {f"{text}{i}": item for i, item in enumerate(items)}
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64, 2**20])
+def test_rows_one_by_one_are_those_of_json_loads(window, tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_llava.data.WINDOW", window)
+    rng, file = np.random.default_rng(window), tmp_path/"rows.json"
+    for trial in range(60):
+        rows = [_value(rng) for _ in range(rng.integers(0, 6))]
+        text = "\ufeff"*(trial % 3 == 0) + " \r\n"*(trial % 2) + json.dumps(rows, ensure_ascii=bool(trial % 5), indent=[None, 1, "\t"][trial % 3],
+                          separators=[None, (",", ":"), (" , ", " : ")][trial % 3]) + "\t\n"*(trial % 4)
+        file.write_bytes(text.encode())
+        read = list(read_rows(file))
+        assert [row for row, _ in read] == rows == json.loads(text.removeprefix("\ufeff"))
+        for row, written in read: assert written in text and json.loads(written) == row and written == written.strip()
+
+@pytest.mark.parametrize("text", ['[{"a": 1, "a": 2}]', '["\\ud83e", "\\ud83e\\udd8a"]', "[NaN, -Infinity, 1E400, 123456789012345678901234567890]", "[12,34 ,-5]", "[ ]", "[[]]", "[true,false,null]"])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_oddities_read_as_json_loads_reads_them(text, window, tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_llava.data.WINDOW", window)
+    (tmp_path/"rows.json").write_text(text)
+    assert repr([row for row, _ in read_rows(tmp_path/"rows.json")]) == repr(json.loads(text))
+
+@pytest.mark.parametrize("window", [1, 5, 1000])
+def test_every_cut_of_a_file_is_an_error(window, tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_llava.data.WINDOW", window)
+    text = json.dumps([_row("<image>\nWhat?", "A 🦊."), 12, "fox"], ensure_ascii=False)
+    for end in range(len(text.encode())):
+        (tmp_path/"rows.json").write_bytes(text.encode()[:end])
+        with pytest.raises(ValueError, match="rows.json is not JSON"): list(read_rows(tmp_path/"rows.json"))
+
+@pytest.mark.parametrize("text,says", [("[1, 2] 3", "after 2 rows: after the list stands '3'"), ("[1 2]", "after 1 rows: character 3 is '2'"), ("[1,]", "after 1 rows: Expecting value at character 3"),
+                                       ("[1,,2]", "Expecting value at character 3"), ('["a\nb"]', "Invalid control character"), ("["*100_000, "after 0 rows"), ("[tru]", "Expecting value at character 1"),
+                                       ('[{"id": 1}, {"id": x}]', "after 1 rows: Expecting value at character 19"), ("[1}", "character 2 is '}'")])
+@pytest.mark.parametrize("window", [1, 1000])
+def test_files_that_are_not_json(text, says, window, tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_llava.data.WINDOW", window)
+    (tmp_path/"rows.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)): list(read_rows(tmp_path/"rows.json"))
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path/"rows.json").write_bytes(b'["\xff"]')
+    with pytest.raises(ValueError, match="utf-8"): list(read_rows(tmp_path/"rows.json"))
+    with pytest.raises(ValueError, match="is not a file"): load_conversations(tmp_path/"none.json")
+
+def test_a_row_without_end_is_not_read_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_llava.data.WINDOW", 10); monkeypatch.setattr("delta_llava.data.MAX_ROW", 100)
+    (tmp_path/"rows.json").write_text('[1, "' + "x"*10_000)
+    with pytest.raises(ValueError, match="after 1 rows: a row does not end within 100 characters"): list(read_rows(tmp_path/"rows.json"))
+
+def test_the_window_stays_small(tmp_path, monkeypatch):
+    import tracemalloc
+    with open(tmp_path/"rows.json", "w") as f: f.write("[" + ",".join(json.dumps(_row("<image>\nWhat?", "A fox. "*300, id=i)) for i in range(3000)) + "]")
+    monkeypatch.setattr("delta_llava.data.WINDOW", 2**16)
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(tmp_path/"rows.json")) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6 < (tmp_path/"rows.json").stat().st_size/5
+
+# ---------------------------------------------------------------- the table on disk
+
+def _cached(folder, **options): return load_conversations(folder/"rows.json", cache=folder/"cache", **options)
+
+def test_second_reading_checks_nothing_and_change_is_noticed(tmp_path, monkeypatch):
+    import delta_llava.data as data
+    first = _load(tmp_path, cache=tmp_path/"cache")
+    checked = []
+    monkeypatch.setattr(data, "check_row", lambda *args, check=data.check_row: (checked.append(1), check(*args))[1])
+    assert _cached(tmp_path)[:] == first[:] and not checked and len(list((tmp_path/"cache").iterdir())) == 1
+    text = (tmp_path/"rows.json").read_text()
+    (tmp_path/"rows.json").write_text(text.replace("A fox.", "A cat."))  # of the same length, and within the clock's grain
+    assert _cached(tmp_path)["conversations"][0][1]["value"] == "A cat." and checked == [1]
+    assert len(_cached(tmp_path, text_rows=True)) == 1 and checked == [1, 1]  # another question, another table
+    _cached(tmp_path, open_pictures=True)
+    assert checked == [1, 1, 1]  # asked for: done
+
+def test_failed_readings_leave_no_table(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="1 of 2 rows"): _load(tmp_path, "fox", cache=tmp_path/"cache")
+    def stopped(*args): raise KeyboardInterrupt
+    _load(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr("delta_llava.data.check_row", stopped)
+        with pytest.raises(KeyboardInterrupt): _cached(tmp_path)
+    assert not list((tmp_path/"cache").iterdir())
+    assert len(_cached(tmp_path)) == 1
+
+def test_large_files_go_to_the_cache_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTA_LLAVA_CACHE", str(tmp_path/"home")); monkeypatch.setattr("delta_llava.data.IN_MEMORY", 10)
+    rows = _load(tmp_path)
+    assert rows.cache_files and Path(rows.cache_files[0]["filename"]).parent == tmp_path/"home"/"conversations"
+
+def test_many_batches_of_rows(tmp_path):
+    rows = _load(tmp_path, *(_row("<image>", f"Fox {i}.", id=i) for i in range(2500)), cache=tmp_path/"cache")
+    assert rows["id"][1:] == [str(i) for i in range(2500)] and rows[2500]["conversations"][1]["value"] == "Fox 2499."
 
 # ---------------------------------------------------------------- batches
 

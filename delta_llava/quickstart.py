@@ -7,7 +7,7 @@ __all__ = ['SETS', 'HELD_OUT_SEED', 'QUESTION', 'POINTED', 'PAGE', 'log', 'Recip
            'held_out_pictures', 'read_features', 'asked', 'train', 'score', 'point_at_things', 'load_trained', 'answer',
            'draw_log', 'draw_examples', 'reached', 'fit', 'run']
 
-# %% ../nbs/50_quickstart.ipynb #1b29f603
+# %% ../nbs/50_quickstart.ipynb #011bdfdc
 import html
 import json
 import logging
@@ -21,16 +21,16 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .assets import default_llm, default_tower, load_llm, resolve
-from .compressors.base import compressor_class, compressor_config
-from .config import dinov2_s14, relative_levels
+from .assets import default_llm, default_tower, resolve
+from .calibrate import answer_embeddings, calibrate
+from .compressors.base import compressor_class
 from .data import Collator, load_conversations, write_scenes
 from .evaluate import naming, right_and_shuffled, see
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
-from .processor import DeltaLlavaProcessor, build_processor
-from .tower import CachedFeatures, cache_features, image_processor_for, load_tower, open_image
-from .train import ElasticCollator, answer_embeddings, calibrate, pretrain, pretrain_arguments, write_record
-from .vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, question_embedding, save_projector
+from .processor import DeltaLlavaProcessor, assemble
+from .tower import CachedFeatures, cache_features, open_image
+from .train import ElasticCollator, fit_stage, stage_arguments, write_record
+from .vlm import DeltaLlavaForConditionalGeneration, load_projector, question_embedding, save_projector
 
 # %% ../nbs/50_quickstart.ipynb #b0516a64
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +61,13 @@ class Recipe:
             if not getattr(self, name): object.__setattr__(self, name, (self.tokens,))
         if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}.")
 
-# %% ../nbs/50_quickstart.ipynb #45062459
+# %% ../nbs/50_quickstart.ipynb #9e55c6fc
 def build(
     recipe:Recipe,  # Names of tower and LLM, image size, main budget
 )->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # With a fresh projector; on the GPU if there is one
     "Pretrained tower and LLM with a new projector between them."
-    llm,tokenizer = load_llm(recipe.llm)
-    own = json.loads((resolve(recipe.tower).path/"config.json").read_text())
-    own = own.get("vision_config", own)
-    if recipe.image_size % own["patch_size"]: raise ValueError(f"image_size={recipe.image_size} must be a multiple of the tower's patch size {own['patch_size']}.")
-    levels = (4, 6, 8, 10) if recipe.tower == default_tower() else relative_levels(own["num_hidden_layers"])
-    grid = recipe.image_size // own["patch_size"]
-    sizes = replace(dinov2_s14(), grid=grid, levels=levels, d_vision=own["hidden_size"], d_llm=llm.config.hidden_size)
-    config,needs = compressor_config(recipe.compressor, sizes, tokens=recipe.tokens), compressor_class(recipe.compressor).needs
-    for t in {*recipe.train_budgets, *recipe.test_budgets}: config.check(t, grid)
-    processor = build_processor(image_processor_for(recipe.tower, recipe.image_size), tokenizer, recipe.tokens, template="chatml", questions="text" in needs,
-                                placeholders=config.placeholders(recipe.tokens) if "decoder" in needs else None)
-    torch.manual_seed(recipe.seed)
-    model = build_vlm(load_tower(recipe.tower, levels, "attention" in needs), llm, tokenizer, config, recipe.compressor)
+    model,processor = assemble(recipe.tower, recipe.llm, recipe.compressor, tokens=recipe.tokens, budgets={*recipe.train_budgets, *recipe.test_budgets}, image_size=recipe.image_size,
+                               template="chatml", standardize=True, seed=recipe.seed)
     for frozen in (model.model.language_model, model.lm_head): frozen.to(getattr(torch, recipe.llm_dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (device, recipe.llm_dtype) == ("cpu", "bfloat16"): model.set_attn_implementation({"text_config": "eager"})  # the fused one is slow backward there
@@ -116,7 +105,7 @@ def read_features(
     return cache_features(list(rows["image"]), model.model.vision_tower, processor.image_processor, model.config.vision_feature_layer,
                           attention="attention" in model.model.multi_modal_projector.needs)
 
-# %% ../nbs/50_quickstart.ipynb #6c71028a
+# %% ../nbs/50_quickstart.ipynb #0c9f0a86
 QUESTION = "What is in the picture?"  # The only one that stage 1 asks
 
 def asked(
@@ -144,8 +133,8 @@ def train(
         text = question_embedding(model.model, **asked(model, processor)) if processor.questions else None
         calibrate(projector, features, words, tokens=recipe.train_budgets, text=text)
     collator = ElasticCollator(Collator(processor=processor, features=features, paths=list(rows["image"])), recipe.train_budgets, recipe.seed, projector.nested)
-    args = pretrain_arguments(folder, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, warmup=.1, seed=recipe.seed, **more)
-    return pretrain(model, rows, collator, args)
+    args = stage_arguments(folder, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, warmup=.1, seed=recipe.seed, **more)
+    return fit_stage(model, rows, collator, args)
 
 # %% ../nbs/50_quickstart.ipynb #60ab2041
 POINTED = 24  # pictures of the pointing game: it needs gradients

@@ -6,7 +6,7 @@
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'load_tower', 'vision_features', 'locate', 'open_image', 'check_image',
            'image_processor_for', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features']
 
-# %% ../nbs/21_tower.ipynb #baeda91e
+# %% ../nbs/21_tower.ipynb #a9b50ee9
 import hashlib, json, logging, os, struct, tempfile, zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .assets import Asset, cache_dir, default_tower, load_tower_model, resolve
 from .grid import VisionFeatures, side
@@ -187,20 +188,24 @@ def check_image(
     "The quick part of `open_image`: path, format and size, without decoding; a truncated file is not noticed."
     return _use_image(image, root, lambda opened: opened.size)
 
-# %% ../nbs/21_tower.ipynb #acbc5b24
+# %% ../nbs/21_tower.ipynb #9194c8fd
 def image_processor_for(
     name:str|Path|Asset|None=None,  # The tower, as for `load_tower`
     image_size:int|None=None,  # Side of the square the tower gets, px; `None` keeps the tower's own
+    pad:bool=False,  # Pad to a square with the mean colour, in place of cutting the centre out: LLaVA's stage 2
 )->BaseImageProcessor:  # Of the PIL backend
     "The tower's own image processor, for squares of any size."
     asset = resolve(name or default_tower())
     if not (asset.path/"preprocessor_config.json").exists():
         raise ValueError(f"{asset.name!r} has no preprocessor_config.json, which says how its pixels are scaled; copy it from where the tower comes from.")
     processor = AutoImageProcessor.from_pretrained(asset.path, backend="pil", local_files_only=True)
-    if image_size is None: return processor
-    if image_size < 1: raise ValueError(f"image_size={image_size} must be a number of pixels, e.g. 224.")
-    own,square = processor.to_dict(),{"height": image_size, "width": image_size}
-    size = {"shortest_edge": image_size} if "shortest_edge" in own["size"] else square
+    if image_size is None and not pad: return processor
+    own = processor.to_dict()
+    side = image_size if image_size is not None else own.get("crop_size", own["size"])["height"]
+    if side < 1: raise ValueError(f"image_size={image_size} must be a number of pixels, e.g. 224.")
+    square = {"height": side, "width": side}
+    if pad: return LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, **{k: own[k] for k in ("image_mean", "image_std", "resample") if k in own})
+    size = {"shortest_edge": side} if "shortest_edge" in own["size"] else square
     return type(processor).from_dict({**own, "size": size, "crop_size": square})
 
 # %% ../nbs/21_tower.ipynb #97578a53

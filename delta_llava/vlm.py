@@ -365,7 +365,7 @@ def build_vlm(
     model.generation_config.suppress_tokens = [image_id]
     return model.eval()
 
-# %% ../nbs/22_vlm.ipynb #7e55c0a7
+# %% ../nbs/22_vlm.ipynb #7856dfec
 def tower_identity(
     config:DeltaLlavaConfig,  # Of the whole model
 )->dict:  # JSON-safe
@@ -376,12 +376,13 @@ def tower_identity(
 def save_projector(
     model:Compressor|DeltaLlavaForConditionalGeneration,  # The projector, or the model that holds it
     folder:str|Path,  # Gets `projector.safetensors` and `projector.json`
+    state:dict[str, Tensor]|None=None,  # The projector's weights, where the model's own are spread over processes
 )->Path:  # The folder
     "Save the projector alone."
     whole = isinstance(model, PreTrainedModel)
     projector = model.model.multi_modal_projector if whole else model
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k,v in projector.state_dict().items()}, folder/"projector.safetensors", metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k,v in (projector.state_dict() if state is None else state).items()}, folder/"projector.safetensors", metadata={"format": "pt"})
     about = dict(compressor=compressor_name(projector), projector=projector.config.to_dict(), tower=tower_identity(model.config) if whole else None)
     (folder/"projector.json").write_text(json.dumps(about, indent=1) + "\n")
     return folder

@@ -12,7 +12,7 @@ from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
 from delta_llava.projector import DeltaProjector
 from delta_llava.compressors.m3 import M3, M3Config
-from delta_llava.train import ElasticCollator, ProjectorTrainer, answer_embeddings, calibrate, freeze, last_checkpoint, pretrain, pretrain_arguments, write_record
+from delta_llava.train import ElasticCollator, StageTrainer, freeze, last_checkpoint, fit_stage, stage_arguments, write_record
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
 SMALL = replace(dinov2_s14(56, tokens=4, d_llm=32), d_vision=128, levels=(1, 2), heads=4)
@@ -40,7 +40,7 @@ def tiny_collator(rows, budgets=(1, 4), seed=0):
     features = torch.randn(len(rows), 16, 256, generator=g) + torch.randn(4, 1, 256, generator=g)[torch.arange(len(rows)) % 4]
     return ElasticCollator(Collator(processor=TinyProcessor(), features=features, paths=[r["image"] for r in rows]), budgets, seed)
 
-def tiny_arguments(folder, steps=6): return pretrain_arguments(folder, steps=steps, batch_size=4, save_steps=2, disable_tqdm=True, logging_steps=1)
+def tiny_arguments(folder, steps=6): return stage_arguments(folder, steps=steps, batch_size=4, save_steps=2, disable_tqdm=True, logging_steps=1)
 
 def state_of(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
@@ -59,20 +59,20 @@ class Break(TrainerCallback):
 def test_half_written_checkpoint_is_passed_over_and_the_run_ends_the_same(tmp_path):
     rows = tiny_rows()
     unbroken,broken,resumed = tiny_model(),tiny_model(),tiny_model()
-    log = pretrain(unbroken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"one"))
-    with pytest.raises(InterruptedError): pretrain(broken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), callbacks=[Break(5)])
-    (tmp_path/"two"/"checkpoint-4"/"trainer_state.json").unlink()  # as if killed while it was saved
+    log = fit_stage(unbroken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"one"))
+    with pytest.raises(InterruptedError): fit_stage(broken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), callbacks=[Break(5)])
+    (tmp_path/"two"/"checkpoint-4"/"complete.json").unlink()  # as if killed while it was saved
     (tmp_path/"two"/"checkpoint-4"/"projector.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path/"two").name == "checkpoint-2"
-    again = pretrain(resumed, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"))
+    again = fit_stage(resumed, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"))
     assert same(projector_of(resumed), projector_of(unbroken)) and not same(projector_of(broken), projector_of(unbroken))
     assert [e["loss"] for e in again if "loss" in e] == [e["loss"] for e in log if "loss" in e] and len(log) == 7
-    with pytest.raises(InterruptedError): pretrain(tiny_model(), rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), resume=False, callbacks=[Break(1)])
+    with pytest.raises(InterruptedError): fit_stage(tiny_model(), rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), resume=False, callbacks=[Break(1)])
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
     rows,one,two = tiny_rows(),tiny_model(),tiny_model(seed=1)
-    log = pretrain(one, rows, tiny_collator(rows), tiny_arguments(tmp_path))
-    again = pretrain(two, rows, tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Break(7)])  # six steps end within an epoch of eight
+    log = fit_stage(one, rows, tiny_collator(rows), tiny_arguments(tmp_path))
+    again = fit_stage(two, rows, tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Break(7)])  # six steps end within an epoch of eight
     assert same(projector_of(two), projector_of(one)) and not two.training
     assert [e["loss"] for e in again if "loss" in e] == [e["loss"] for e in log if "loss" in e]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -81,7 +81,7 @@ def test_last_checkpoint_goes_by_number_and_completeness(tmp_path):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path/"none") is None
     for n in (9, 10, 11): (tmp_path/f"checkpoint-{n}").mkdir()
     assert last_checkpoint(tmp_path) is None
-    for n in (9, 10): (tmp_path/f"checkpoint-{n}"/"trainer_state.json").write_text("{}")
+    for n in (9, 10): (tmp_path/f"checkpoint-{n}"/"complete.json").write_text("{}")
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
 
 SCRIPT = """
@@ -102,7 +102,7 @@ SCRIPT = """
         train.save_projector = save_projector
     for folder in folders:
         rows,model = tiny_rows(),tiny_model()
-        pretrain(model, rows, tiny_collator(rows), tiny_arguments(folder, steps=20), callbacks=[Slow()] if how == "slow" else [])
+        fit_stage(model, rows, tiny_collator(rows), tiny_arguments(folder, steps=20), callbacks=[Slow()] if how == "slow" else [])
         train.save_projector(model, folder)
 """
 
@@ -112,7 +112,7 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path):
     script.write_text(textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__)))
     start = lambda *args: subprocess.Popen([sys.executable, script, *args], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     saving,killed = start("die-while-saving", "saving"),start("slow", "killed")
-    while not list((tmp_path/"killed").glob("checkpoint-*/trainer_state.json")):
+    while not list((tmp_path/"killed").glob("checkpoint-*/complete.json")):
         assert killed.poll() is None
         time.sleep(.05)
     killed.send_signal(signal.SIGKILL)
@@ -122,79 +122,6 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path):
     assert start("run", "killed", "saving", "unbroken").wait() == 0
     unbroken = (tmp_path/"unbroken"/"projector.safetensors").read_bytes()
     for name in ("killed", "saving"): assert (tmp_path/name/"projector.safetensors").read_bytes() == unbroken
-
-# ---------------------------------------------------------------- the start
-
-def planted(n=48, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    things = torch.arange(n) % 4
-    features = .5 + torch.randn(n, 16, 256, generator=g) + 3*torch.randn(4, 1, 256, generator=g)[things]
-    return features, (.3 + .1*torch.randn(4, 32, generator=g))[things]
-
-CASES = {"plain": replace(SMALL, standardize=False), "standardize": SMALL, "share_base": replace(SMALL, share_base=True), "m3": M3Config(grid=4, tokens=4, levels=(0, 1), d_vision=128, d_llm=32)}
-
-def compressor(case):
-    torch.manual_seed(0)
-    return (M3 if case == "m3" else DeltaProjector)(CASES[case])
-
-@pytest.mark.parametrize("case", CASES)
-def test_calibrated_tokens_have_the_mean_and_spread_of_the_words(case):
-    features,words = planted()
-    before,projector = compressor(case),compressor(case)
-    if case == "standardize":
-        for p in (before, projector): p.measure(features)
-    calibrate(projector, features, words, batch_size=20)
-    assert projector.training
-    out = projector.eval()(features)
-    away = words - words.mean(0)
-    assert_close(out.mean((0, 1)), words.mean(0), atol=1e-4, rtol=0)
-    spread = (out - out.mean((0, 1))).square().mean().sqrt()
-    assert_close(spread, away.std(), atol=0, rtol=.02)
-    assert torch.cdist(out.mean(1), words[:4]).argmin(1).equal(torch.arange(48) % 4)  # each picture lies at its own word
-    changed = {k for k,v in projector.state_dict().items() if not v.equal(before.state_dict()[k])}
-    ends = {"share_base": {"base.weight", "mlp.2.weight", "mlp.2.bias"}, "m3": {f"mlp.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}}
-    assert changed == ends.get(case, {"k.base.weight", "v.base.weight", "mlp.2.weight", "mlp.2.bias"})
-    again = compressor(case)
-    if case == "standardize": again.measure(features)
-    calibrate(again, features, words, batch_size=20)
-    assert same(again.state_dict(), projector.state_dict())
-
-def test_calibration_with_residual_writes_through_its_last_layer():
-    features,words = planted()
-    torch.manual_seed(0)
-    projector,written = DeltaProjector(replace(SMALL, residual_mlp=True)),[]
-    projector.measure(features)
-    calibrate(projector, features, words)
-    projector.mlp.mlp[-1].register_forward_hook(lambda module, args, out: written.append(out))
-    projector.eval()(features)
-    assert_close(written[0].mean((0, 1)), words.mean(0), atol=1e-4, rtol=0)  # what it adds to the residual
-
-def test_calibration_for_several_budgets():
-    features,words = planted()
-    one,all_ = compressor("standardize"),compressor("standardize")
-    for p in (one, all_): p.measure(features)
-    calibrate(one, features, words)
-    calibrate(all_, features, words, tokens=(1, 4, 16))
-    assert not same(one.state_dict(), all_.state_dict())
-    out = torch.cat([all_.eval()(features, tokens=t).flatten(0, 1) for t in (1, 4, 16)])
-    assert_close(out.mean(0), words.mean(0), atol=1e-4, rtol=0)  # over all budgets together
-
-def test_calibration_refuses():
-    features,words = planted()
-    with pytest.raises(ValueError, match="48 features for 47 embeddings"): calibrate(compressor("plain"), features, words[1:])
-    projector = compressor("plain")
-    with pytest.raises(ValueError, match="tokens=5 must be the square"): calibrate(projector, features, words, tokens=(4, 5))
-    assert same(projector.state_dict(), compressor("plain").state_dict())  # refused before anything was changed
-
-def test_answer_embeddings_have_the_mean_and_spread_of_the_table():
-    class Words:
-        def __call__(self, text, add_special_tokens): return type("Ids", (), dict(input_ids=[int(w) for w in text.split()]))
-    table = 1 + torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
-    found = answer_embeddings(["1 2", "3", "4 5 6"], Words(), table)
-    assert_close(found.mean(0), table.mean(0))
-    assert_close((found - found.mean(0)).std(), table.std())
-    raw = torch.stack([table[[1, 2]].mean(0), table[3], table[[4, 5, 6]].mean(0)])
-    assert_close(nn.functional.cosine_similarity(found - found.mean(0), raw - raw.mean(0)), torch.ones(3))
 
 # ---------------------------------------------------------------- budgets, freezing
 
@@ -214,7 +141,7 @@ def test_only_the_projector_learns(tmp_path):
     before = state_of(model)
     plan = freeze(model)
     assert plan["tower"][0] == plan["llm"][0] == 0 < plan["tower"][1] and plan["projector"][0] == plan["projector"][1]
-    pretrain(model, rows, tiny_collator(rows), tiny_arguments(tmp_path, steps=2))
+    fit_stage(model, rows, tiny_collator(rows), tiny_arguments(tmp_path, steps=2))
     inside = {k for k in before if "multi_modal_projector" in k}
     changed = {k for k,v in model.state_dict().items() if not v.equal(before[k])}
     assert changed and changed <= inside
@@ -226,12 +153,12 @@ def test_bad_rows_fail_before_training(tmp_path):
     class Never(TrainerCallback):
         def on_train_begin(self, *args, **kwargs): raise AssertionError("training began")
     with pytest.raises(ValueError, match="no features for"):
-        pretrain(tiny_model(), [rows[0] | dict(image="lost.png"), *rows], tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Never()])
+        fit_stage(tiny_model(), [rows[0] | dict(image="lost.png"), *rows], tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Never()])
     assert not list(tmp_path.glob("checkpoint-*"))
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "save_steps"])
 def test_arguments_refuse(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"): pretrain_arguments(tmp_path, **dict(steps=1) | {name: 0})
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"): stage_arguments(tmp_path, **dict(steps=1) | {name: 0})
 
 # ---------------------------------------------------------------- the record
 
@@ -257,7 +184,7 @@ def test_nested_batches_average_the_losses_of_all_budgets(tmp_path):
     nested = ElasticCollator(replace(one.collators[0], tokens=None), (1, 4), nested=True)
     batch = nested(rows)
     assert [b["tokens"] for b in batch["batches"]] == [1, 4]
-    trainer = ProjectorTrainer(model.eval(), pretrain_arguments(tmp_path, steps=1, use_cpu=True), data_collator=nested)
+    trainer = StageTrainer(model.eval(), stage_arguments(tmp_path, steps=1, use_cpu=True), data_collator=nested)
     losses = [model(**b).loss for b in batch["batches"]]
     assert_close(trainer.compute_loss(model, batch), sum(losses)/2)
     assert abs(losses[0] - losses[1]) > 1e-4  # else the mean would prove nothing

@@ -133,7 +133,7 @@ def examine_row(
     problems += [Problem("empty-question", f"conversations[{k}]['value'] is an empty question.") for k,t in enumerate(row["conversations"]) if not t["value"].strip()]
     return problems if processor is None else problems + examine_length(row["conversations"], processor, max_length)
 
-# %% ../nbs/33_doctor.ipynb #d7c0dab0
+# %% ../nbs/33_doctor.ipynb #b6355355
 _NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _MARK = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
 
@@ -168,7 +168,7 @@ def _mark(row:dict, folder:Path)->dict:
 
 def _question(row:dict, folder:Path)->dict:
     *turns,last = row["conversations"]
-    return {**row, "conversations": turns} if turns and last["from"] == "human" and not _MARK.search(last["value"]) else row
+    return {**row, "conversations": turns} if turns and len(turns) % 2 == 0 and last["from"] == "human" and not _MARK.search(last["value"]) else row
 
 # %% ../nbs/33_doctor.ipynb #79241dae
 REPAIRS = {"roles": _roles, "image": _image, "path": _path, "mark": _mark, "question": _question}
@@ -220,7 +220,7 @@ def _bundle(bundle:list[tuple[int, str]], folder:Path, **options)->list[Diagnosi
     def look(image, folder): return seen[image] if image in seen else seen.setdefault(image, examine_picture(image, folder))
     return [_diagnose(index, text, folder, partial(examine_row, folder=folder, look=look, **options)) for index,text in bundle]
 
-# %% ../nbs/33_doctor.ipynb #f32310fa
+# %% ../nbs/33_doctor.ipynb #aeba6601
 def _start(options:dict)->None:
     "What a process needs, sent once; Ctrl-C is for the first process alone."
     global _work
@@ -237,17 +237,9 @@ def _in_order(pool:Executor, bundles:Iterable[list], ahead:int)->Iterator[list[D
         if len(sent) >= ahead: yield sent.popleft().result()
     while sent: yield sent.popleft().result()
 
-def diagnose(
-    file:str|Path,  # JSON list of rows, or JSON lines
-    folder:str|Path,  # Image folder
-    workers:int=1,  # Processes; 1 works in this one
-    **options,  # `text_rows`, `processor` and `max_length` of `examine_row`
-)->Iterator[Diagnosis]:  # In the order of the file
-    "Every row of a file, examined."
-    if workers < 1: raise ValueError(f"workers={workers} must be 1 or more.")
-    if not Path(folder).is_dir(): raise ValueError(f"images={str(folder)!r} is not a folder; name the one that the paths of the rows start from.")
+def _diagnoses(file:str|Path, workers:int, options:dict)->Iterator[Diagnosis]:
     texts = enumerate(text for _,text in read_rows(file))
-    bundles,options = iter(lambda: list(islice(texts, 64)), []),dict(options, folder=Path(folder))
+    bundles = iter(lambda: list(islice(texts, 64)), [])
     with ExitStack() as stack:
         if workers == 1: results = (_bundle(bundle, **options) for bundle in bundles)
         else:
@@ -257,6 +249,18 @@ def diagnose(
         try:
             for bundle in results: yield from bundle
         except BrokenProcessPool as e: raise ValueError(f"workers={workers}: one of them was killed, perhaps for its memory; use fewer.") from e
+
+def diagnose(
+    file:str|Path,  # JSON list of rows, or JSON lines
+    folder:str|Path,  # Image folder
+    workers:int=1,  # Processes; 1 works in this one
+    **options,  # `text_rows`, `processor` and `max_length` of `examine_row`
+)->Iterator[Diagnosis]:  # In the order of the file
+    "Every row of a file, examined."
+    if workers < 1: raise ValueError(f"workers={workers} must be 1 or more.")
+    if not Path(folder).is_dir(): raise ValueError(f"images={str(folder)!r} is not a folder; name the one that the paths of the rows start from.")
+    next(read_rows(file), None)  # what is no list of rows is an error now
+    return _diagnoses(file, workers, dict(options, folder=Path(folder)))
 
 # %% ../nbs/33_doctor.ipynb #4512751b
 @dataclass

@@ -3,10 +3,12 @@ import io
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from PIL import Image
+from tiny_vlm import byte_tokenizer
 
 from delta_llava import cli, quickstart
 from delta_llava.config import dinov2_s14
@@ -21,7 +23,7 @@ def wide(monkeypatch): monkeypatch.setenv("COLUMNS", "200")  # no sentence of th
 def loaded(monkeypatch):
     "Nothing may load a model here."
     stub = Mock(side_effect=AssertionError("a model was loaded"))
-    for name in ("build", "load_llm", "load_tower"): monkeypatch.setattr(quickstart, name, stub)
+    for name in ("build", "assemble"): monkeypatch.setattr(quickstart, name, stub)
     return stub
 
 @pytest.fixture
@@ -56,7 +58,8 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize("command,words", [
     ("quickstart", ["--steps", "Optimizer steps", "--train-budgets", "Budgets of the training steps", "--folder", "--calibrated", "authors' start"]),
     ("chat", ["--image", "The picture", "--ask", "One question", "--tokens", "Budget V, a square", "--folder"]),
-    ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one row each"])])
+    ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one row each"]),
+    ("doctor", ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm", "--max-length", "--workers"])])
 def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, capsys):
     text = printed(command, "--help", capsys=capsys)
     for word in words: assert word in text, word
@@ -111,6 +114,38 @@ def test_quickstart_passes_every_field(tmp_path, monkeypatch, capsys):
     assert recipe == Recipe(seed=7, steps=3, train_budgets=(4, 16), calibrated=False) and type(recipe) is Recipe and folder == tmp_path
     text = capsys.readouterr().out
     assert "A fox." in text and "50%" in text and str(tmp_path/"report.html") in text and "chat --image p.png" in text
+
+def rows(folder, *images):
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Red."}]
+    (folder/"set.json").write_text(json.dumps([{"id": str(i), "image": image, "conversations": turns} for i,image in enumerate(images)]))
+    return str(folder/"set.json")
+
+def test_doctor_ends_with_1_if_rows_are_left_out(tmp_path, picture, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["doctor", rows(tmp_path, "a.png"), "--workers", "1"])
+    assert "1 rows, 1 kept, 0 repaired, 0 left out" in capsys.readouterr().out and (tmp_path/"runs"/"doctor-set"/"report.txt").is_file()
+    cli.main(["doctor", rows(tmp_path, "a.png", "a.jpg"), "--images", str(tmp_path), "--out", "seen"])
+    assert "1 kept, 1 repaired" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped: cli.main(["doctor", rows(tmp_path, "a.png", "lost.png"), "--out", "seen"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "missing" in said and "row 1 (id '1')" in said and "index.json" in said
+    assert [r["id"] for r in json.loads((tmp_path/"seen"/"index.json").read_text())] == ["0"]
+
+def test_doctor_passes_every_field(tmp_path, monkeypatch, capsys):
+    seen = Mock(return_value=Mock(outcomes={"left out": 0}))
+    monkeypatch.setattr(cli, "examine", seen)
+    cli.main(["doctor", rows(tmp_path), "--images", "pictures", "--out", "o", "--no-text-rows", "--max-length", "99", "--workers", "3"])
+    assert seen.call_args.args == (tmp_path/"set.json", Path("pictures"), Path("o"), False, None, 99, 3)
+
+def test_doctor_measures_with_the_llms_tokenizer(tmp_path, picture, capsys):
+    byte_tokenizer().save_pretrained(tmp_path/"llm")
+    (tmp_path/"llm"/"config.json").write_text('{"model_type": "llama"}'); (tmp_path/"llm"/"model.safetensors").touch()  # never read
+    cli.main(["doctor", rows(tmp_path, "a.png"), "--out", str(tmp_path/"o"), "--llm", str(tmp_path/"llm"), "--tokens", "9", "--max-length", "200"])  # of 201
+    assert "over-long" in (said := capsys.readouterr().out) and "1 kept" in said
+
+def test_doctor_that_is_stopped_does_not_speak_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "examine", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="Stopped; o is as it was"): cli.main(["doctor", rows(tmp_path), "--out", "o"])
 
 @pytest.mark.slow
 def test_program_ends_with_one_line_and_code_1(tmp_path):

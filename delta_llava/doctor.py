@@ -220,7 +220,7 @@ def _bundle(bundle:list[tuple[int, str]], folder:Path, **options)->list[Diagnosi
     def look(image, folder): return seen[image] if image in seen else seen.setdefault(image, examine_picture(image, folder))
     return [_diagnose(index, text, folder, partial(examine_row, folder=folder, look=look, **options)) for index,text in bundle]
 
-# %% ../nbs/33_doctor.ipynb #aeba6601
+# %% ../nbs/33_doctor.ipynb #ca9d3a4f
 def _start(options:dict)->None:
     "What a process needs, sent once; Ctrl-C is for the first process alone."
     global _work
@@ -237,6 +237,7 @@ def _in_order(pool:Executor, bundles:Iterable[list], ahead:int)->Iterator[list[D
         if len(sent) >= ahead: yield sent.popleft().result()
     while sent: yield sent.popleft().result()
 
+# %% ../nbs/33_doctor.ipynb #0b5b5531
 def _diagnoses(file:str|Path, workers:int, options:dict)->Iterator[Diagnosis]:
     texts = enumerate(text for _,text in read_rows(file))
     bundles = iter(lambda: list(islice(texts, 64)), [])

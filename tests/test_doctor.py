@@ -64,6 +64,7 @@ DAMAGE = {
     "narrow": (shown("narrow.png"), ["narrow"], [], "kept"),
     "empty answer": (row("<image>\nWho?", " \n"), ["empty-answer"], [], "left out"),
     "empty question": (row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"], [], "kept"),
+    "blank question": (row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"], [], "kept"),
     "roles exchanged": (row("<image>\nWho?", "I", roles=("gpt", "human")), ["wrong-role"], [], "left out"),
     "three in a row": (row("<image>\nA", "I", "J", roles=("human", "human")), ["wrong-role"], [], "left out"),
     "unknown role": (row("<image>\nB", "I", roles=("human", "robot")), ["wrong-role"], [], "left out"),
@@ -86,6 +87,7 @@ DAMAGE = {
     "other ending": (row("<image>\nO", "A fox.", image="only.jpg"), ["missing"], ["path"], "repaired"),
     "no mark": (row("What is it?", "A fox.", "Sure?", "Yes."), ["no-mark"], ["mark"], "repaired"),
     "mark in other letters": (row("What is it?", "A fox.", "Now < Image/>?", "Yes."), ["no-mark"], ["mark"], "repaired"),
+    "mark in other letters, and in an answer": (row("<Image>\nWhat tag is that?", "It is <Image>."), ["no-mark"], ["mark"], "repaired"),
     "last question open": (row("<image>\nP", "A fox.", "Sure?"), ["no-answer"], ["question"], "repaired"),
     "all at once": ({"id": 5, "image": [" .\\only.gif"], "conversations": [dict(role="USER", content="Q"), dict(role="Assistant", content="A fox."), dict(role="user", content="R")]},
                     ["bad-turn"], ["roles", "image", "path", "mark", "question"], "repaired"),
@@ -284,7 +286,7 @@ def test_results_come_in_order_and_few_are_on_their_way(images, tmp_path, monkey
         submit = threads.submit
         def counted(*a):
             future = submit(*a); waiting.append(future)
-            assert sum(not f.done() for f in waiting) <= 9
+            assert sum(not f.done() for f in waiting) <= 6
             return future
         monkeypatch.setattr(threads, "submit", counted)
         bundle = doctor.partial(doctor._bundle, **args[0])
@@ -294,7 +296,7 @@ def test_results_come_in_order_and_few_are_on_their_way(images, tmp_path, monkey
     file = many(images, tmp_path)
     alone = examine(file, images, tmp_path/"one")
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", pool)
-    together = examine(file, images, tmp_path/"many", workers=3)
+    together = examine(file, images, tmp_path/"many", workers=2)
     assert together.to_json() == alone.to_json() and len(waiting) == 7
     for name in ("index.json", "report.json", "report.txt"): assert (tmp_path/"one"/name).read_bytes() == (tmp_path/"many"/name).read_bytes()
 

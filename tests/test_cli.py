@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from PIL import Image
 from tiny_vlm import byte_tokenizer
 
@@ -152,3 +153,25 @@ def test_program_ends_with_one_line_and_code_1(tmp_path):
     import subprocess
     done = subprocess.run([sys.executable, "-c", "from delta_llava.cli import main; main()", "chat", "--image", "none.png"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "delta-llava: image 'none.png' is not a file; check the image folder.\n")
+
+# ---- convert
+def stage1(folder):
+    "A projector of the authors at small width: LLaVA's MLP."
+    torch.save({f"model.mm_projector.{k}": torch.ones(s) for k,s in {"0.weight": (8, 6), "0.bias": (8,), "2.weight": (8, 8), "2.bias": (8,)}.items()}, folder/"mm_projector.bin")
+    return folder/"mm_projector.bin"
+
+def test_convert_there_and_back(tmp_path, capsys):
+    cli.main(["convert", str(stage1(tmp_path)), str(tmp_path/"ours"), "--compressor", "mlp", "--grid", "4", "--tokens", "16", "--levels", "3"])
+    said = capsys.readouterr().out
+    assert "compressor 'mlp', 4 tensors" in said and "16 visual tokens of 4×4 patches, levels (3,), 6 → 8 channels" in said
+    cli.main(["convert", str(tmp_path/"ours"), str(tmp_path/"back"), "--to", "authors"])
+    assert [p.name for p in (tmp_path/"back").iterdir()] == ["mm_projector.bin"] and str(tmp_path/"back") in capsys.readouterr().out
+
+def test_convert_says_what_is_missing(tmp_path, capsys):
+    assert "compressor is missing" in refused("convert", stage1(tmp_path), tmp_path/"ours", capsys=capsys)
+    assert "neither a folder nor a file" in refused("convert", tmp_path/"none", tmp_path/"ours", capsys=capsys)
+    assert not (tmp_path/"ours").exists()
+
+def test_convert_that_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "convert", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="was not written"): cli.main(["convert", "a", "b"])

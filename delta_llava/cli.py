@@ -174,7 +174,7 @@ class Convert:
         try: print(convert(**{f.name: getattr(self, f.name) for f in fields(self)}))
         except KeyboardInterrupt: sys.exit(f"\nStopped; {self.target} was not written.")
 
-# %% ../nbs/52_cli.ipynb #01411e49
+# %% ../nbs/52_cli.ipynb #8b5f0777
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     "Print the command of a full-size training with an estimate of memory, time and disk; write its files. Nothing is run."
@@ -202,8 +202,8 @@ class Launch:
         stage,rows = kind(**dict(data=Path(data)) | told), ROWS[self.stage]
         if self.text is not None: rows = replace(rows, text=self.text, answer=min(rows.answer, self.text))
         print(shlex.join(torchrun_cmd(stage, self.gpus, self.nodes)) + "\n")
-        print(report(estimate(stage, self.gpus, self.nodes, rows, gpu_memory=self.memory*1e9)))
-        if self.out is not None: print("\nWritten: " + " ".join(map(str, write_launch(stage, self.out, self.gpus, self.nodes))))
+        print(report(estimated := estimate(stage, self.gpus, self.nodes, rows, gpu_memory=self.memory*1e9)))
+        if self.out is not None: print("\nWritten: " + " ".join(map(str, write_launch(stage, self.out, self.gpus, self.nodes, estimated))))
 
 # %% ../nbs/52_cli.ipynb #54859154
 Command = Annotated[Quickstart, tyro.conf.subcommand("quickstart")] | Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Compare, tyro.conf.subcommand("compare")] | Annotated[Chat, tyro.conf.subcommand("chat")] | Annotated[Gradcam, tyro.conf.subcommand("gradcam")] | Annotated[Doctor, tyro.conf.subcommand("doctor")] | Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Launch, tyro.conf.subcommand("launch")]

@@ -429,22 +429,23 @@ def report(
         f"if a mean row has {rows['text']} text tokens (an assumption: give yours). The paper, 8×H100: {e['paper'] or 'no number for this budget'}. A run of ours: not run.",
         f"Disk beside the data: {', '.join(f'{k} {v/1e9:.1f} GB' for k,v in e['disk'].items())}."])
 
-# %% ../nbs/32_launch.ipynb #6f48942b
+# %% ../nbs/32_launch.ipynb #9038a49a
 def write_launch(
     stage:Stage,  # What to train
     folder:str|Path,  # Gets the files
     gpus:int=8,  # In one node
     nodes:int=1,  # Machines
+    estimated:dict|None=None,  # From `estimate`; `None` estimates
 )->list[Path]:  # What was written
     "The command, the files for accelerate and DeepSpeed, a Slurm script and the estimate, in a folder."
     text = lambda config: yaml.safe_dump(config, sort_keys=False)
-    model,e = skeleton(stage),estimate(stage, gpus, nodes)
+    model,estimated = skeleton(stage),estimated or estimate(stage, gpus, nodes)
     files = {f"{stage.trains}.sh": "#!/bin/bash\n" + shlex.join(torchrun_cmd(stage, gpus, nodes)) + "\n",
              f"{stage.trains}.slurm": slurm_script(stage, gpus, nodes),
              "accelerate.yaml": text(accelerate_config(stage, model, gpus, nodes)),
              "one-gpu.yaml": text(accelerate_config(replace(stage, sharding="none"), model, 1, 1)),
              "zero3.json": json.dumps(deepspeed_config(3), indent=1) + "\n",
-             "estimate.json": json.dumps(e, indent=1) + "\n"}
+             "estimate.json": json.dumps(estimated, indent=1) + "\n"}
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     for name,content in files.items(): (folder/name).write_text(content)
     return [folder/name for name in files]

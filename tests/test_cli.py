@@ -175,3 +175,19 @@ def test_convert_says_what_is_missing(tmp_path, capsys):
 def test_convert_that_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "convert", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit, match="was not written"): cli.main(["convert", "a", "b"])
+
+# ---- launch
+def test_launch_prints_the_command_and_the_estimate_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    import subprocess
+    for name in ("run", "Popen"): monkeypatch.setattr(subprocess, name, Mock(side_effect=AssertionError("something was started")))
+    cli.main(["launch", "finetune", "--data", "d.json", "--images", "p", "--gpus", "4", "--memory", "40", "--text", "300", "--out", str(tmp_path/"launch")])
+    said = capsys.readouterr().out
+    assert said.startswith("torchrun --standalone --nproc-per-node 4 --no-python delta-llava finetune --data d.json --images p ")
+    assert "5,198 steps" in said and "300 text tokens" in said and "in 40 GB" in said and "A run of ours: not run." in said
+    assert {p.name for p in (tmp_path/"launch").iterdir()} == {"finetune.sh", "finetune.slurm", "accelerate.yaml", "one-gpu.yaml", "zero3.json", "estimate.json"}
+    assert json.loads((tmp_path/"launch"/"estimate.json").read_text())["rows"]["text"] == 300
+
+def test_launch_refuses_what_cannot_run(capsys):
+    assert "try device_batch_size=8" in refused("launch", "finetune", "--nodes", "2", capsys=capsys)
+    assert "stage 1 leaves the LLM" in refused("launch", "pretrain", "--lora", "8", capsys=capsys)
+    assert "is not known here" in refused("launch", "pretrain", "--llm", "./nowhere", capsys=capsys)

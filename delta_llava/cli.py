@@ -174,7 +174,7 @@ class Convert:
         try: print(convert(**{f.name: getattr(self, f.name) for f in fields(self)}))
         except KeyboardInterrupt: sys.exit(f"\nStopped; {self.target} was not written.")
 
-# %% ../nbs/52_cli.ipynb #8b5f0777
+# %% ../nbs/52_cli.ipynb #73316d50
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     "Print the command of a full-size training with an estimate of memory, time and disk; write its files. Nothing is run."
@@ -201,8 +201,8 @@ class Launch:
         told = {f.name: v for f in fields(kind) if (v := getattr(self, f.name, None)) is not None}
         stage,rows = kind(**dict(data=Path(data)) | told), ROWS[self.stage]
         if self.text is not None: rows = replace(rows, text=self.text, answer=min(rows.answer, self.text))
-        print(shlex.join(torchrun_cmd(stage, self.gpus, self.nodes)) + "\n")
-        print(report(estimated := estimate(stage, self.gpus, self.nodes, rows, gpu_memory=self.memory*1e9)))
+        estimated = estimate(stage, self.gpus, self.nodes, rows, gpu_memory=self.memory*1e9)
+        print(f"{shlex.join(torchrun_cmd(stage, self.gpus, self.nodes))}\n\n{report(estimated)}")
         if self.out is not None: print("\nWritten: " + " ".join(map(str, write_launch(stage, self.out, self.gpus, self.nodes, estimated))))
 
 # %% ../nbs/52_cli.ipynb #54859154

@@ -174,7 +174,7 @@ class Convert:
         try: print(convert(**{f.name: getattr(self, f.name) for f in fields(self)}))
         except KeyboardInterrupt: sys.exit(f"\nStopped; {self.target} was not written.")
 
-# %% ../nbs/52_cli.ipynb #73316d50
+# %% ../nbs/52_cli.ipynb #e8455df8
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     "Print the command of a full-size training with an estimate of memory, time and disk; write its files. Nothing is run."
@@ -193,7 +193,7 @@ class Launch:
     gpus:int=8  # In one node
     nodes:int=1  # Machines
     memory:float=80.  # Of one GPU, GB
-    text:int|None=None  # Text tokens of a mean row, as doctor measures them; without it an assumption
+    text:int|None=None  # Text tokens of a mean row; without it an assumption
     out:Path|None=None  # Gets the files for accelerate, DeepSpeed and Slurm; without it nothing is written
 
     def __call__(self):

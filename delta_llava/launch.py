@@ -159,7 +159,7 @@ def row_flops(
     return dict(tower=tower_flops(stage.tower, max(model.config.vision_feature_layer), picture_side(stage)), projector=counted(project(model), backward=True),
                 llm=llm + (0 if trained == everything else 6*trained*length))  # LoRA beside the frozen weights
 
-# %% ../nbs/32_launch.ipynb #b4b8e175
+# %% ../nbs/32_launch.ipynb #df9f7b87
 H100_PEAK = 989e12  # FLOP/s of one H100 SXM, bfloat16, dense (the vendor's data sheet)
 UTILISATION = (.25, .55)  # Part of the peak that may be reached
 PAPER_TIMES = {576: ("1:24:01", "4:34:20"), 144: ("0:33:32", "3:21:37"), 64: ("0:23:24", "3:17:23"), 16: ("0:18:36", "3:14:29"),
@@ -170,7 +170,7 @@ def step_seconds(
     batch_size:int,  # Rows of a step, over all GPUs
     gpus:int,  # In all nodes
     utilisation:tuple[float, float]=UTILISATION,  # Lowest and highest part of the peak
-    peak:float=H100_PEAK,  # FLOP/s of one GPU
+    peak:int|float=H100_PEAK,  # FLOP/s of one GPU
 )->tuple[float, float]:  # Shortest and longest
     "Time of one optimizer step (@eq-time)."
     if not 0 < utilisation[0] <= utilisation[1] <= 1: raise ValueError(f"utilisation={utilisation} must be two rising parts of the peak in (0, 1], such as {UTILISATION}.")
@@ -178,7 +178,7 @@ def step_seconds(
     return tuple(flops*batch_size / (gpus*peak*u) for u in (high, low))
 
 def clock(
-    seconds:float,  # A duration
+    seconds:int|float,  # A duration
 )->str:  # `h:mm:ss`
     "A duration as Table 4 writes it."
     minutes,s = divmod(round(seconds), 60)
@@ -366,14 +366,14 @@ while kill -0 "$training" 2>/dev/null; do code=0; wait "$training" || code=$?; d
 exit "$code"
 """
 
-# %% ../nbs/32_launch.ipynb #4f077901
+# %% ../nbs/32_launch.ipynb #4880be7d
 def estimate(
     stage:Stage,  # What is trained
     gpus:int=8,  # In one node
     nodes:int=1,  # Machines
     rows:Rows|None=None,  # Lengths of the rows; `None` takes `ROWS`
     utilisation:tuple[float, float]=UTILISATION,  # Part of the peak that may be reached
-    gpu_memory:float=80e9,  # Bytes of one GPU
+    gpu_memory:int|float=80e9,  # Bytes of one GPU
 )->dict:  # JSON-safe
     "Parameters, memory, time and disk of a stage, computed from its configuration."
     rows,model,accumulate = rows or ROWS[stage.trains],skeleton(stage),stage.accumulate(gpus*nodes)
@@ -411,9 +411,10 @@ def as_table(
     lines = ["| " + " | ".join(c.ljust(w) for c,w in zip(line, wide)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-"*(w+2) for w in wide) + "|", *lines[1:]])
 
-# %% ../nbs/32_launch.ipynb #70773aad
+# %% ../nbs/32_launch.ipynb #4d5275bc
 def report(
     e:dict,  # From `estimate`
+    run:float|None=None,  # Hours of a run of ours, from its record
 )->str:
     "An estimate in words and tables."
     unit = lambda parts: {k: f"{v/1e9:.1f} GB" for k,v in parts.items()} | {"all": f"{sum(parts.values())/1e9:.1f} GB"}
@@ -426,7 +427,7 @@ def report(
         as_table([{"memory of one GPU": k, "mean rows": mean[k], "longest rows": longest[k]} for k in mean]),
         f"{fit} in {e['gpu_memory']/1e9:.0f} GB; the largest part is: {largest}.",
         f"{e['steps']:,} steps of {slow:.2f} – {shigh:.2f} s, {clock(3600*low)} – {clock(3600*high)} on {e['gpus']} GPUs at {e['utilisation'][0]:.0%} – {e['utilisation'][1]:.0%} of an H100's {H100_PEAK/1e12:.0f} TFLOP/s, "
-        f"if a mean row has {rows['text']} text tokens (an assumption: give yours). The paper, 8×H100: {e['paper'] or 'no number for this budget'}. A run of ours: not run.",
+        f"if a mean row has {rows['text']} text tokens (an assumption: give yours). The paper, 8×H100: {e['paper'] or 'no number for this budget'}. A run of ours: {'not run' if run is None else clock(3600*run)}.",
         f"Disk beside the data: {', '.join(f'{k} {v/1e9:.1f} GB' for k,v in e['disk'].items())}."])
 
 # %% ../nbs/32_launch.ipynb #9038a49a

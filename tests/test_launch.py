@@ -191,7 +191,7 @@ def test_the_papers_table_stands_beside_ours_and_nothing_is_claimed_to_have_run(
     assert [(r["tokens"], r["paper"]) for r in table] == [(576, "1:24:01"), (144, "0:33:32"), (64, "0:23:24"), (16, "0:18:36"), (4, "0:16:32"), (1, "0:16:00")]
     assert {r["run"] for r in table} == {"not run"}
     assert paper_table(one, measured={144: 1.5})[1]["run"] == "1:30:00"
-    assert "run of ours: not run" in report(estimate(one))
+    assert "run of ours: not run." in report(estimate(one)) and "run of ours: 2:00:00." in report(estimate(one), 2.)
 
 def test_estimate_is_json(one): assert json.loads(json.dumps(estimate(one)))["steps"] == 2181
 

@@ -8,7 +8,7 @@ __all__ = ['ZERO3', 'logger', 'ElasticCollator', 'freeze', 'merge_lora', 'last_c
            'Finetune', 'sharding_fields', 'stage_collator', 'prepare_stage', 'measure_first', 'with_lengths',
            'run_stage']
 
-# %% ../nbs/31_train.ipynb #603cb07d
+# %% ../nbs/31_train.ipynb #b90e3ca9
 import json
 import logging
 import math
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,7 +204,7 @@ def check_space(
     if (free := shutil.disk_usage(folder).free) + kept < 3*one:
         raise OSError(f"{folder} has {free/2**30:.1f} GiB free, but three checkpoints of {one/2**30:.1f} GiB must fit; make room, or name a folder on another disk.")
 
-# %% ../nbs/31_train.ipynb #f1e3fced
+# %% ../nbs/31_train.ipynb #15087f9e
 def fit_stage(
     model:DeltaLlavaForConditionalGeneration,  # Its projector is trained, and in stage 2 its LLM
     rows,  # Training rows of `load_conversations`
@@ -230,7 +230,9 @@ def fit_stage(
         trainer.train(resume_from_checkpoint=str(done) if done else None)
         log = trainer.state.log_history
     model.eval()
-    if into is not None: trainer.save_model(str(into))
+    if into is not None:
+        trainer.save_model(str(into))
+        (Path(into)/"training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: the record has the settings
     if into is not None and lora and args.should_save and not trainer.is_fsdp_enabled:
         merge_lora(model)
         model.save_pretrained(into)
@@ -350,13 +352,13 @@ class Finetune(Stage):
     group_by_length:bool=True  # Rows of like length in one step
     sharding:Literal["none", "fsdp2", "zero3"]="fsdp2"  # What is spread over the processes: nothing, or everything by FSDP2 or DeepSpeed
 
-# %% ../nbs/31_train.ipynb #beedc5a1
+# %% ../nbs/31_train.ipynb #c23eff10
 ZERO3 = dict(zero_optimization=dict(stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True), bf16=dict(enabled="auto"),
              gradient_accumulation_steps="auto", gradient_clipping="auto", train_batch_size="auto", train_micro_batch_size_per_gpu="auto")
 
 def sharding_fields(
     stage:Stage,  # Says how
-    layers:Sequence[str],  # Class names of the LLM's layers
+    layers:Iterable[str],  # Class names of the LLM's layers
 )->dict:  # Fields of `TrainingArguments`
     "What spreads a model over processes."
     if stage.sharding == "fsdp2":
@@ -412,7 +414,7 @@ def with_lengths(
     count = lambda row: dict(length=len(processor.supervised(row["conversations"], tokens=stage.tokens, max_length=stage.max_length)["input_ids"]))
     return rows.map(count, desc="lengths", num_proc=max(1, stage.workers) if len(rows) > 10_000 else None)
 
-# %% ../nbs/31_train.ipynb #de926d2a
+# %% ../nbs/31_train.ipynb #518130ce
 def run_stage(
     stage:Stage,  # What to train
     callbacks:Sequence=(),  # transformers' callbacks
@@ -428,8 +430,8 @@ def run_stage(
     if stage.standardize and stage.projector is None: measure_first(model, processor, rows)
     if stage.group_by_length: rows = with_lengths(rows, processor, stage)
     args = stage_arguments(stage.folder, steps=stage.n_steps(len(rows)), batch_size=stage.device_batch_size, lr=stage.lr, warmup=stage.warmup, seed=stage.seed, save_steps=stage.save_steps,
-                           gradient_accumulation_steps=accumulation, bf16=stage.bf16, gradient_checkpointing=stage.gradient_checkpointing, dataloader_num_workers=stage.workers,
-                           **(dict(gradient_checkpointing_kwargs=dict(use_reentrant=False)) if stage.gradient_checkpointing else {}),
+                           gradient_accumulation_steps=accumulation, bf16=stage.bf16, use_cpu=not torch.accelerator.is_available(), dataloader_num_workers=stage.workers,
+                           **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)) if stage.gradient_checkpointing else {}),
                            **(dict(train_sampling_strategy="group_by_length") if stage.group_by_length else {}), **sharding_fields(stage, model.model.language_model._no_split_modules or []))
     plan = freeze(model, stage.trains, stage.lora)
     if first: logger.info("\n".join(f"{part}: {trained:,} of {every:,} parameters are trained" for part,(trained,every) in plan.items()))

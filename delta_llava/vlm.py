@@ -156,7 +156,7 @@ def check_placeholders(
     raise ValueError(f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} visual tokens = {images*tokens} "
                      f"are to be placed; give processor and model the same images and the same tokens=….")
 
-# %% ../nbs/22_vlm.ipynb #6a9589e1
+# %% ../nbs/22_vlm.ipynb #950f8df5
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     "Tower, projector and LLM without the language-model head (§3)."
     def __init__(self,
@@ -214,7 +214,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
         if inputs_embeds is None: inputs_embeds = self.get_input_embeddings()(input_ids)
         flat = torch.cat(visual).to(inputs_embeds) if visual else None
         if visual: inputs_embeds = inputs_embeds.masked_scatter(self.get_placeholder_mask(input_ids, inputs_embeds, flat), flat)
-        elif self.training and torch.distributed.is_initialized(): inputs_embeds = inputs_embeds + 0*self.blank(tokens).sum()
+        elif self.training and torch.is_grad_enabled(): inputs_embeds = inputs_embeds + 0*self.blank(tokens).sum()
         places = input_ids == self.config.image_token_id if visual and input_ids is not None else None
         with self.dropping(places, tokens) as pruning: out = super().forward(inputs_embeds=inputs_embeds, **kwargs)
         if pruning is not None and pruning.index is not None:  # every token back to its place; where one was dropped stands 0
@@ -226,7 +226,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel, LlavaModel):
     def blank(self,
         tokens:int|None=None,  # Budget $V$; `None` takes the config's
     )->Float[Tensor, "1 v d"]:  # Visual tokens of no picture
-        "What the projector makes of an empty picture: with it, a process whose batch has no picture still takes part in exchanging gradients."
+        "What the projector makes of an empty picture: times 0, it gives a batch without pictures gradients of 0, which all processes can exchange."
         projector = self.multi_modal_projector
         config,weight = projector.config,next(projector.parameters())
         n,width = config.grid**2,config.d_vision

@@ -1,0 +1,92 @@
+"A tower, an LLM and conversations small enough to train both stages in seconds, as folders; and a program that trains them, alone or on several processes."
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tiny_vlm import byte_tokenizer
+from torch.distributed.tensor import DTensor
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from delta_llava.train import Finetune, Pretrain, run_stage
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
+
+
+def write_parts(folder):
+    "A CLIP-like tower with a 4×4 grid, a two-layer Llama with one token for each byte, 24 pictures of one colour, 4 rows of text alone."
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder/"tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder/"tower")
+    LlamaForCausalLM(LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                                 bos_token_id=256, eos_token_id=257, pad_token_id=257)).save_pretrained(folder/"llm")
+    byte_tokenizer().save_pretrained(folder/"llm")
+    rows = []
+    for i in range(24):
+        name = list(COLOURS)[i % 4]
+        Image.new("RGB", (56, 40 + i), COLOURS[name]).save(folder/f"{i}.png")
+        rows.append(dict(id=f"picture-{i}", image=f"{i}.png", conversations=[{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": name}]))
+    rows += [dict(id=f"text-{i}", conversations=[{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i+1}" * 9}]) for i in range(4)]
+    (folder/"data.json").write_text(json.dumps(rows))
+    return folder
+
+
+def stage(kind, parts, folder, **options):
+    "A stage on these parts, 6 steps of 4 rows in float32."
+    parts = Path(parts)
+    same = dict(data=parts/"data.json", folder=Path(folder), tower=str(parts/"tower"), llm=str(parts/"llm"), tokens=4, batch_size=4, device_batch_size=4, steps=6, seed=0, max_length=512, bf16=False,
+                workers=0, save_steps=2, gradient_checkpointing=False, lr=1e-3)
+    if kind == "finetune": same |= dict(projector=None, sharding="none", group_by_length=False)
+    return (Finetune if kind == "finetune" else Pretrain)(**same | options)
+
+
+class EachStep(TrainerCallback):
+    "Keep the loss of every step."
+    def __init__(self): self.losses = []
+    def on_train_begin(self, args, state, control, **kwargs): args.logging_steps = state.logging_steps = 1
+    def on_step_end(self, args, state, control, model=None, **kwargs): self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    def on_log(self, args, state, control, logs=None, **kwargs): self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+class DieAt(TrainerCallback):
+    "The process is killed after a step."
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_saving(step, files):
+    "The process is killed when so many files of the checkpoint of `step` have been written."
+    def hook(event, args):
+        if event != "open" or not isinstance(args[0], (str, Path)) or f"checkpoint-{step}/" not in str(args[0]) or "w" not in str(args[1]): return
+        nonlocal files
+        files -= 1
+        if files < 0: os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+
+def main(kind, parts, folder, options):
+    "`tiny_stage.py KIND PARTS FOLDER '{\"die_at\": 3, …}'`: says whether the weights were spread over processes."
+    options = json.loads(options)
+    torch.set_num_threads(1)
+    if options.pop("fsdp_on_cpu", False):  # accelerate refuses FSDP on CPUs by the name of the distributed type alone; torch's FSDP2 works there
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+        from transformers import TrainingArguments
+        device = TrainingArguments.device
+        def patched(self):
+            found = device.fget(self)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            return found
+        TrainingArguments.device = property(patched)
+    callbacks = [each := EachStep(), *([DieAt(options.pop("die_at"))] if "die_at" in options else [])]
+    if "die_saving" in options: die_while_saving(*options.pop("die_saving"))
+    run_stage(stage(kind, parts, folder, **options), callbacks=callbacks)
+    if int(os.environ.get("RANK", 0)) == 0: print("sharded" if each.sharded else "whole")
+
+
+if __name__ == "__main__": main(*sys.argv[1:])

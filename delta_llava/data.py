@@ -478,7 +478,7 @@ def _write_whole(path:Path, write:Callable)->None:
         except BaseException: os.unlink(f.name); raise
     os.replace(f.name, path)
 
-# %% ../nbs/30_data.ipynb #76acc945
+# %% ../nbs/30_data.ipynb #94213eea
 def pack(
     lengths:Sequence[int],  # Tokens of each row
 )->list[list[int]]:  # Numbers of the rows that share a sequence
@@ -491,6 +491,7 @@ def pack(
         home[1].append(i)
     return [sorted(rows) for _,rows in bins]
 
+# %% ../nbs/30_data.ipynb #69f44878
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."

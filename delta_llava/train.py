@@ -269,7 +269,7 @@ def write_record(
     part.replace(path)
     return path
 
-# %% ../nbs/31_train.ipynb #6642f28c
+# %% ../nbs/31_train.ipynb #6e120f4e
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     "One stage: what is trained on what, and how. `Pretrain` and `Finetune` hold the paper's settings (§6)."
@@ -335,6 +335,7 @@ class Stage:
 
     def __call__(self): return run_stage(self)
 
+# %% ../nbs/31_train.ipynb #fcc3d7e0
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
     "Stage 1: the projector learns on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
@@ -342,7 +343,7 @@ class Pretrain(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
-    "Stage 2: projector and LLM learn on 665k conversations. Paper: 8×H100, 3:21:00 at 144 tokens (Table 4)."
+    "Stage 2: projector and LLM learn on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
     folder:Path=Path("runs/stage2")  # Gets checkpoints, the record, and the model
     projector:Path|None=Path("runs/stage1")  # What stage 1 trained
     pad:bool=True  # Pad pictures to squares in place of cutting them

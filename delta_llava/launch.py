@@ -91,7 +91,7 @@ def parameters(
     projector = numel(model.model.multi_modal_projector)
     return dict(tower=(0, numel(model.model.vision_tower)), projector=(projector, projector), llm=(trained, llm + (lora if trained == lora else 0)))
 
-# %% ../nbs/32_launch.ipynb #b2cbd98e
+# %% ../nbs/32_launch.ipynb #a7f9ba76
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     "How many rows a data set has, and how long they are: the one thing that no configuration knows."
@@ -115,6 +115,7 @@ def llm_flops(
     linear = (6 if trained else 4)*weights + (2*(weights - L*d*f) if checkpointing else 0)
     return linear*length + (18 if checkpointing else 14)*L*width*length**2 + (6 if trained else 4)*config.vocab_size*d*answer
 
+# %% ../nbs/32_launch.ipynb #23116c1a
 def counted(
     work,  # Called once, with modules on the meta device
     backward:bool=False,  # Also the backward pass of what it gives

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from delta_llava.train import Finetune, Pretrain, run_stage
+from delta_llava.train import Finetune, Pretrain, StageTrainer, run_stage
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
 
@@ -59,14 +59,21 @@ class DieAt(TrainerCallback):
         if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_while_saving(step, files):
-    "The process is killed when so many files of the checkpoint of `step` have been written."
-    def hook(event, args):
-        if event != "open" or not isinstance(args[0], (str, Path)) or f"checkpoint-{step}/" not in str(args[0]) or "w" not in str(args[1]): return
-        nonlocal files
-        files -= 1
-        if files < 0: os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+def die_while_saving(step, place):
+    "The process is killed while it writes the checkpoint of `step`: at one of five places, the newest file half written."
+    def die(folder):
+        newest = max((f for f in Path(folder).iterdir() if f.is_file()), key=lambda f: f.stat().st_mtime_ns)
+        os.truncate(newest, newest.stat().st_size//2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    def renamed(event, args):
+        if event == "os.rename" and str(args[1]).endswith(f"checkpoint-{step}/complete.json"): die(Path(args[1]).parent)
+    if place == 4: return sys.addaudithook(renamed)
+    name = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")[place]
+    original = getattr(StageTrainer, name)
+    def dying(self, folder=None, *args, **kwargs):
+        original(self, folder, *args, **kwargs)
+        if self.state.global_step == step and f"checkpoint-{step}" in str(folder): die(folder)
+    setattr(StageTrainer, name, dying)
 
 
 def main(kind, parts, folder, options):

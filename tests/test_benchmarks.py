@@ -1,0 +1,44 @@
+"The programs in `benchmarks/`, on sizes that take seconds."
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_stage import write_parts
+
+BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
+
+
+def test_counted_tokens_are_those_of_the_batches():
+    packing = runpy.run_path(str(BENCHMARKS/"packing.py"))
+    lengths = np.random.default_rng(0).integers(2, 60, 50)
+    found, collators = packing["count"](lengths, 8, 3)["tokens"], packing["collators"]()
+    for way, grouped, packed in (("padded", False, False), ("packed", False, True), ("grouped", True, False), ("grouped, packed", True, True)):
+        batches = list(packing["in_batches"](lengths.tolist(), 8, grouped, 3))
+        assert sorted(sum(batches, [])) == list(range(50))
+        collate = collators["packed" if packed else "padded"]
+        assert found[way] == sum(collate([dict(id=i, image=None, conversations=int(lengths[i])) for i in b])["input_ids"].numel() for b in batches)
+    assert found["rows"] == lengths.sum() < found["packed"] < found["padded"] and found["grouped"] < found["padded"]
+
+
+def test_assumed_lengths_have_the_parts_of_the_mix():
+    packing = runpy.run_path(str(BENCHMARKS/"packing.py"))
+    text, picture, part = packing["assumed"](40_000, 0)
+    assert sum(n for n, _, _ in packing["PARTS"].values()) == 624  # thousands: all rows but those of text alone
+    assert abs((~picture).mean() - packing["TEXT_ONLY"]/packing["ROWS"]) < .005 and text.min() > packing["PROMPT"]
+    for name, (n, median, _) in packing["PARTS"].items():
+        assert abs((part == name).sum() - 40_000*picture.mean()*n/624) < 5*(40_000*n/624)**.5
+        assert abs(np.median(text[part == name]) - packing["PROMPT"] - median) < .1*median
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
+def test_stage_steps_run_on_tiny_parts(tmp_path, full):
+    parts = write_parts(tmp_path)
+    StageSteps = runpy.run_path(str(BENCHMARKS/"stage.py"))["StageSteps"]
+    StageSteps(tokens=(16, 4, 1), tower=str(parts/"tower"), llm=str(parts/"llm"), image_size=56, batch_size=2, repeats=2, full=full, record=tmp_path/"record.json")()
+    rows = json.loads((tmp_path/"record.json").read_text())["result"]
+    assert [(r["stage"], r["tokens"], r["projector"]) for r in rows] == [(k, v, "mlp" if v == 16 else "delta") for k in ("pretrain", "finetune") for v in (16, 4, 1)]
+    assert all(r["ratio"][0] == 1 for r in rows if r["tokens"] == 16) and all(min(r["seconds"]) > 0 and r["of_ceiling"] > 0 for r in rows)
+    for a, b in zip(rows, rows[1:]): assert a["stage"] != b["stage"] or a["flops"] > b["flops"]  # fewer tokens, less work

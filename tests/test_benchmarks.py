@@ -12,11 +12,11 @@ BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
 
 def test_counted_tokens_are_those_of_the_batches():
     packing = runpy.run_path(str(BENCHMARKS/"packing.py"))
-    lengths = np.random.default_rng(0).integers(2, 60, 50)
+    lengths = np.random.default_rng(0).integers(2, 60, 400)
     found, collators = packing["count"](lengths, 8, 3)["tokens"], packing["collators"]()
     for way, grouped, packed in (("padded", False, False), ("packed", False, True), ("grouped", True, False), ("grouped, packed", True, True)):
         batches = list(packing["in_batches"](lengths.tolist(), 8, grouped, 3))
-        assert sorted(sum(batches, [])) == list(range(50))
+        assert sorted(sum(batches, [])) == list(range(400))
         collate = collators["packed" if packed else "padded"]
         assert found[way] == sum(collate([dict(id=i, image=None, conversations=int(lengths[i])) for i in b])["input_ids"].numel() for b in batches)
     assert found["rows"] == lengths.sum() < found["packed"] < found["padded"] and found["grouped"] < found["padded"]
@@ -41,4 +41,4 @@ def test_stage_steps_run_on_tiny_parts(tmp_path, full):
     rows = json.loads((tmp_path/"record.json").read_text())["result"]
     assert [(r["stage"], r["tokens"], r["projector"]) for r in rows] == [(k, v, "mlp" if v == 16 else "delta") for k in ("pretrain", "finetune") for v in (16, 4, 1)]
     assert all(r["ratio"][0] == 1 for r in rows if r["tokens"] == 16) and all(min(r["seconds"]) > 0 and r["of_ceiling"] > 0 for r in rows)
-    for a, b in zip(rows, rows[1:]): assert a["stage"] != b["stage"] or a["flops"] > b["flops"]  # fewer tokens, less work
+    assert all(rows[i + 1]["flops"] > rows[i + 2]["flops"] for i in (0, 3))  # Delta at 4 tokens and at 1

@@ -1,10 +1,10 @@
 "TRL's `SFTTrainer` trains our model as it is: with our collator, and with its own way from messages and pictures to a batch."
 import pytest
-import torch
 from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
 
 from delta_llava.data import Collator, load_conversations
+from delta_llava.tower import open_image
 from delta_llava.train import fit_stage, freeze, prepare_stage, stage_arguments
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
@@ -52,3 +52,17 @@ def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options
     args = stage_arguments(tmp_path/"ours", steps=STEPS, batch_size=4, lr=1e-2, seed=0, use_cpu=True, save_strategy="no")
     fit_stage(ours, rows, Collator(processor=processor, max_length=512), args, stage=kind, callbacks=[each := EachStep()])
     assert_close(losses, each.losses, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.xfail(raises=ValueError, strict=True, reason="the processor refuses padding, padding_side, truncation and pad_to_multiple_of, which TRL's collator names")
+def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
+    "TRL's own way, without a collator of ours: the same words, the same labels, the same pixels; it pads on the other side."
+    _, processor, rows = model_and_rows(parts, tmp_path)
+    rows = [rows[i] for i in (0, 5, 25)]
+    def turn(t): return [dict(role=dict(human="user", gpt="assistant")[t["from"]], content=t["value"].removeprefix("<image>\n"))]
+    examples = [dict(images=[open_image(r["image"])] if r["image"] else [], prompt=turn(r["conversations"][0]), completion=turn(r["conversations"][1])) for r in rows]
+    ours = Collator(processor=processor)(rows)
+    theirs = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(examples)
+    assert theirs["pixel_values"].equal(ours["pixel_values"])
+    for i, (here, there) in enumerate(zip(ours["attention_mask"].bool(), theirs["attention_mask"].bool(), strict=True)):
+        for key in ("input_ids", "labels"): assert theirs[key][i][there].equal(ours[key][i][here])

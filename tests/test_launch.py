@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, TrainingArgu
 from transformers.trainer_pt_utils import get_module_class_from_name
 
 from delta_llava import launch
-from delta_llava.launch import (ROWS, Rows, SavedBytes, accelerate_cmd, accelerate_config, deepspeed_config, disk, estimate, gathered_bytes, llm_flops, memory, numel, paper_table, parameters,
+from delta_llava.launch import (ROWS, Rows, SavedBytes, accelerate_cmd, accelerate_config, block_bytes, deepspeed_config, disk, estimate, gathered_bytes, llm_flops, memory, numel, paper_table, parameters,
                                 report, row_flops, shape_of, skeleton, slurm_script, step_seconds, torchrun_cmd, write_launch)
 from delta_llava.train import Finetune, Pretrain, sharding_fields
 
@@ -130,6 +130,28 @@ def test_activations_are_those_that_autograd_keeps(small, stage, dtype, element)
     with SavedBytes(model) as saved: model(**batch(model, stage, 64, 40, rows=2))
     parts = memory(stage, skeleton(stage), 1, 64, 40)
     assert saved.total == pytest.approx(parts["blocks"] + parts["projector"] + parts["logits"], rel=.06)
+
+@pytest.mark.parametrize("dtype,element", [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_bytes_of_a_block_are_exact(learns, dtype, element, heads):
+    "Two models that differ in one block differ in what that block keeps."
+    def kept(layers):
+        model = LlamaModel(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=heads)).to(dtype).train().requires_grad_(learns)
+        with SavedBytes(model) as saved: model(inputs_embeds=torch.randn(2, 32, 64, dtype=dtype, requires_grad=True), use_cache=False)
+        return saved.total, model.config
+    (two,config),(one,_) = kept(2),kept(1)
+    assert two - one == 64*block_bytes(config, learns, element)
+
+def test_logits_are_at_least_what_the_loss_keeps_and_grow_with_the_rows(one, full):
+    from delta_llava.vlm import supervised_loss
+    head,hidden = nn.Linear(64, 5000, bias=False).requires_grad_(False), torch.randn(2, 33, 64, requires_grad=True)
+    labels = torch.randint(0, 5000, (2, 33))
+    loss = type(full).loss_function.fget(full)
+    with SavedBytes(head) as saved: supervised_loss(hidden, labels, head, loss, vocab_size=5000)
+    assert 4*64*5000 <= saved.total <= 64*((8 + 4)*5000 + 4*64)
+    logits = [memory(replace(one, device_batch_size=b), full, 8, 300, a)["logits"] for b,a in ((1, 50), (2, 50), (1, 100))]
+    assert logits[1] == logits[2] == 2*logits[0] == 100*((8 + 2)*32001 + 2*4096)
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_checkpointing_keeps_the_inputs_of_the_blocks(learns):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -92,13 +92,18 @@ def count(lengths, size, seed):
     return dict(tokens=found, padding={k: round(1 - found["rows"]/found[k], 4) for k in ways}, times_fewer={k: round(found["padded"]/found[k], 3) for k in ways})
 
 
-def collators():
-    "Ours, on rows that are lengths."
-    def supervised(n, **_):
+class Lengths(ProcessorMixin):
+    "A processor whose conversations are numbers: so many tokens."
+    questions, placeholders, tokenizer = False, None, SimpleNamespace(pad_token_id=0)
+    def __init__(self): pass
+    def supervised(self, n, **_):
         ids = [1 + i % 500 for i in range(n)]
         return dict(input_ids=ids, labels=[-100, *ids[1:]])  # a row's first word is never an answer
-    processor = SimpleNamespace(supervised=supervised, tokenizer=SimpleNamespace(pad_token_id=0), questions=False, placeholders=None)
-    return {way: Collator(processor=processor, packed=way == "packed") for way in ("padded", "packed")}
+
+
+def collators():
+    "Ours, on rows that are lengths."
+    return {way: Collator(processor=Lengths(), packed=way == "packed") for way in ("padded", "packed")}
 
 
 def one_pass(llm, batch):

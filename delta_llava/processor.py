@@ -85,7 +85,7 @@ def expand_images(
         raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {need}. Take max_length={need} or more, or a budget below tokens={tokens}.")
     return ids[:max_length]
 
-# %% ../nbs/23_processor.ipynb #a3e6da9b
+# %% ../nbs/23_processor.ipynb #6a963b42
 class DeltaLlavaProcessor(LlavaProcessor):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads off the code on reload
@@ -111,6 +111,10 @@ class DeltaLlavaProcessor(LlavaProcessor):
         questions:list[str]|None=None,  # The question of each text alone, if the processor was made with `questions=True`
         return_tensors:str|None="pt",
         add_special_tokens:bool=True,  # BOS, if the tokenizer adds one
+        padding:bool|str=True,  # Rows of a batch always become equally long; named by trainers
+        padding_side:str|None=None,  # `None` is the left, from which generation can go on
+        pad_to_multiple_of:int|None=None,  # Round the length up
+        truncation:bool|None=None,  # `False` leaves `max_length` aside
         videos=None, audio=None, **kwargs,  # Not understood; named by transformers' `apply_chat_template`
     )->BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
@@ -123,8 +127,8 @@ class DeltaLlavaProcessor(LlavaProcessor):
             raise ValueError(f"the texts name {named} image(s) with {self.image_token!r}, but {len(images)} were given; write it once for each image.")
         if images and self.questions and len(questions or []) != len(text):
             raise ValueError(f"questions={questions!r}: this projector reads the question, so give the question of each of the {len(text)} texts.")
-        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.reserved(tokens), max_length) for t in text]
-        out = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=return_tensors)
+        rows = [expand_images(self.tokenizer(t, add_special_tokens=add_special_tokens).input_ids, self.image_token_id, self.reserved(tokens), None if truncation is False else max_length) for t in text]
+        out = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side or "left", pad_to_multiple_of=pad_to_multiple_of, return_tensors=return_tensors)
         pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
         asked = [q for q,t in zip(questions or [], text) for _ in range(t.count(self.image_token))]  # one for each picture
         return BatchFeature({**out, **pixels, **(self.encode_questions(asked) if images and self.questions else {})})

@@ -93,11 +93,17 @@ def test_padding_is_on_the_left():
     out = processor([picture(), picture()], ["<image>\na", "<image>\na longer one"])
     assert out.attention_mask[0].tolist() == [0]*11 + [1]*6 and out.attention_mask[1].all()
 
+def test_trainers_may_pad_otherwise():
+    processor,two = make(),([picture(), picture()], ["<image>\na", "<image>\na longer one"])
+    out = processor(*two, padding=True, padding_side="right", pad_to_multiple_of=8, truncation=False, max_length=3)
+    assert out.attention_mask[0].tolist() == [1]*6 + [0]*18 and out.input_ids.shape[1] == 24
+    assert out.input_ids[0, :6].tolist() == processor(*two).input_ids[0, 11:].tolist()
+
 @pytest.mark.parametrize("images,text,what", [(0, "<image>", "name 1 image"), (2, "<image>", "2 were given"), (1, "no place", "name 0 image"), (1, None, "text=None"), (1, [], "text=")])
 def test_images_and_places_must_agree(images, text, what):
     with pytest.raises(ValueError, match=what): make()([picture()]*images or None, text)
 
-@pytest.mark.parametrize("unknown", [dict(truncation=True), dict(videos=[1]), dict(padding_side="right")])
+@pytest.mark.parametrize("unknown", [dict(stride=3), dict(videos=[1]), dict(is_split_into_words=True)])
 def test_unknown_arguments(unknown):
     with pytest.raises(ValueError, match="unknown arguments"): make()(picture(), "<image>", **unknown)
 

@@ -54,7 +54,6 @@ def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options
     assert_close(losses, each.losses, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="the processor refuses padding, padding_side, truncation and pad_to_multiple_of, which TRL's collator names")
 def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
     "TRL's own way, without a collator of ours: the same words, the same labels, the same pixels; it pads on the other side."
     _, processor, rows = model_and_rows(parts, tmp_path)

@@ -61,7 +61,7 @@ class ElasticCollator:
         drawn = zlib.crc32(" ".join([str(self.seed), *(row["id"] for row in rows)]).encode())
         return self.collators[drawn % len(self.collators)](rows)
 
-# %% ../nbs/31_train.ipynb #e90f659f
+# %% ../nbs/31_train.ipynb #70c0731d
 def freeze(
     model:DeltaLlavaForConditionalGeneration,  # Tower, projector, LLM
     stage:Literal["pretrain", "finetune"]="pretrain",  # The projector alone, or the projector and the LLM
@@ -77,7 +77,7 @@ def freeze(
     model.requires_grad_(False)
     parts["projector"].requires_grad_(True)
     if lora:
-        for name,p in model.named_parameters(): p.requires_grad_(p.requires_grad or "lora_" in name)
+        for p in (p for name,p in model.named_parameters() if "lora_" in name): p.data,p.requires_grad = p.data.float(),True  # PEFT made them in the LLM's precision
     elif stage == "finetune":
         for part in (parts["llm"], model.lm_head): part.requires_grad_(True)
     count = lambda ps: sum(p.numel() for p in ps)

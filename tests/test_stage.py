@@ -73,6 +73,9 @@ def test_lora_changes_the_llm_through_its_updates_alone(parts, tmp_path):
 
 
 def test_merging_low_rank_updates_keeps_what_the_model_says(parts, tmp_path):
+    half, _ = prepare_stage(stage("finetune", parts, tmp_path, lora=4, bf16=True))
+    freeze(half, "finetune", lora=4)
+    assert {(p.requires_grad, p.dtype) for p in half.model.language_model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays in float32
     model, _ = prepare_stage(stage("finetune", parts, tmp_path, lora=4))
     plan = freeze(model, "finetune", lora=4)
     assert 0 < plan["llm"][0] < plan["llm"][1]
@@ -88,10 +91,10 @@ def test_merging_low_rank_updates_keeps_what_the_model_says(parts, tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(packed=True), dict(budgets=(1, 4)), dict(compressor="m3", budgets=(1, 4)), dict(compressor="mqt", budgets=(2, 4)), dict(bf16=True, gradient_checkpointing=True),
-                                     dict(group_by_length=True, batch_size=8), dict(standardize=True), dict(packed=True, compressor="quecc")], ids=str)
+                                     dict(group_by_length=True, batch_size=8), dict(standardize=True), dict(packed=True, compressor="quecc"), dict(lora=8, bf16=True)], ids=str)
 def test_options_train(parts, tmp_path, options):
     found = losses(run_stage(stage("finetune", parts, tmp_path, lr=1e-2, steps=20, save_steps=20, **options)))
-    assert len(found) == 2 and found[1] < found[0] - .5
+    assert len(found) == 2 and found[1] < found[0] - (.1 if "lora" in options else .5)  # updates of a random LLM learn slowly
 
 
 def test_packing_and_checkpointing_change_no_loss(parts, tmp_path):

@@ -6,7 +6,7 @@
 Without the real file the lengths are drawn from `PARTS`: what the mix consists of is published, how long its rows are is assumed. Because the result hangs on
 that, tokens are counted for other assumptions, too.
 
-Tokens: every batch of the epoch, as the model gets it from `Collator`: rows × longest row, padding included. Time: forward and backward of a small random Llama on
+Tokens: every batch of the epoch, as the model gets it from `Collator`: rows × longest row, padding included; packed, as many sequences of one length up to `max_length` as hold the rows with the least padding. Time: forward and backward of a small random Llama on
 the same rows, padded and packed one after the other, in an order that alternates; both losses are compared first. All lengths are divided by `scale`, since the model is
 narrow, too: with width 256 and scale 8 attention takes 1/6 of the work of the longest row (in a 7B LLM 1/12). On a CPU the time is that of the process on one
 thread, in which other work on the machine takes part only through caches and clock rates.
@@ -77,14 +77,14 @@ def in_batches(lengths, size, grouped, seed) -> Iterator[list[int]]:
     return (order[i:i + size] for i in range(0, len(order), size))
 
 
-def count(lengths, size, seed):
-    "Tokens of an epoch in each way to make batches: rows × longest row, summed over the batches."
+def count(lengths, size, seed, max_length):
+    "Tokens of an epoch in each way to make batches: sequences × their length, summed over the batches."
     lengths, found = lengths.tolist(), dict(rows=int(lengths.sum()))
     for grouped in (False, True):
         padded = packed = 0
         for batch in in_batches(lengths, size, grouped, seed):
             one = [lengths[i] for i in batch]
-            shared = pack(one)
+            shared = pack(one, max_length)
             padded += len(one)*max(one)
             packed += len(shared)*max(sum(one[i] for i in s) for s in shared)
         found |= {"grouped" if grouped else "padded": padded, "grouped, packed" if grouped else "packed": packed}
@@ -101,9 +101,9 @@ class Lengths(ProcessorMixin):
         return dict(input_ids=ids, labels=[-100, *ids[1:]])  # a row's first word is never an answer
 
 
-def collators():
+def collators(max_length):
     "Ours, on rows that are lengths."
-    return {way: Collator(processor=Lengths(), packed=way == "packed") for way in ("padded", "packed")}
+    return {way: Collator(processor=Lengths(), max_length=max_length, packed=way == "packed") for way in ("padded", "packed")}
 
 
 def one_pass(llm, batch):
@@ -155,8 +155,8 @@ class Packing:
         print("text tokens of a row, " + ("as in the file" if self.data else "ASSUMED, not measured"))
         for name, q in quantiles.items(): print(f"  {name:24} " + "  ".join(f"{k} {v}" for k, v in q.items()))
         counted = []
-        for v in tqdm(self.tokens, desc="tokens"): counted.append(dict(visual_tokens=v) | self.say(v, count(full(v), self.batch_size, self.seed)))
-        others = {} if self.data else {name: count(np.minimum(t + 144*p, self.max_length), self.batch_size, self.seed) for name, (t, p, _) in tqdm(self.variants().items(), desc="other assumptions")}
+        for v in tqdm(self.tokens, desc="tokens"): counted.append(dict(visual_tokens=v) | self.say(v, count(full(v), self.batch_size, self.seed, self.max_length)))
+        others = {} if self.data else {name: count(np.minimum(t + 144*p, self.max_length), self.batch_size, self.seed, self.max_length) for name, (t, p, _) in tqdm(self.variants().items(), desc="other assumptions")}
         for name, c in others.items(): self.say(f"144, {name}", c)
         timed = [self.time(v, full(v)) for v in self.timed]
         about = dict(lengths="measured" if self.data else "assumed", text_tokens=quantiles, counted=counted, counted_at_144_if=others, timed=timed)
@@ -183,7 +183,7 @@ class Packing:
         torch.set_num_threads(1)
         llm = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=self.hidden, intermediate_size=round(2.6875*self.hidden), num_hidden_layers=self.layers, num_attention_heads=self.hidden//64 or 1))
         llm.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-        collate, seconds, tokens = collators(), dict(padded=[], packed=[]), dict(padded=0, packed=0)
+        collate, seconds, tokens = collators(self.max_length//self.scale), dict(padded=[], packed=[]), dict(padded=0, packed=0)
         chosen = [b for _, b in zip(range(self.batches + 1), in_batches(lengths.tolist(), self.batch_size, False, self.seed + 1))]
         for n, numbers in enumerate(tqdm(chosen, desc=f"time at V={v}")):  # the first one warms up
             made = {way: c([dict(id=int(i), image=None, conversations=max(2, round(lengths[i]/self.scale))) for i in numbers]) for way, c in collate.items()}

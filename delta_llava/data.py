@@ -481,15 +481,19 @@ def _write_whole(path:Path, write:Callable)->None:
 # %% ../nbs/30_data.ipynb #94213eea
 def pack(
     lengths:Sequence[int],  # Tokens of each row
+    max_length:int=0,  # A sequence may be as long as this, or as the longest row
 )->list[list[int]]:  # Numbers of the rows that share a sequence
-    "Rows to as few sequences as first-fit finds, longest first, none longer than the longest row."
-    room,bins = max(lengths, default=0), []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        home = next((b for b in bins if b[0] >= lengths[i]), None)
-        if home is None: bins.append(home := [room, []])
-        home[0] -= lengths[i]
-        home[1].append(i)
-    return [sorted(rows) for _,rows in bins]
+    "Rows to the fewest tokens, padding included, that first-fit finds, longest row first, among sequence lengths 32 apart."
+    shortest,order = max(lengths, default=0), sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    def first_fit(room):
+        bins = []
+        for i in order:
+            home = next((b for b in bins if b[0] + lengths[i] <= room), None)
+            if home is None: bins.append(home := [0, []])
+            home[0] += lengths[i]
+            home[1].append(i)
+        return len(bins)*max((used for used,_ in bins), default=0), [sorted(rows) for _,rows in bins]
+    return min((first_fit(room) for room in range(shortest, max(shortest, max_length) + 1, 32)), key=lambda found: found[0])[1]
 
 # %% ../nbs/30_data.ipynb #69f44878
 @dataclass(kw_only=True)
@@ -516,7 +520,7 @@ class Collator:
         "Pad or pack, open or look up the pictures."
         encoded = [self._encode(row) for row in rows]
         if self.packed:
-            shared = pack([len(e["input_ids"]) for e in encoded])
+            shared = pack([len(e["input_ids"]) for e in encoded], self.max_length or 0)
             batch,rows = self._packed([[encoded[i] for i in together] for together in shared]), [rows[i] for together in shared for i in together]
         else: batch = self._padded(encoded)
         if self.tokens is not None: batch["tokens"] = self.tokens

@@ -242,19 +242,23 @@ def assemble(
     pad:bool=False,  # Pad pictures to squares in place of cutting them
     template:str="chat",  # As for `build_processor`
     standardize:bool=False,  # The projector standardises the features (`Compressor.measure`); the authors' does not
+    llm_dtype:torch.dtype=torch.float32,  # Of the LLM's weights
+    four_bit:bool=False,  # The LLM's matrices in four bits, as for `load_llm`
     seed:int=0,  # Of the projector's start
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # On the CPU, in float32
+)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # On the CPU but for an LLM in four bits; tower and projector in float32
     "Pretrained tower and LLM with a new projector between them."
     own = json.loads((resolve(tower).path/"config.json").read_text())
     own = own.get("vision_config", own)
     size = own["image_size"] if image_size is None else image_size
     if size % own["patch_size"]: raise ValueError(f"image_size={size} must be a multiple of the tower's patch size {own['patch_size']}.")
     levels,grid = (4, 6, 8, 10) if tower == default_tower() else relative_levels(own["num_hidden_layers"]), size // own["patch_size"]
-    language,tokenizer = load_llm(llm)
+    language,tokenizer = load_llm(llm, llm_dtype, four_bit)
     sizes = ProjectorConfig(grid=grid, tokens=1, levels=levels, d_vision=own["hidden_size"], d_llm=language.config.hidden_size, standardize=standardize)
     config,needs = compressor_config(compressor, sizes, tokens=tokens), compressor_class(compressor).needs
     for t in {tokens, *budgets}: config.check(t, grid)
     processor = build_processor(image_processor_for(tower, image_size, pad), tokenizer, tokens, template=template, questions="text" in needs,
                                 placeholders=config.placeholders(tokens) if "decoder" in needs else None)
     torch.manual_seed(seed)
-    return build_vlm(load_tower(tower, levels, "attention" in needs), language, tokenizer, config, compressor), processor
+    model = build_vlm(load_tower(tower, levels, "attention" in needs), language, tokenizer, config, compressor)
+    model.model.multi_modal_projector.float()
+    return model, processor

@@ -67,8 +67,7 @@ def build(
 )->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # With a fresh projector; on the GPU if there is one
     "Pretrained tower and LLM with a new projector between them."
     model,processor = assemble(recipe.tower, recipe.llm, recipe.compressor, tokens=recipe.tokens, budgets={*recipe.train_budgets, *recipe.test_budgets}, image_size=recipe.image_size,
-                               template="chatml", standardize=True, seed=recipe.seed)
-    for frozen in (model.model.language_model, model.lm_head): frozen.to(getattr(torch, recipe.llm_dtype))
+                               template="chatml", standardize=True, llm_dtype=getattr(torch, recipe.llm_dtype), seed=recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (device, recipe.llm_dtype) == ("cpu", "bfloat16"): model.set_attn_implementation({"text_config": "eager"})  # the fused one is slow backward there
     return model.to(device), processor

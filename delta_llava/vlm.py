@@ -417,7 +417,7 @@ def install_projector(
         raise ValueError("The projector does not fit the model: " + "; ".join(f"{k}: projector {a}, model {b}" for k,(a,b) in differ.items()) +
                          ". Build the model with the tower it was trained on: build_vlm(tower, llm, tokenizer, projector.config).")
     blocks_wanted(type(projector), new, model.config.vision_config.num_hidden_layers)
-    weight = model.get_output_embeddings().weight
+    weight = next(model.model.multi_modal_projector.parameters())
     model.model.multi_modal_projector = projector.to(weight.device, weight.dtype)
     model.config.compressor,model.config.projector = compressor_name(projector), new.to_dict()
     model.config.image_seq_length = new.placeholders(new.tokens)

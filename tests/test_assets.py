@@ -136,7 +136,7 @@ def test_hub_offline_says_what_to_do():
     with pytest.raises(ValueError, match="cannot be fetched"): resolve("hub:no such: name")
 
 
-def test_hub_is_asked_for_safetensors_of_one_model_only(clip, monkeypatch):
+def test_hub_is_asked_for_safetensors_of_one_model_and_for_bin_files_only_then(clip, monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kwargs: asked.append((repo, kwargs)) or str(clip))
     asset = resolve("hub:org/tower@v1")
@@ -144,8 +144,13 @@ def test_hub_is_asked_for_safetensors_of_one_model_only(clip, monkeypatch):
     (repo, kwargs), = asked
     assert (repo, kwargs["revision"]) == ("org/tower", "v1")
     assert not any(p.endswith((".bin", ".pt", ".py", "*")) for p in kwargs["allow_patterns"])
-    (clip/"model.safetensors").rename(clip/"pytorch_model.bin")
-    with pytest.raises(ValueError, match="no safetensors weights.*revision"): resolve("hub:org/tower")
+    weights = load_file(clip/"model.safetensors")
+    (clip/"model.safetensors").unlink()
+    asked.clear()
+    with pytest.raises(ValueError, match=r"neither model\*.safetensors nor .*revision"): resolve("hub:org/tower")
+    assert [kwargs["allow_patterns"][-1] for _, kwargs in asked] == ["model*.safetensors", "pytorch_model*.bin"]
+    torch.save(weights, clip/"pytorch_model.bin")
+    assert resolve("hub:org/tower").files == [clip/"pytorch_model.bin"]
 
 
 def test_hub_is_not_touched_unless_named(clip, fake, monkeypatch):
@@ -161,12 +166,19 @@ def test_folder(clip):
     assert (asset.kind, asset.path, asset.licence) == ("tower", clip, "not stated")
 
 
-def test_folder_of_pickles_is_not_read(clip):
+def test_bin_files_give_tensors_and_run_nothing(clip, tmp_path):
+    safe = load_tower_model(clip).state_dict()
     torch.save(load_file(clip/"model.safetensors"), clip/"pytorch_model.bin")
-    (clip/"model.safetensors").rename(clip/"adapter.safetensors")
-    with pytest.raises(ValueError, match=r"has no model\.safetensors"): load_tower_model(clip)
-    (clip/"adapter.safetensors").rename(clip/"model-extra.safetensors")
-    with pytest.raises((ValueError, OSError), match=r"model\.safetensors"): load_tower_model(clip)  # transformers itself, with use_safetensors
+    (clip/"model.safetensors").unlink()
+    old = load_tower_model(clip).state_dict()
+    assert all(old[k].equal(safe[k]) for k in safe)
+    class Evil:
+        def __reduce__(self): return open, (str(tmp_path/"ran"), "w")
+    torch.save(dict(x=Evil()), clip/"pytorch_model.bin")
+    with pytest.raises(Exception, match="(?i)weights.only"): load_tower_model(clip)
+    assert not (tmp_path/"ran").exists()
+    (clip/"pytorch_model.bin").rename(clip/"other.bin")
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor pytorch_model\.bin"): load_tower_model(clip)
 
 
 def test_code_beside_the_weights_never_runs(clip, tmp_path):

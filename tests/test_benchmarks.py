@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
 def test_counted_tokens_are_those_of_the_batches():
     packing = runpy.run_path(str(BENCHMARKS/"packing.py"))
     lengths = np.random.default_rng(0).integers(2, 60, 400)
-    found, collators = packing["count"](lengths, 8, 3)["tokens"], packing["collators"]()
+    found, collators = packing["count"](lengths, 8, 3, 100)["tokens"], packing["collators"](100)
     for way, grouped, packed in (("padded", False, False), ("packed", False, True), ("grouped", True, False), ("grouped, packed", True, True)):
         batches = list(packing["in_batches"](lengths.tolist(), 8, grouped, 3))
         assert sorted(sum(batches, [])) == list(range(400))

@@ -22,7 +22,7 @@ readme: $(READY)  ## run nbs/index.ipynb and write README.md from it
 	$(PY) tools/make_readme.py --run
 
 slow: $(READY)  ## the slow notebook cells and tests as well; one test wants a chromium
-	$(PY) -m uv pip install --quiet --python $(PY) --group browser -c requirements.lock
+	$(PY) -m uv pip install --quiet --python $(PY) --group slow -c requirements.lock
 	@$(PY) tools/check.py --flag slow
 
 net: $(READY)  ## the cells and tests that download as well
@@ -38,7 +38,7 @@ docs: $(READY)  ## the site, in _docs/ (needs Quarto)
 	rm -rf _docs && mv _proc/_docs _docs
 
 lock: $(READY)  ## requirements.lock anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
-	$(PY) -m uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra notebooks --group dev --universal --python-version 3.11 \
 	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" --quiet $(ARGS) -o requirements.lock
 
 # Made once, and again when one of the three lists changes.

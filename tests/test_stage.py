@@ -96,6 +96,7 @@ def test_merging_low_rank_updates_keeps_what_the_model_says(parts, tmp_path):
     with pytest.raises(ValueError, match="lora=4 in stage 'pretrain'"): freeze(model, "pretrain", lora=4)
 
 
+@pytest.mark.slow
 def test_four_bits_for_what_is_frozen(parts, tmp_path):
     "QLoRA: trained against rounded matrices, and what is written says what was trained, in full precision."
     pytest.importorskip("bitsandbytes")

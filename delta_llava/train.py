@@ -86,6 +86,7 @@ def freeze(
     assert plan["tower"][0] == 0 and plan["projector"][0] == plan["projector"][1] and bool(plan["llm"][0]) == (stage == "finetune")
     return plan
 
+# %% ../nbs/31_train.ipynb #5cec9d65
 def merge_lora(
     model:DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
 ):
@@ -443,6 +444,7 @@ def claim_folder(
     part.replace(said)
     return settings
 
+# %% ../nbs/31_train.ipynb #8811744f
 def run_stage(
     stage:Stage,  # What to train
     callbacks:Sequence=(),  # transformers' callbacks

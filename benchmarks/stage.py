@@ -6,14 +6,15 @@
 A step is forward, backward, clipping and AdamW, as the recipe has it: pixels in, so that the tower is part of it, and gradient checkpointing. The learning rate is 0: the same
 work, and every step starts from the same weights. Each repeat times every budget once, in an order that rotates; a ratio is taken within its repeat. With `--full` what is trained of the
 LLM is bfloat16 with its moments, so that one GPU holds all of it; rows are as long as `delta_llava.launch` assumes them. The ceiling is the fastest of some large matrix products, and
-the fraction of it counts the operations that the step asks for, those of checkpointing included.
+the fraction of it counts the operations that the step asks for, those of checkpointing included. On a CPU the time is that of the process on one thread, in which other work on the
+machine takes part only through caches and clock rates.
 """
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Literal
 
 import torch
@@ -29,10 +30,13 @@ from delta_llava.tower import open_image
 from delta_llava.train import Finetune, Pretrain, freeze, prepare_stage, write_record
 
 
-def seconds_of(clock):
+def seconds_of(written):
     "Of `h:mm:ss`."
-    h, m, s = map(int, clock.split(":"))
+    h, m, s = map(int, written.split(":"))
     return 3600*h + 60*m + s
+
+
+clock = perf_counter if torch.cuda.is_available() else process_time
 
 
 def wait():
@@ -44,10 +48,10 @@ def ceiling(device, dtype, side):
     a, times = torch.randn(side, side, device=device).to(dtype), []
     for _ in range(11):
         wait()
-        start = perf_counter()
+        start = clock()
         a @ a
         wait()
-        times.append(perf_counter() - start)
+        times.append(clock() - start)
     return 2*side**3/min(times[1:])
 
 
@@ -135,14 +139,14 @@ class StageSteps:
         cuda = self.device.type == "cuda"
         if cuda: torch.cuda.reset_peak_memory_stats()
         wait()
-        start = perf_counter()
+        start = clock()
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(): loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
         optimizer.step()
         optimizer.zero_grad()
         wait()
-        return perf_counter() - start, torch.cuda.max_memory_allocated()/2**30 if cuda else None
+        return clock() - start, torch.cuda.max_memory_allocated()/2**30 if cuda else None
 
     def row(self, kind, v, batch, seconds, base, gib, limit):
         "One line of the result."
@@ -157,6 +161,7 @@ class StageSteps:
                     tokens_per_second=round(length/middle, 1), peak_gib=gib and round(gib, 2), flops=flops, of_ceiling=float(f"{flops/middle/limit:.3g}"))
 
     def __call__(self):
+        if self.device.type == "cpu": torch.set_num_threads(1)
         limit = ceiling(self.device, torch.bfloat16 if self.bf16 else torch.float32, 8192 if self.device.type == "cuda" else 1024)
         model, projectors, batches = self.build()
         rows = []
@@ -179,7 +184,7 @@ class StageSteps:
                 rows.append(row := self.row(kind, v, batches[kind, v], seconds[v], seconds[self.tokens[0]], gib[v], limit))
                 tqdm.write(f"{kind:8} V={v:3} {row['seconds'][0]:8.3f} s  {row['ratio'][0]:.3f} [{row['ratio'][1]:.3f}–{row['ratio'][2]:.3f}] of V={self.tokens[0]}; paper's epochs {row['paper_ratio']};  "
                            f"{row['tokens_per_second']:.0f} tokens/s, {row['of_ceiling']:.0%} of {limit/1e12:.3g} TFLOP/s" + (f", {row['peak_gib']} GiB" if row["peak_gib"] else ""))
-        settings = dict(tower=self.tower, llm=self.llm, image_size=self.image_size, bf16=self.bf16, gradient_checkpointing=self.gradient_checkpointing, random_weights=self.full, repeats=self.repeats)
+        settings = dict(clock="wall" if torch.cuda.is_available() else "CPU time of the process, one thread", tower=self.tower, llm=self.llm, image_size=self.image_size, bf16=self.bf16, gradient_checkpointing=self.gradient_checkpointing, random_weights=self.full, repeats=self.repeats)
         print(f"wrote {write_record(self.record, [self.seed], rows, ceiling_tflops=round(limit/1e12, 3), paper='Table 4, hours of an epoch on 8 H100', **settings)}")
 
 

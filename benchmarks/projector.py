@@ -1,41 +1,62 @@
-"""Time the Delta projector three ways, side by side:
+"""Time the Delta projector side by side with the algorithm it computes, with TokenPacker, and with the least that any exact algorithm must do:
 
   straightforward  the authors' algorithm step by step: ΔW formed at every call, nn.MultiheadAttention with its weights, positions resized at every call
+  tokenpacker      TokenPacker's algorithm, likewise
   module           DeltaProjector
   folded           DeltaProjector.fold()
+  floor            the matrix products, convolutions and the mixing attention of `folded`, on the same tensors, with nothing between them
 
-The three compute the same; this is checked before anything is timed. Every round times all three once, in an order that rotates, and a ratio is
-taken within its round, so that other work on the machine hits both sides. Printed: the median ratio and the middle half of the rounds.
+    python benchmarks/projector.py                                  # writes runs/benchmark_projector.json
+    python benchmarks/projector.py --device cuda --batch 1 8 64 --dtype bfloat16 --record runs/benchmark_projector_gpu.json
 
-  python benchmarks/projector.py --batch 1 8 --dtype float32 --tokens 144 36 1 --rounds 9 --record
+That all but TokenPacker compute the same, gradients included, is checked before anything is timed. Every round times each once, in an order that rotates, and a ratio is taken within its
+round, so that other work on the machine hits both sides. Printed: the median ratio and the middle half of the rounds. Training is forward and backward to every parameter, without DropPath;
+its memory is what autograd keeps. On a CPU with `--threads 1` the clock is the time of the process, in which other work takes part only through caches and clock rates; otherwise the wall's.
 """
-import argparse
 import math
 import statistics
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
 import torch
+import tyro
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
+
+from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.config import ProjectorConfig
 from delta_llava.grid import sincos_2d
-from delta_llava.projector import DeltaProjector
-from delta_llava.train import hardware, write_record
+from delta_llava.launch import SavedBytes
+from delta_llava.projector import DeltaProjector, WindowAttention
+from delta_llava.train import write_record
+
+
+class PlainAttention(nn.Module):
+    "Attention inside each window as the authors and TokenPacker compute it: every window a sequence of nn.MultiheadAttention, which also returns its weights."
+    def __init__(self, attend: WindowAttention):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(attend.channels, attend.heads)
+        for name, p in dict(in_proj_weight=attend.qkv.weight, in_proj_bias=attend.qkv.bias).items(): setattr(self.attention, name, p)
+        self.attention.out_proj.weight, self.attention.out_proj.bias = attend.out.weight, attend.out.bias
+
+    def forward(self, q, k, v):
+        g, s = math.isqrt(q.shape[1]), math.isqrt(k.shape[1]//q.shape[1])
+        k, v = (rearrange(y, "b (row i col j) c -> (i j) (row col b) c", row=g, col=g, i=s, j=s) for y in (k, v))
+        y, _ = self.attention(rearrange(q, "b v c -> 1 (v b) c"), k, v, need_weights=True)
+        return rearrange(y, "1 (v b) c -> b v c", b=q.shape[0])
 
 
 class Straightforward(nn.Module):
     "The default projector without any thought of speed, on the weights of a `DeltaProjector`."
     def __init__(self, projector: DeltaProjector):
         super().__init__()
-        self.p, c = projector, projector.config.d_vision
-        self.attention = nn.MultiheadAttention(c, projector.config.heads)
-        state = projector.attend.state_dict()
-        self.attention.load_state_dict({"in_proj_weight": state["qkv.weight"], "in_proj_bias": state["qkv.bias"],
-                                        "out_proj.weight": state["out.weight"], "out_proj.bias": state["out.bias"]})
-        self.attention.to(projector.mlp[0].weight)
-        self.table = sincos_2d(projector.config.grid, c)
+        self.p, self.attention = projector, PlainAttention(projector.attend)
+        self.table = sincos_2d(projector.config.grid, projector.config.d_vision)
 
     def delta(self, part, x):
         return part.norm(F.gelu(F.linear(x, part.base.weight + (part.U @ part.V).T)))
@@ -69,78 +90,113 @@ class Straightforward(nn.Module):
         q = self.mix(F.interpolate(image(x[..., -config.d_vision:]).contiguous(), size=(g, g), mode="bilinear", align_corners=False)).flatten(2).transpose(1, 2)
         place = F.interpolate(image(self.table[None].to(x.device)), size=(g, g), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         q = self.delta(self.p.q, q + place.to(x.dtype))
-        k, v = (rearrange(y, "b (row i col j) c -> (i j) (row col b) c", row=g, col=g, i=config.grid//g) for y in (k, v))
-        y, _ = self.attention(rearrange(q, "b v c -> 1 (v b) c"), k, v, need_weights=True)
-        return self.p.mlp(rearrange(y, "1 (v b) c -> b v c", b=b))
+        return self.p.mlp(self.attention(q, k, v))
 
 
-def timed(f, device):
-    "Seconds of one call, device included."
-    if device.type == "cuda": torch.cuda.synchronize()
-    start = time.perf_counter()
-    f()
-    if device.type == "cuda": torch.cuda.synchronize()
-    return time.perf_counter() - start
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution}
+
+
+class Products(TorchDispatchMode):
+    "Remember every matrix product that is asked for, with its tensors; `replay` does them again."
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f.overloadpacket in PRODUCTS or "scaled_dot_product" in f.name(): self.calls.append((f, args, kwargs or {}))
+        return f(*args, **kwargs or {})
+    def replay(self):
+        for f, args, kwargs in self.calls: f(*args, **kwargs)
 
 
 def spread(values):
     "Median and the middle half."
     low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+    return {"median": float(f"{middle:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
 
 
-def measure(batch, dtype, tokens, args, device):
-    "One row: times and ratios of the three, from paired rounds."
-    torch.manual_seed(args.seed)
-    config = ProjectorConfig(d_vision=args.d_vision, d_llm=args.d_llm)
-    module = DeltaProjector(config).to(device, getattr(torch, dtype)).eval()
-    x = torch.randn(batch, config.grid**2, config.d_levels).to(device, getattr(torch, dtype))
-    straight, folded = Straightforward(module).eval(), module.fold()
-    calls = {"straightforward": lambda: straight(x, tokens), "module": lambda: module(x, tokens=tokens), "folded": lambda: folded(x, tokens=tokens)}
-    with torch.no_grad():
-        outs = {n: f().float() for n, f in calls.items()}  # warms up, too
-        for name, out in outs.items():
-            torch.testing.assert_close(out, outs["straightforward"], rtol=0, atol=1e-4 if dtype == "float32" else .05, msg=lambda m: f"{name} computes something else: {m}")
-        seconds = {n: [] for n in calls}
-        for i in range(args.rounds):
-            names = list(calls)
-            for name in names[i % 3:] + names[:i % 3]: seconds[name].append(timed(calls[name], device))
-    ratio = lambda a, b: spread([p/q for p, q in zip(seconds[a], seconds[b])])
-    return {"batch": batch, "dtype": dtype, "tokens": tokens, "ms": {n: spread([1e3*t for t in s]) for n, s in seconds.items()},
-            "straightforward/module": ratio("straightforward", "module"), "straightforward/folded": ratio("straightforward", "folded"),
-            "module/folded": ratio("module", "folded")}
+@dataclass
+class ProjectorTimes:
+    batch: tuple[int, ...] = (1, 8)  # Pictures at a time
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    tokens: tuple[int, ...] = (576, 144, 64, 36, 16, 4, 1)  # Budgets V that cut the 24×24 grid evenly
+    rounds: int = 9  # Paired rounds
+    d_vision: int = 1024  # Width of the tower
+    d_llm: int = 4096  # Width of the LLM
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = torch.get_num_threads()  # On a CPU
+    seed: int = 0  # Of weights and features
+    record: Path = Path("runs/benchmark_projector.json")
+
+    def __post_init__(self):
+        if self.rounds < 2: raise ValueError(f"rounds={self.rounds} must be at least 2: there is no spread of one.")
+        if bad := [t for t in self.tokens if t < 1 or math.isqrt(t)**2 != t or 24 % math.isqrt(t)]:
+            raise ValueError(f"tokens={bad}: the straightforward algorithm takes 576, 144, 64, 36, 16, 9, 4 or 1.")
+        torch.set_num_threads(self.threads)
+        self.clock = time.process_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
+
+    def wait(self):
+        if self.device != "cpu": torch.cuda.synchronize()
+
+    def seconds(self, f):
+        self.wait()
+        start = self.clock()
+        f()
+        self.wait()
+        return self.clock() - start
+
+    def rotate(self, calls):
+        "Milliseconds of each call in each round."
+        names, found = list(calls), {n: [] for n in calls}
+        for i in range(self.rounds):
+            for n in names[i % len(names):] + names[:i % len(names)]: found[n].append(1e3*self.seconds(calls[n]))
+        return found
+
+    def measure(self, batch, dtype, tokens):
+        "One cell of the table: times and ratios, forward and training."
+        torch.manual_seed(self.seed)
+        config = ProjectorConfig(d_vision=self.d_vision, d_llm=self.d_llm)
+        cast = lambda m: m.to(self.device, getattr(torch, dtype)).eval()
+        module, packer = cast(DeltaProjector(config)), cast(build_compressor("tokenpacker", compressor_config("tokenpacker", config, tokens=tokens)))
+        packer.attend = PlainAttention(packer.attend)
+        x = torch.randn(batch, config.grid**2, config.d_levels).to(self.device, getattr(torch, dtype))
+        straight, folded = Straightforward(module).eval(), module.fold()
+        calls = dict(straightforward=lambda: straight(x, tokens), tokenpacker=lambda: packer(x, tokens=tokens), module=lambda: module(x, tokens=tokens), folded=lambda: folded(x, tokens=tokens))
+        close = dict(rtol=0, atol=1e-4) if dtype == "float32" else dict(rtol=.05, atol=.1)
+        with torch.no_grad():
+            outs = {n: f().float() for n, f in calls.items() if n != "tokenpacker"}  # warms up, too
+            for n, out in outs.items(): torch.testing.assert_close(out, outs["straightforward"], **close, msg=lambda m: f"{n} computes something else: {m}")
+            with Products() as floor: folded(x, tokens=tokens)
+            forward = self.rotate(calls | dict(floor=floor.replay))
+        train, kept = self.training(dict(straightforward=straight, tokenpacker=packer, module=module), calls, close if dtype == "float32" else None)
+        against = lambda times, name: {other: spread([a/b for a, b in zip(times[other], times[name])]) for other in times if other != name}
+        return dict(batch=batch, dtype=dtype, tokens=tokens, forward_ms={n: spread(t) for n, t in forward.items()}, forward_over_module=against(forward, "module"), forward_over_folded=against(forward, "folded"),
+                    folded_over_floor=spread([a/b for a, b in zip(forward["folded"], forward["floor"])]), training_ms={n: spread(t) for n, t in train.items()}, training_over_module=against(train, "module"), kept_mib=kept)
+
+    def training(self, modules, calls, close):
+        "The same for forward and backward; and what autograd keeps, MiB."
+        def once(name):
+            for p in modules[name].parameters(): p.grad = None
+            calls[name]().square().sum().backward()
+        kept, grads = {}, {}
+        for name, m in modules.items():
+            with SavedBytes(m) as saved: calls[name]()
+            kept[name] = round(saved.total/2**20, 1)
+            once(name)
+            if name != "tokenpacker": grads[name] = [p.grad.clone() for p in (modules["module"].k.U, modules["module"].q.base.weight, modules["module"].mlp[0].weight)]
+        if close:
+            for a, b in zip(grads["straightforward"], grads["module"]): torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3*a.abs().max().item(), msg=lambda m: f"other gradients: {m}")
+        return self.rotate({n: lambda n=n: once(n) for n in modules}), kept
+
+    def __call__(self):
+        show = lambda r: f"{r['median']:5.2f} [{r['low']:.2f}–{r['high']:.2f}]"
+        rows = []
+        for batch, dtype, tokens in tqdm([(b, d, t) for b in self.batch for d in self.dtype for t in self.tokens]):
+            rows.append(row := self.measure(batch, dtype, tokens))
+            f, t = row["forward_over_module"], row["training_over_module"]
+            tqdm.write(f"{batch:3} {dtype:8} V={tokens:3}  forward: straightforward ÷ module {show(f['straightforward'])}, ÷ folded {show(row['forward_over_folded']['straightforward'])}, tokenpacker ÷ module {show(f['tokenpacker'])}, "
+                       f"folded ÷ floor {show(row['folded_over_floor'])};  training: straightforward ÷ module {show(t['straightforward'])}, tokenpacker {show(t['tokenpacker'])}, kept {row['kept_mib']}")
+        clock = "CPU time of the process" if self.clock is time.process_time else "wall"
+        print(f"wrote {write_record(self.record, [self.seed], rows, device=self.device, threads=self.threads, clock=clock, rounds=self.rounds, d_vision=self.d_vision, d_llm=self.d_llm)}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="images in a batch")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[576, 144, 64, 36, 16, 4, 1], help="budgets that cut the 24×24 grid evenly")
-    parser.add_argument("--rounds", type=int, default=9, help="paired rounds, at least 2")
-    parser.add_argument("--d-vision", type=int, default=1024, help="width of the tower")
-    parser.add_argument("--d-llm", type=int, default=4096, help="width of the LLM")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", action="store_true", help="write runs/benchmark_projector.json")
-    args = parser.parse_args()
-    if args.rounds < 2: parser.error(f"--rounds {args.rounds}: a spread needs at least 2")
-    if bad := [t for t in args.tokens if math.isqrt(t)**2 != t or t < 1 or 24 % math.isqrt(t)]:
-        parser.error(f"--tokens {bad}: the straightforward algorithm takes 576, 144, 64, 36, 16, 9, 4 or 1")
-    device = torch.device(args.device)
-    print(f"{hardware()}, on {device.type}; torch {torch.__version__}; median of {args.rounds} paired rounds [middle half]")
-    print(f"{'batch':>5} {'dtype':>9} {'tokens':>6} {'straightforward':>16}   {'÷ module':>20}   {'÷ folded':>20}")
-    show = lambda r: f"{r['median']:6.2f} [{r['low']:.2f}–{r['high']:.2f}]"
-    rows = []
-    for batch in args.batch:
-        for dtype in args.dtype:
-            for tokens in args.tokens:
-                rows.append(row := measure(batch, dtype, tokens, args, device))
-                print(f"{batch:5d} {dtype:>9} {tokens:6d} {row['ms']['straightforward']['median']:13.1f} ms   {show(row['straightforward/module']):>20}   "
-                      f"{show(row['straightforward/folded']):>20}", flush=True)
-    if args.record:
-        path = write_record(Path(__file__).parent.parent/"runs"/"benchmark_projector.json", [args.seed], rows,
-                            command=" ".join(["python benchmarks/projector.py", *sys.argv[1:]]), device=args.device, rounds=args.rounds)
-        print(f"wrote {path}")
-
-
-if __name__ == "__main__": main()
+if __name__ == "__main__": tyro.cli(ProjectorTimes)()

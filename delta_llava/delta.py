@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/03_delta.ipynb #8961dfca
 class DeltaProjection(nn.Module):
@@ -55,5 +56,7 @@ class DeltaProjection(nn.Module):
         x:Float[Tensor, "b n {self.d_in}"],  # Tokens
     )->Float[Tensor, "b n {self.d_out}"]:  # Projected tokens
         y = F.linear(x, self.base_weight)
-        if self.rank: y = y + (x @ self.U) @ self.V  # @eq-delta, without ever forming ΔW
-        return y if self.norm is None else self.norm(F.gelu(y))
+        if self.rank: y = torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ self.U, self.V).view_as(y)  # @eq-delta, without ever forming ΔW
+        if self.norm is None: return y
+        activate = lambda y: self.norm(F.gelu(y))
+        return checkpoint(activate, y, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else activate(y)  # cheap to compute again, large to keep

@@ -110,9 +110,8 @@ def interpolate(
     if g == grid: return x
     if pool != "bicubic" and grid % g == 0:  # no need to resample: pick the patches and average them
         s = grid // g
-        cells = rearrange(x, "b (row i col j) c -> b row i col j c", row=g, i=s, j=s)
-        heard = slice((s-1)//2, s//2 + 1) if pool == "taps" else slice(None)  # the middle one of an odd s, the middle two of an even
-        return cells[:, :, heard, :, heard].mean(dim=(2, 4)).flatten(1, 2)
+        first,last = ((s-1)//2, s//2) if pool == "taps" else (0, s-1)  # the middle one of an odd s, the middle two of an even
+        return from_grid(F.avg_pool2d(to_grid(x)[..., first:, first:], last - first + 1, stride=s))
     if pool == "mean": return from_grid(F.adaptive_avg_pool2d(to_grid(x), g))
     return from_grid(F.interpolate(to_grid(x), size=(g, g), mode="bicubic" if pool == "bicubic" else "bilinear", align_corners=False))
 

@@ -96,8 +96,10 @@ def tower_flops(
     attention:bool=False,  # Also the attention of CLS, which PruMerge reads
 )->int:
     "FLOPs of one picture through the frozen tower (@eq-tower)."
-    family,c,patches = config.model_type.split("_")[0],config.hidden_size,(image_size//config.patch_size)**2
+    family = config.model_type.split("_")[0]
     if family not in ("clip", "siglip", "dinov2"): raise ValueError(f"no equation for a tower of type {config.model_type!r}; use a CLIP, SigLIP or DINOv2 tower.")
+    if attention and family == "siglip": raise ValueError("a SigLIP tower has no CLS token for PruMerge to read; use a CLIP or DINOv2 tower, or another compressor.")
+    c,patches = config.hidden_size,(image_size//config.patch_size)**2
     n = patches + (family != "siglip") + getattr(config, "num_register_tokens", 0)
     hidden = int(c*config.mlp_ratio) if family == "dinov2" else config.intermediate_size
     feed_forward = 6*c*((int(hidden*2/3) + 7)//8*8) if getattr(config, "use_swiglu_ffn", False) else 4*c*hidden

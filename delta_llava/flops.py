@@ -65,6 +65,8 @@ def model_config(
     image,text.vocab_size = text.vocab_size,text.vocab_size + 1
     return DeltaLlavaConfig(vision_config=seen, text_config=text, compressor=compressor, projector=projector.to_dict(), image_token_index=image)
 
+_config = cache(model_config)  # for reading alone
+
 # %% ../nbs/26_flops.ipynb #4046ef99
 def numel(
     *modules:nn.Module,  # May lie on the meta device
@@ -138,6 +140,7 @@ def _tokenpacker(config:CompressorConfig, n:int, v:int, reference:bool)->dict[st
     c,l = config.d_vision,len(config.levels)
     return {"queries": 2*v*c*c, "keys, values": 4*n*(l + 1)*c*c} | _windows(config, n, v, reference) | {"mlp": _mlp_flops(v, c, config.d_llm)}
 
+# %% ../nbs/26_flops.ipynb #7f2a4ca5
 def _quecc(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
     c,l = config.d_vision,len(config.levels)
     return ({"question": 2*(config.d_text or config.d_llm)*c, "queries": 4*n*c*c, "kernel": 2*v*config.kernel**2*c, "keys, values": 4*n*(l + 1)*c*c}
@@ -184,6 +187,7 @@ def _delta(config:ProjectorConfig, n:int, v:int, reference:bool)->dict[str, int]
 
 _TERMS = dict(delta=_delta, mlp=_mlp, m3=_mlp, fastv=_mlp, prumerge=_prumerge, tokenpacker=_tokenpacker, quecc=_quecc, mqt=_mqt, qwen=_qwen, cabstractor=_cabstractor)
 
+# %% ../nbs/26_flops.ipynb #aa136af9
 def projector_terms(
     compressor:str,  # Name in the registry
     config:CompressorConfig,  # Its own config
@@ -195,6 +199,7 @@ def projector_terms(
     v = config.check(config.tokens if tokens is None else tokens, config.grid)
     return _TERMS[VARIANTS.get(compressor, (compressor,))[0]](config, config.grid**2, v, reference)
 
+# %% ../nbs/26_flops.ipynb #bc7399ae
 def project(
     projector:Compressor,  # On the meta device
 )->Callable:  # Without arguments
@@ -271,8 +276,6 @@ def counted_llm(
     return prefill,decode
 
 # %% ../nbs/26_flops.ipynb #6e87da45
-_config = cache(model_config)  # for reading alone
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     "One number for each stage, of one picture with its question and answer: FLOPs, or bytes."
@@ -287,6 +290,7 @@ class Cost:
         "All stages together."
         return sum(vars(self).values())
 
+# %% ../nbs/26_flops.ipynb #afc74f74
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     "What is run: the parts of a model, a picture, a prompt and an answer."
@@ -347,6 +351,7 @@ def cost(
                 projector=sum(projector_terms(setup.compressor, c).values()), question=asked,
                 prefill=prefill_flops(llm, setup.seen, causal), decode=decode_flops(llm, setup.seen, setup.answer))
 
+# %% ../nbs/26_flops.ipynb #2b769500
 def counted_cost(
     setup:Setup,  # What is run, in whole tokens
 )->Cost:  # FLOPs
@@ -395,6 +400,7 @@ def _figure(what:str, budgets:tuple[int, ...], formula:Callable, answer:int|floa
     if what == "projector ratio": return costs[0].projector/costs[1].projector
     return getattr(costs[0], what)/1e12
 
+# %% ../nbs/26_flops.ipynb #5b5351b7
 def met(
     printed:str,  # As in the paper
     value:float,  # By a formula, in the same unit
@@ -419,6 +425,7 @@ def paper_figures(
         rows.append({"where": where, "what": what, "V": " → ".join(map(str, budgets)), "paper": printed} | {k: f"{v:.4g}" for k,v in values.items()} | {"met by": "; ".join(meets) or "neither"})
     return rows
 
+# %% ../nbs/26_flops.ipynb #66fdc404
 def as_table(
     rows:list[dict],  # With the same keys
 )->str:  # Markdown
@@ -438,6 +445,7 @@ def cache_bytes(
     "Keys and values of a prompt in all blocks (@eq-bytes)."
     return 2*element*batch*attention_widths(shape_of(setup.llm))[1]*sum(L*(s + new) for L,s in setup.seen)
 
+# %% ../nbs/26_flops.ipynb #1115b512
 @cache
 def _weights(setup:Setup)->tuple[int, int]:
     "Parameters of tower and projector."
@@ -490,6 +498,7 @@ def roofline(
         if m: rows.append(dict(stage=stage, flops=f, bytes=m, intensity=f/m, bound="compute" if f/m >= device.peak/device.bandwidth else "memory", seconds=max(f/device.peak, m/device.bandwidth)))
     return rows
 
+# %% ../nbs/26_flops.ipynb #4234b7f8
 def report(
     setup:Setup,  # What is run
     device:Device=DEVICES["h100"],  # On what

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from datasets.utils.logging import disable_progress_bar
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .compressors.base import compressor_class, compressor_config
 from .config import CompressorConfig, dinov2_s14
 from .data import Collator
+from .flops import counted
 from .quickstart import Recipe, build, held_out_pictures, read_features, score, train, training_pictures
 from .train import write_record
 
@@ -72,7 +72,6 @@ def cell_name(
     return f"{label(recipe)}_{budgets}_seed{recipe.seed}_{'calibrated' if recipe.calibrated else 'own'}"
 
 # %% ../nbs/51_compare.ipynb #56d37163
-@torch.no_grad()
 def flops_of(
     model,  # In evaluation mode
     processor,  # Its processor
@@ -83,8 +82,7 @@ def flops_of(
     "FLOPs of projector and LLM over one picture, its question and its answer, counted."
     batch = Collator(processor=processor, tokens=tokens, features=[features[0]], paths=[row["image"]])([row])
     batch = {k: v if isinstance(v, int) else v.to(model.device) for k,v in batch.items() if k != "labels"}
-    with FlopCounterMode(display=False) as counter: model(**batch, logits_to_keep=1)
-    return counter.get_total_flops()
+    return counted(lambda: model(**batch, logits_to_keep=1))
 
 def run_cell(
     recipe:Recipe,  # One training

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, TrainingArguments
 from transformers.trainer_pt_utils import get_module_class_from_name
 
-from delta_llava import launch
-from delta_llava.launch import (ROWS, Rows, SavedBytes, accelerate_cmd, accelerate_config, block_bytes, deepspeed_config, disk, estimate, gathered_bytes, llm_flops, memory, numel, paper_table, parameters,
-                                report, row_flops, shape_of, skeleton, slurm_script, step_seconds, torchrun_cmd, write_launch)
+from delta_llava import flops
+from delta_llava.flops import numel, shape_of
+from delta_llava.launch import (ROWS, Rows, SavedBytes, accelerate_cmd, accelerate_config, block_bytes, deepspeed_config, disk, estimate, gathered_bytes, llm_flops, memory, paper_table, parameters,
+                                report, row_flops, skeleton, slurm_script, step_seconds, torchrun_cmd, write_launch)
 from delta_llava.train import Finetune, Pretrain, sharding_fields
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def full(one): return skeleton(one)
 @pytest.fixture
 def small(monkeypatch):
     "A stage whose parts are small enough to be built for real."
-    monkeypatch.setitem(launch.SHAPES, "small-tower", CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=224, patch_size=32))
-    monkeypatch.setitem(launch.SHAPES, "small-llm", LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4))
+    monkeypatch.setitem(flops.SHAPES, "small-tower", CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=224, patch_size=32))
+    monkeypatch.setitem(flops.SHAPES, "small-llm", LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4))
     return small_stage(Pretrain)
 
 def small_stage(kind, **kwargs):

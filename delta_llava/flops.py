@@ -12,7 +12,7 @@ __all__ = ['SHAPES', 'Seen', 'PAPER_FIGURES', 'DEVICES', 'shape_of', 'model_conf
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -125,9 +125,9 @@ def _mlp_flops(m:int, c:int, d:int, depth:int=2)->int:
 
 def _windows(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
     "Windowed attention (@eq-shared)."
-    c,g = config.d_vision,math.isqrt(v)
-    scores = 4*c*(g*math.ceil(math.isqrt(n)/g))**2 if reference else 0
-    return {"attention: queries": 2*v*c*c, "attention: keys, values": 4*n*c*c, "attention: scores": scores, "attention: output": 2*v*c*c}
+    c,h,g = config.d_vision,config.heads,math.isqrt(v)
+    heard,absorbed = (g*math.ceil(math.isqrt(n)/g))**2,not reference and v*h <= 2*n  # patches in all windows; queries meet the keys before these are projected
+    return {"attention: queries": 2*v*c*c, "attention: keys, values": 4*(v if absorbed else n)*c*c, "attention: scores": 4*c*heard*(h if absorbed else reference), "attention: output": 2*v*c*c}
 
 def _mlp(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
     return {"mlp": _mlp_flops(n, config.d_vision, config.d_llm, config.depth)}
@@ -176,12 +176,14 @@ def _mix_flops(config:ProjectorConfig, n:int, v:int, reference:bool)->dict[str, 
             "mix: MHCA": 18*v*h*near + 2*v*near*near if config.mixing != "no_mhca" else 0, "mix: MLP": 4*v*c*round(c*config.mlp_ratio)}
 
 def _delta(config:ProjectorConfig, n:int, v:int, reference:bool)->dict[str, int]:
-    "The Delta projector, with all its switches (@eq-delta-flops)."
+    "The Delta projector, with all its switches (@eq-delta-flops); a window of one patch needs values alone."
     c,l,d = config.d_vision,len(config.levels),config.d_llm
     kv = 4*n*(l + 1)*c*c if config.projection == "tokenpacker" else 4*n*l*c*c
     r = config.rank if config.projection == "delta" else 0
     update = 4*r*l*c*c + 2*r*c*c if reference else 4*n*r*(l + 1)*c + 4*v*r*c
     rest = 2*v*d*d if config.residual_mlp else 0  # Eq. 11 has a matrix more
+    if v == n and not reference:
+        return {"values": kv//2, "update": 2*n*r*(l + 1)*c, "attention: values, output": 4*n*c*c, "mlp": _mlp_flops(v, c, d) + rest}
     return ({"keys, values": kv, "updates": update} | _mix_flops(config, n, v, reference) | {"queries": 2*v*c*c} | _windows(config, n, v, reference)
             | {"mlp": _mlp_flops(v, c, d) + rest})
 
@@ -342,13 +344,14 @@ def _check_llm(name:str):
 def cost(
     setup:Setup,  # What is run
     causal:bool=False,  # Count scores of earlier tokens alone
+    reference:bool=False,  # The projector as its reference's code runs it
 )->Cost:  # FLOPs
     "FLOPs of each stage in closed form (@eq-tower to @eq-decode)."
     _check_llm(setup.llm)
     config,c,llm = setup.config,setup.config.projector_config(),shape_of(setup.llm)
     asked = prefill_flops(llm, ((llm.num_hidden_layers, setup.asked),), causal) - 2*llm.hidden_size*llm.vocab_size if setup.asked else 0  # without the head
     return Cost(tower=tower_flops(config.vision_config, max(c.levels), setup.picture, "attention" in compressor_class(setup.compressor).needs),
-                projector=sum(projector_terms(setup.compressor, c).values()), question=asked,
+                projector=sum(projector_terms(setup.compressor, c, reference=reference).values()), question=asked,
                 prefill=prefill_flops(llm, setup.seen, causal), decode=decode_flops(llm, setup.seen, setup.answer))
 
 # %% ../nbs/26_flops.ipynb #2b769500
@@ -416,7 +419,7 @@ def paper_figures(
     "The paper's figures, both formulas, and which of them meets the figure."
     rows = []
     for where,what,budgets,printed in PAPER_FIGURES:
-        values,meets = {"authors' formula": authors_cost, "exact": cost},[]
+        values,meets = {"authors' formula": authors_cost, "exact": partial(cost, reference=True)},[]
         for name,formula in values.items():
             values[name] = _figure(what, budgets, formula, answer)
             open_to = [g/10 for g in range(270, 331) if met(printed, _figure(what, budgets, formula, g/10))] if what in ("decode", "total") else []

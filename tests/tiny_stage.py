@@ -94,6 +94,7 @@ def main(kind, parts, folder, options):
     if "die_saving" in options: die_while_saving(*options.pop("die_saving"))
     run_stage(stage(kind, parts, folder, **options), callbacks=callbacks)
     if int(os.environ.get("RANK", 0)) == 0: print("sharded" if each.sharded else "whole")
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -346,9 +346,9 @@ class Stage:
         return self.steps or math.ceil(rows*self.epochs/self.batch_size)
 
     def __call__(self):
-        try: return run_stage(self)
-        finally:
-            if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()  # else a process may abort on its way out
+        record = run_stage(self)
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()  # else a process may abort on its way out
+        return record
 
 # %% ../nbs/31_train.ipynb #fcc3d7e0
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def hear(
     heard = (q @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-window
     return torch.einsum("bvhc,hdc->bvhd", heard, values).flatten(2)
 
+# %% ../nbs/05_projector.ipynb #d7515405
 class WindowAttention(nn.Module):
     "Cross-attention of each visual token to the patches of its own window (§4.3, Eq. 9–10)."
     def __init__(self,
@@ -132,6 +133,7 @@ class WindowAttention(nn.Module):
         "The same where a window holds nothing to choose from."
         return self.out(F.linear(v, self.qkv.weight.chunk(3)[2], self.qkv.bias.chunk(3)[2]))
 
+# %% ../nbs/05_projector.ipynb #0c404649
 def zero(
     *unused:Tensor,  # Parameters that have no effect here, at least one
 )->Float[Tensor, ""]:  # On their device

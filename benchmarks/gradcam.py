@@ -132,10 +132,9 @@ class Truth:
             for i, row in enumerate(scores):
                 row[method] = dict(hit=game.hit[i].item(), energy=game.energy[i].item(), empty=float(not found[method][i].any()))
                 if chosen[i] != others[i]: row[method] |= dict(other=other.energy[i].item(), other_area=other.area[i].item())
-                like = spearmanr(found[method][i], found["gradcam"][i]).statistic if all(np.ptp(found[m][i]) > 0 for m in (method, "gradcam")) else 0.
+                like = spearmanr(found[method][i], found["gradcam"][i]).statistic if all(np.ptp(found[m][i].numpy()) > 0 for m in (method, "gradcam")) else 0.
                 row[method]["correlation"] = float(like)
                 if i < erased: row[method] |= {k: (c[i] - curves["chance"][k][i]).item() for k, c in curves[method].items()}
-                if i < erased and method == "chance": row["curves"] = {k: c[i].item() for k, c in curves["chance"].items()}
         return [dict(picture=first + i, scores=s) for i, s in enumerate(scores)]
 
     def curves(self, model, batch, marks, found, n):

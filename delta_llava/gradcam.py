@@ -6,7 +6,7 @@
 __all__ = ['WORD', 'grad_cam', 'infer_grid', 'upsample', 'minmax', 'relative', 'leaf_output', 'undisturbed', 'answer_cam', 'Word',
            'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_cams',
            'PointingGame', 'pointing_game', 'blurred', 'Erasure', 'erase', 'attention_map', 'shuffled_weights',
-           'seen_picture', 'AnswerCams', 'word_cams']
+           'seen_picture', 'AnswerCams', 'word_cams', 'draw_answer']
 
 # %% ../nbs/40_gradcam.ipynb #49bc35b7
 import re
@@ -451,3 +451,31 @@ def word_cams(
     inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tokens": tokens}
     cams = answer_cam(model, inputs, marks, log_prob=log_prob)[:, 0]
     return AnswerCams(answer, tuple(words), cams, seen_picture(inputs["pixel_values"][0], processor.image_processor))
+
+# %% ../nbs/40_gradcam.ipynb #bff7dd3a
+def draw_answer(
+    results:Mapping[int, AnswerCams],  # Budget to the maps of the same words of the same answer, from left to right
+    boxes:Mapping[str, Sequence[float|int]]|None=None,  # Word to the box to outline in its row, px
+):  # A matplotlib figure
+    "The picture and the maps of several words at several budgets (Fig. 1)."
+    if not results: raise ValueError("results is empty: give at least one budget, e.g. {16: word_cams(…, tokens=16)}.")
+    import matplotlib.pyplot as plt
+    first = next(iter(results.values()))
+    if any((r.answer, r.words) != (first.answer, first.words) for r in results.values()):
+        raise ValueError("results hold different answers or words; give word_cams the same answer and phrases at each budget.")
+    picture,tall,wide = first.picture, first.picture.height, first.picture.width
+    maps = [[relative(r.cams[i].detach().cpu().float()) for r in results.values()] for i in range(len(first.words))]
+    frame = dict(extent=(0, wide, tall, 0), vmin=0, vmax=max(m.max().item() for row in maps for m in row) or 1., cmap="viridis")
+    fig,axes = plt.subplots(len(maps), 1 + len(results), figsize=(1.9*(1 + len(results)) + .6, 2*len(maps)*tall/wide), squeeze=False, layout="constrained")
+    for row,word,cells in zip(axes, first.words, maps):
+        row[0].imshow(picture, extent=frame["extent"])
+        row[0].set_ylabel(word.text)
+        for ax,m in zip(row[1:], cells):
+            ax.imshow(picture.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
+            shown = ax.imshow(upsample(m, (tall, wide), "bilinear").numpy(), alpha=.6, **frame)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            if word.text in (boxes or {}): ax.add_patch(plt.Rectangle((box := boxes[word.text])[:2], box[2]-box[0], box[3]-box[1], fill=False, ec="white", ls=":"))
+    for ax,title in zip(axes[0], ["picture", *(f"{v} tokens" for v in results)]): ax.set_title(title)
+    fig.colorbar(shown, ax=axes, label="Grad-CAM, times the even share", fraction=.03).solids.set_alpha(1)
+    return fig

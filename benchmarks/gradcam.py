@@ -14,12 +14,11 @@ method makes one map for it:
 - `chance`: an even map.
 
 Scores: the pointing game's hit and the energy in the box, and, if there are several things, the energy in the box of *another* one (`other`; its even share is `other_area`);
-deletion and insertion by `erase`, in nats above the same curve in a random order of the same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere. The interval is the
+deletion and insertion by `erase`, at the recipe's main budget, in nats above the same curve in a random order of the same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere. The interval is the
 95 % bootstrap over the pictures; a picture's values are averaged over seeds first, since all models see the same pictures.
 """
 import json
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,10 +33,12 @@ from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
 from delta_llava.evaluate import another
 from delta_llava.gradcam import answer_cam, attention_map, erase, infer_grid, mark_phrases, pointing_game, shuffled_weights
-from delta_llava.quickstart import SETS, Recipe, fit, held_out_pictures, load_trained
-from delta_llava.train import write_record
+from delta_llava.quickstart import Recipe, fit, held_out_pictures, load_trained
+from delta_llava.tower import vision_features
+from delta_llava.train import commit, write_record
 
 METHODS = ("gradcam", "attention", "shuffled projector", "shuffled LLM", "other picture", "centre", "box", "chance")
+ERASED = ("gradcam", "attention", "shuffled projector", "box", "chance")  # The methods with curves: those are slow
 
 
 def centre(v):
@@ -77,11 +78,11 @@ class Truth:
     compressors: tuple[str, ...] = ("delta", "m3", "tokenpacker")  # Those whose tokens have a place in the picture
     seeds: tuple[int, ...] = (0, 1)  # Of scenes, start and order
     budgets: tuple[int, ...] = (9, 16, 36)  # V; a compressor that cannot have one is left out there
-    sets: tuple[str, ...] = tuple(SETS)  # Held-out sets
-    pictures: int = 64  # Of each set
-    erased: int = 16  # Of these, as many have deletion and insertion curves; 0 leaves them out
-    steps: int = 8  # Points of a curve
-    batch_size: int = 16  # Pictures in one pass
+    sets: tuple[str, ...] = ("heldout_scenes, one thing", "heldout_scenes, several things")  # Held-out sets, of `quickstart.SETS`
+    pictures: int = 24  # Of each set
+    erased: int = 12  # Of these, as many have deletion and insertion curves; 0 leaves them out
+    steps: int = 4  # Points of a curve
+    batch_size: int = 12  # Pictures in one pass
     train_steps: int = 300  # Of the quickstart's recipe
     llm_dtype: str = "bfloat16"  # Of the frozen LLM
     folder: Path = Path("runs/gradcam")  # Holds `COMPRESSOR-SEED/`, each with a trained projector; those that lack are trained
@@ -89,7 +90,7 @@ class Truth:
 
     def __call__(self):
         if self.erased > self.pictures: raise ValueError(f"erased={self.erased} must be at most pictures={self.pictures}.")
-        start, rows = time.perf_counter(), []
+        rows, self.parts = [], []
         for name in self.compressors:
             for seed in self.seeds:
                 recipe = Recipe(seed=seed, steps=self.train_steps, compressor=name, llm_dtype=self.llm_dtype)
@@ -98,7 +99,7 @@ class Truth:
         result = [self.cell(name, v, kind, rows) for name in self.compressors for v in self.budgets for kind in self.sets if any(self.of(r, name, v, kind) for r in rows)]
         for cell in result: self.say(cell)
         settings = {k: v for k, v in asdict(self).items() if k not in ("folder", "record", "seeds")}
-        print(f"wrote {write_record(self.record, self.seeds, result, seconds=round(time.perf_counter() - start), **settings)}")
+        print(f"wrote {write_record(self.record, self.seeds, result, scored_by=sorted({p["commit"] for p in self.parts}), seconds=sum(p["seconds"] for p in self.parts), **settings)}")
 
     def score(self, name, seed):
         "One row of scores for each picture, budget and method of one trained model; kept in the folder, so that a broken run goes on."
@@ -110,10 +111,13 @@ class Truth:
             for v in (v for v in self.budgets if possible(name, dinov2_s14(recipe.image_size), v)):
                 kept = folder/f"scores-{kind.replace(', ', '-').replace(' ', '_')}-{v}-{self.pictures}-{self.erased}-{self.steps}.json"
                 if not kept.exists():
+                    began = time.perf_counter()
                     batches = [listed[i:i + self.batch_size] for i in range(0, len(listed), self.batch_size)]
                     part = [self.batch(model, processor, some, v, n*self.batch_size, recipe) for n, some in enumerate(tqdm(batches, desc=f"{name}-{seed}, {kind}, {v} tokens"))]
-                    kept.write_text(json.dumps(sum(part, [])))
-                found += [dict(compressor=name, seed=seed, set=kind, tokens=v, **r) for r in json.loads(kept.read_text())]
+                    kept.write_text(json.dumps(dict(rows=sum(part, []), commit=commit(), seconds=round(time.perf_counter() - began))))
+                one = json.loads(kept.read_text())
+                self.parts.append({k: one[k] for k in ("commit", "seconds")})
+                found += [dict(compressor=name, seed=seed, set=kind, tokens=v, **r) for r in one["rows"]]
         return found
 
     def batch(self, model, processor, rows, v, first, recipe):
@@ -123,10 +127,12 @@ class Truth:
         batch = {k: x if isinstance(x, int) else x.to(model.device) for k, x in Collator(processor=processor, tokens=v)(rows).items()}
         marks = mark_phrases(batch["input_ids"], [t["name"] for t in chosen], processor.tokenizer)
         size = tuple(batch["pixel_values"].shape[-2:])
+        with torch.no_grad(): features = vision_features(model.model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer, attention="attention" in model.model.multi_modal_projector.needs)
+        seen = {k: x for k, x in batch.items() if k != "pixel_values"} | dict(vision_features=features)  # the tower sees each picture once
         things, strangers = (torch.tensor([t["box"] for t in o]).float()*size[0]/recipe.image_size for o in (chosen, others))
-        erased, scores = max(0, min(self.erased - first, len(rows))), [dict() for _ in rows]
-        with torch.no_grad(): found = maps(model, batch, marks, things, size, recipe.seed)
-        curves = {m: self.curves(model, batch, marks, found[m], erased) for m in METHODS} if erased else {}
+        erased, scores = max(0, min(self.erased - first, len(rows)))*(v == recipe.tokens), [dict() for _ in rows]
+        found = maps(model, seen, marks, things, size, recipe.seed)
+        curves = {m: self.curves(model, batch, marks, found[m], erased) for m in ERASED} if erased else {}
         for method in METHODS:
             game, other = pointing_game(found[method], things, size), pointing_game(found[method], strangers, size)
             for i, row in enumerate(scores):
@@ -134,7 +140,7 @@ class Truth:
                 if chosen[i] != others[i]: row[method] |= dict(other=other.energy[i].item(), other_area=other.area[i].item())
                 like = spearmanr(found[method][i], found["gradcam"][i]).statistic if all(np.ptp(found[m][i].numpy()) > 0 for m in (method, "gradcam")) else 0.
                 row[method]["correlation"] = float(like)
-                if i < erased: row[method] |= {k: (c[i] - curves["chance"][k][i]).item() for k, c in curves[method].items()}
+                if i < erased and method in curves: row[method] |= {k: (c[i] - curves["chance"][k][i]).item() for k, c in curves[method].items()}
         return [dict(picture=first + i, scores=s) for i, s in enumerate(scores)]
 
     def curves(self, model, batch, marks, found, n):

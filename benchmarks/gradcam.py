@@ -99,7 +99,8 @@ class Truth:
         result = [self.cell(name, v, kind, rows) for name in self.compressors for v in self.budgets for kind in self.sets if any(self.of(r, name, v, kind) for r in rows)]
         for cell in result: self.say(cell)
         settings = {k: v for k, v in asdict(self).items() if k not in ("folder", "record", "seeds")}
-        print(f"wrote {write_record(self.record, self.seeds, result, scored_by=sorted({p["commit"] for p in self.parts}), seconds=sum(p["seconds"] for p in self.parts), **settings)}")
+        scored = dict(scored_by=sorted({p["commit"] for p in self.parts}), seconds=sum(p["seconds"] for p in self.parts))
+        print(f"wrote {write_record(self.record, self.seeds, result, **scored, **settings)}")
 
     def score(self, name, seed):
         "One row of scores for each picture, budget and method of one trained model; kept in the folder, so that a broken run goes on."

@@ -15,7 +15,8 @@ method makes one map for it:
 
 Scores: the pointing game's hit and the energy in the box, and, if there are several things, the energy in the box of *another* one (`other`; its even share is `other_area`);
 deletion and insertion by `erase`, at the recipe's main budget, in nats above the same curve in a random order of the same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere. The interval is the
-95 % bootstrap over the pictures; a picture's values are averaged over seeds first, since all models see the same pictures.
+95 % bootstrap over the pictures; a picture's values are averaged over seeds first, since all models see the same pictures. `gradcam minus` is the difference to Grad-CAM on
+the same pictures, with its own interval.
 """
 import json
 import time
@@ -155,13 +156,19 @@ class Truth:
     def cell(self, name, v, kind, rows):
         "Every method at one budget, on one set."
         mine = [r for r in rows if self.of(r, name, v, kind)]
-        pictures, methods = sorted({r["picture"] for r in mine}), {}
-        for method in METHODS:
-            scores = {k: [np.mean([r["scores"][method][k] for r in mine if r["picture"] == p]) for p in pictures if k in next(r for r in mine if r["picture"] == p)["scores"][method]]
-                      for k in mine[0]["scores"][method]}
-            methods[method] = {k: interval(x) for k, x in scores.items()}
-            methods[method]["hit by seed"] = [round(float(np.mean([r["scores"][method]["hit"] for r in mine if r["seed"] == s])), 3) for s in sorted({r["seed"] for r in mine})]
-        return dict(compressor=name, tokens=v, set=kind, pictures=len(pictures), seeds=sorted({r["seed"] for r in mine}), methods=methods)
+        pictures, seeds = sorted({r["picture"] for r in mine}), sorted({r["seed"] for r in mine})
+        values = {m: self.by_picture([dict(picture=r["picture"], **r["scores"][m]) for r in mine]) for m in METHODS}
+        methods = {m: {k: interval(x) for k, x in scores.items()} for m, scores in values.items()}
+        for method, scores in values.items():
+            methods[method]["gradcam minus"] = {k: interval(values["gradcam"][k] - x) for k, x in scores.items() if k in ("hit", "energy", "deletion", "insertion")}
+            methods[method]["hit by seed"] = [round(float(np.mean([r["scores"][method]["hit"] for r in mine if r["seed"] == s])), 3) for s in seeds]
+        return dict(compressor=name, tokens=v, set=kind, pictures=len(pictures), seeds=seeds, methods=methods)
+
+    @staticmethod
+    def by_picture(rows):
+        "Each score, averaged over seeds, of each picture that has it."
+        pictures = {p: [r for r in rows if r["picture"] == p] for p in sorted({r["picture"] for r in rows})}
+        return {k: np.array([np.mean([r[k] for r in some]) for some in pictures.values() if k in some[0]]) for k in pictures[min(pictures)][0] if k != "picture"}
 
     def say(self, cell):
         tqdm.write(f"\n{cell['compressor']}, {cell['tokens']} tokens, {cell['set']}")

@@ -78,13 +78,14 @@ def interval(values, seed=0):
 class Truth:
     compressors: tuple[str, ...] = ("delta", "m3", "tokenpacker")  # Those whose tokens have a place in the picture
     seeds: tuple[int, ...] = (0, 1)  # Of scenes, start and order
+    one_seed: tuple[str, ...] = ()  # Compressors that have the first seed alone
     budgets: tuple[int, ...] = (9, 16, 36)  # V; a compressor that cannot have one is left out there
     sets: tuple[str, ...] = ("heldout_scenes, one thing", "heldout_scenes, several things")  # Held-out sets, of `quickstart.SETS`
     pictures: int = 24  # Of each set
     erased: int = 12  # Of these, as many have deletion and insertion curves; 0 leaves them out
     steps: int = 4  # Points of a curve
     batch_size: int = 12  # Pictures in one pass
-    train_steps: int = 300  # Of the quickstart's recipe
+    train_steps: int = 300  # Of the quickstart's recipe, for those that have to be trained
     llm_dtype: str = "bfloat16"  # Of the frozen LLM
     folder: Path = Path("runs/gradcam")  # Holds `COMPRESSOR-SEED/`, each with a trained projector; those that lack are trained
     record: Path = Path("runs/gradcam.json")
@@ -93,7 +94,7 @@ class Truth:
         if self.erased > self.pictures: raise ValueError(f"erased={self.erased} must be at most pictures={self.pictures}.")
         rows, self.parts = [], []
         for name in self.compressors:
-            for seed in self.seeds:
+            for seed in self.seeds if name not in self.one_seed else self.seeds[:1]:
                 recipe = Recipe(seed=seed, steps=self.train_steps, compressor=name, llm_dtype=self.llm_dtype)
                 if not (self.folder/f"{name}-{seed}"/"projector.safetensors").exists(): fit(recipe, self.folder/f"{name}-{seed}")
                 rows += self.score(name, seed)
@@ -119,7 +120,7 @@ class Truth:
                     kept.write_text(json.dumps(dict(rows=sum(part, []), commit=commit(), seconds=round(time.perf_counter() - began))))
                 one = json.loads(kept.read_text())
                 self.parts.append({k: one[k] for k in ("commit", "seconds")})
-                found += [dict(compressor=name, seed=seed, set=kind, tokens=v, **r) for r in one["rows"]]
+                found += [dict(compressor=name, seed=seed, steps=recipe.steps, set=kind, tokens=v, **r) for r in one["rows"]]
         return found
 
     def batch(self, model, processor, rows, v, first, recipe):
@@ -162,7 +163,7 @@ class Truth:
         for method, scores in values.items():
             methods[method]["gradcam minus"] = {k: interval(values["gradcam"][k] - x) for k, x in scores.items() if k in ("hit", "energy", "deletion", "insertion")}
             methods[method]["hit by seed"] = [round(float(np.mean([r["scores"][method]["hit"] for r in mine if r["seed"] == s])), 3) for s in seeds]
-        return dict(compressor=name, tokens=v, set=kind, pictures=len(pictures), seeds=seeds, methods=methods)
+        return dict(compressor=name, trained_steps=sorted({r["steps"] for r in mine}), tokens=v, set=kind, pictures=len(pictures), seeds=seeds, methods=methods)
 
     @staticmethod
     def by_picture(rows):

@@ -74,8 +74,11 @@ def test_scores_of_a_map_that_knows_the_box(tmp_path):
         assert even.get("deletion", 0) == even.get("insertion", 0) == even["correlation"] == 0 and box["energy"] > even["energy"] > 0
         assert abs(even["other"] - even["other_area"]) < 1e-6 and box["other"] < box["energy"]
         assert abs(r["scores"]["gradcam"]["correlation"] - (not r["scores"]["gradcam"]["empty"])) < 1e-6
-    cell = truth.cell("delta", 16, "heldout_scenes, several things", [dict(compressor="delta", seed=s, set="heldout_scenes, several things", tokens=16, **r) for r in found for s in (0, 1)])
+    cell = truth.cell("delta", 16, "heldout_scenes, several things", [dict(compressor="delta", seed=s, steps=300, set="heldout_scenes, several things", tokens=16, **r) for r in found for s in (0, 1)])
     assert cell["pictures"] == 6 and cell["seeds"] == [0, 1] and list(cell["methods"]) == list(module["METHODS"])
     energy = [r["scores"]["attention"]["energy"] for r in found]
     assert abs(cell["methods"]["attention"]["energy"][0] - np.mean(energy)) < 1e-3 and cell["methods"]["box"]["hit"][0] > .5
+    minus = cell["methods"]["attention"]["gradcam minus"]["energy"]
+    assert abs(minus[0] - np.mean([r["scores"]["gradcam"]["energy"] for r in found]) + np.mean(energy)) < 1e-3 and minus[1] <= minus[0] <= minus[2]
+    assert cell["methods"]["gradcam"]["gradcam minus"]["hit"] == [0]*3 and "deletion" not in cell["methods"]["centre"] and cell["trained_steps"] == [300]
     json.dumps(cell, allow_nan=False)

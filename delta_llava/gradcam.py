@@ -477,5 +477,5 @@ def draw_answer(
             ax.set(xticks=[], yticks=[])
             if word.text in (boxes or {}): ax.add_patch(plt.Rectangle((box := boxes[word.text])[:2], box[2]-box[0], box[3]-box[1], fill=False, ec="white", ls=":"))
     for ax,title in zip(axes[0], ["picture", *(f"{v} tokens" for v in results)]): ax.set_title(title)
-    fig.colorbar(shown, ax=axes, label="Grad-CAM, times the even share", fraction=.03).solids.set_alpha(1)
+    fig.colorbar(shown, ax=axes, label="in even shares", fraction=.03).solids.set_alpha(1)
     return fig

@@ -30,7 +30,7 @@ from .flops import DEVICES, Setup, report as cost_report
 from .launch import ROWS, estimate, report, torchrun_cmd, write_launch
 from .quickstart import Recipe, answer, fit, load_trained, run
 from .train import Finetune, Pretrain, write_record
-from .gradcam import draw_cams, word_cams
+from .gradcam import draw_answer, word_cams
 from .processor import build_processor
 from .tower import open_image
 
@@ -115,8 +115,8 @@ class Gradcam:
     "Draw which visual tokens a word of the answer used (Fig. 1)."
     image:Path  # The picture
     ask:str="What is in the picture?"  # The question
-    word:str|None=None  # A word of the answer; without it the longest one
-    tokens:tuple[int,...]|None=None  # Budgets, one row each; without it those that were tested, but 1
+    word:tuple[str,...]=()  # A word of the answer, or several: one row each; without it the longest one
+    tokens:tuple[int,...]|None=None  # Budgets, one column each; without it those that were tested, but 1
     out:Path=Path("gradcam.png")  # The figure
     folder:Path=Path("runs/quickstart")  # What `delta-llava quickstart` trained
 
@@ -126,10 +126,10 @@ class Gradcam:
         budgets = self.tokens or tuple(t for t in recipe.test_budgets if t > 1)
         if not budgets: raise ValueError(f"{self.folder} was tested at one token only, and a map over a single token shows nothing; name budgets: --tokens 4 16.")
         said = answer(model, processor, picture, self.ask, recipe.tokens)
-        word = self.word or max(said.strip(".").split(), key=len, default="")
-        results = {t: word_cams(model, processor, picture, self.ask, [word], answer=said, tokens=t) for t in budgets}
-        draw_cams(next(iter(results.values())).picture, {t: r.cams[0] for t,r in results.items()}).savefig(self.out, dpi=120)
-        print(f"{said}\n{word!r}: {self.out}")
+        words = self.word or (max(said.strip(".").split(), key=len, default=""),)
+        results = {t: word_cams(model, processor, picture, self.ask, list(words), answer=said, tokens=t) for t in budgets}
+        draw_answer(results).savefig(self.out, dpi=120)
+        print(f"{said}\n{', '.join(words)}: {self.out}")
 
 # %% ../nbs/52_cli.ipynb #de8ff5c4
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORD', 'grad_cam', 'infer_grid', 'upsample', 'minmax', 'relative', 'leaf_output', 'undisturbed', 'answer_cam', 'Word',
            'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_cams',
-           'PointingGame', 'pointing_game', 'seen_picture', 'AnswerCams', 'word_cams']
+           'PointingGame', 'pointing_game', 'blurred', 'Erasure', 'erase', 'attention_map', 'shuffled_weights',
+           'seen_picture', 'AnswerCams', 'word_cams', 'draw_answer']
 
 # %% ../nbs/40_gradcam.ipynb #49bc35b7
 import re
@@ -13,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,19 +106,23 @@ def answer_cam(
     projector:nn.Module|None=None,  # Module that makes the visual tokens; `None`: the model's `multi_modal_projector`
 )->Float[Tensor, "w p v"]:  # One map per word and picture
     "Grad-CAM of each word by the projector's output (Fig. 1): one forward pass, one backward pass per word."
-    ids,at = inputs["input_ids"],_spoken_at(inputs["input_ids"], words)
+    at = _spoken_at(inputs["input_ids"], words)
     projector = model.model.multi_modal_projector if projector is None else projector
-    inputs = {k:v for k,v in inputs.items() if k != "labels"}
     with undisturbed(model), leaf_output(projector) as caught, torch.enable_grad():
-        logits = model(**inputs, logits_to_keep=at-1, use_cache=False).logits.float()
+        z = _said_scores(model, inputs, at, log_prob)
         if len(caught) != 1: raise ValueError(f"the projector ran {len(caught)} times, not once: give the picture(s) with the inputs.")
-        z = logits.log_softmax(-1) if log_prob else logits
-        z = z.gather(-1, ids[:, at, None])[..., 0]  # (b, positions): the score of each token that was said
         A,maps = caught[0],[]
         for word in words[..., at]:
             grads, = torch.autograd.grad((z * word).sum(), A, retain_graph=len(maps) + 1 < len(words))
             maps.append(grad_cam(A.detach(), grads))
     return torch.stack(maps)
+
+def _unlabelled(inputs): return {k:v for k,v in inputs.items() if k != "labels"}  # the maps need no loss
+
+def _said_scores(model, inputs, at, log_prob):
+    "(b, positions): logit or log-probability of each token that was said at the positions `at`."
+    logits = model(**_unlabelled(inputs), logits_to_keep=at-1, use_cache=False).logits.float()
+    return (logits.log_softmax(-1) if log_prob else logits).gather(-1, inputs["input_ids"][:, at, None])[..., 0]
 
 def _spoken_at(ids, words):
     "Positions that belong to any word."
@@ -301,6 +308,87 @@ def _check_boxes(boxes, size):
         i = bad.nonzero()[0].item()
         raise ValueError(f"boxes[{i}]={boxes[i].tolist()} must have x0 < x1 and y0 < y1 within a picture of height, width {tuple(size)} px.")
 
+# %% ../nbs/40_gradcam.ipynb #ff9532fc
+def blurred(
+    pixels:Float[Tensor, "b 3 h w"],  # Pictures as they enter the tower
+    width:float=1/8,  # Standard deviation of the Gaussian, in shorter sides of the picture
+)->Float[Tensor, "b 3 h w"]:  # What is left of them where they are erased
+    "Pictures that show colours and no things."
+    sigma = width*min(pixels.shape[-2:])
+    return torch.from_numpy(gaussian_filter(pixels.float().cpu().numpy(), (0, 0, sigma, sigma), mode="nearest")).to(pixels)
+
+@dataclass(frozen=True)
+class Erasure:
+    "How the word's log-probability falls and rises with the cells of the picture."
+    share:Float[Tensor, "k"]  # Of the cells that are gone, or given back
+    deletion:Float[Tensor, "b k"]  # Without the first cells of the map, nats
+    insertion:Float[Tensor, "b k"]  # With them alone, nats
+
+    def areas(self)->dict[str, Float[Tensor, "b"]]:  # `deletion` (low is good) and `insertion` (high is good): the mean of each curve, nats
+        "Areas under the curves (@eq-erase)."
+        return {k:torch.trapezoid(getattr(self, k), self.share, dim=-1) for k in ("deletion", "insertion")}
+
+# %% ../nbs/40_gradcam.ipynb #07446d0a
+@torch.no_grad()
+def erase(
+    model:nn.Module,  # As in `answer_cam`
+    inputs:Mapping,  # As in `answer_cam`, with `pixel_values`
+    word:Bool[Tensor, "b t"],  # Positions of one word in each row
+    cams:Float[Tensor, "b v"],  # A map for each row's picture, of any method
+    *,
+    steps:int=8,  # Points of a curve, but the first; at most one for each cell
+    blur:float=1/8,  # As in `blurred`
+    seed:int=0,  # Of the order among equal cells
+)->Erasure:
+    "Deletion and insertion curves of the word (@eq-erase): two forward passes for each step."
+    if inputs.get("pixel_values") is None: raise ValueError("inputs hold no pixel_values: cells are erased in the picture, before the tower.")
+    (b,v),pixels,at = cams.shape, inputs["pixel_values"], _spoken_at(inputs["input_ids"], word[None])
+    order = np.lexsort((np.random.default_rng(seed).random((b, v)), -cams.float().cpu().numpy()))  # by the map, then at random
+    rank,gone = torch.from_numpy(order.argsort(-1)).to(pixels.device), blurred(pixels, blur)
+    def says(kept):
+        mixed = inputs | dict(pixel_values=torch.where(kept, pixels, gone))
+        return (_said_scores(model, mixed, at, log_prob=True) * word[:, at]).sum(1).cpu()
+    counts = torch.linspace(0, v, min(v, steps) + 1).round()
+    cells = [upsample((rank < k).float(), tuple(pixels.shape[-2:])).bool()[:, None] for k in counts.tolist()]
+    with undisturbed(model): without,alone = [says(~c) for c in cells], [says(c) for c in cells[1:-1]]
+    return Erasure(counts/v, torch.stack(without, 1), torch.stack([without[-1], *alone, without[0]], 1))
+
+# %% ../nbs/40_gradcam.ipynb #1413a1cb
+@torch.no_grad()
+def attention_map(
+    model:nn.Module,  # As in `answer_cam`
+    inputs:Mapping,  # As in `answer_cam`, one picture a row
+    words:Bool[Tensor, "w b t"],  # As in `answer_cam`
+)->Float[Tensor, "w b v"]:  # One map per word and picture
+    "The LLM's attention from where each word is predicted to the visual tokens: mean over layers and heads."
+    _spoken_at(inputs["input_ids"], words)
+    image,kind = inputs["input_ids"] == model.config.image_token_id, model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})  # the fused kernels keep no weights
+    try:
+        with undisturbed(model): layers = model(**_unlabelled(inputs), logits_to_keep=1, use_cache=False, output_attentions=True).attentions
+    finally: model.set_attn_implementation({"text_config": kind})
+    if len({a.shape[-1] for a in layers}) > 1: raise ValueError("this LLM drops visual tokens on its way, so its layers attend to different ones; take answer_cam.")
+    mean = sum(a.float().mean(1) for a in layers) / len(layers)  # (b, t, t)
+    asks = words.roll(-1, dims=-1).float()  # position t-1 predicts token t
+    seen = einsum(asks / asks.sum(-1, keepdim=True), mean, "w b t, b t s -> w b s")
+    return seen.masked_select(image).reshape(*words.shape[:2], -1)
+
+# %% ../nbs/40_gradcam.ipynb #4ad89a57
+@contextmanager
+def shuffled_weights(
+    module:nn.Module,  # Part of a model, e.g. its projector
+    seed:int=0,  # Of the new order
+)->Iterator[None]:
+    "Inside, each parameter of `module` has its own values in a random order (sanity check of Adebayo et al. 2018); afterwards all are back."
+    rng,kept = torch.Generator().manual_seed(seed), [p.detach().clone() for p in module.parameters()]
+    try:
+        with torch.no_grad():
+            for p in module.parameters(): p.copy_(p.flatten()[torch.randperm(p.numel(), generator=rng).to(p.device)].view_as(p))
+        yield
+    finally:
+        with torch.no_grad():
+            for p,old in zip(module.parameters(), kept): p.copy_(old)
+
 # %% ../nbs/40_gradcam.ipynb #4f5831d4
 def seen_picture(
     pixel_values:Float[Tensor, "3 h w"],  # One picture as it enters the tower
@@ -363,3 +451,31 @@ def word_cams(
     inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tokens": tokens}
     cams = answer_cam(model, inputs, marks, log_prob=log_prob)[:, 0]
     return AnswerCams(answer, tuple(words), cams, seen_picture(inputs["pixel_values"][0], processor.image_processor))
+
+# %% ../nbs/40_gradcam.ipynb #bff7dd3a
+def draw_answer(
+    results:Mapping[int, AnswerCams],  # Budget to the maps of the same words of the same answer, from left to right
+    boxes:Mapping[str, Sequence[float|int]]|None=None,  # Word to the box to outline in its row, px
+):  # A matplotlib figure
+    "The picture and the maps of several words at several budgets (Fig. 1)."
+    if not results: raise ValueError("results is empty: give at least one budget, e.g. {16: word_cams(…, tokens=16)}.")
+    import matplotlib.pyplot as plt
+    first = next(iter(results.values()))
+    if any((r.answer, r.words) != (first.answer, first.words) for r in results.values()):
+        raise ValueError("results hold different answers or words; give word_cams the same answer and phrases at each budget.")
+    picture,tall,wide = first.picture, first.picture.height, first.picture.width
+    maps = [[relative(r.cams[i].detach().cpu().float()) for r in results.values()] for i in range(len(first.words))]
+    frame = dict(extent=(0, wide, tall, 0), vmin=0, vmax=max(m.max().item() for row in maps for m in row) or 1., cmap="viridis")
+    fig,axes = plt.subplots(len(maps), 1 + len(results), figsize=(1.9*(1 + len(results)) + .6, 2*len(maps)*tall/wide), squeeze=False, layout="constrained")
+    for row,word,cells in zip(axes, first.words, maps):
+        row[0].imshow(picture, extent=frame["extent"])
+        row[0].set_ylabel(word.text)
+        for ax,m in zip(row[1:], cells):
+            ax.imshow(picture.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
+            shown = ax.imshow(upsample(m, (tall, wide), "bilinear").numpy(), alpha=.6, **frame)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            if word.text in (boxes or {}): ax.add_patch(plt.Rectangle((box := boxes[word.text])[:2], box[2]-box[0], box[3]-box[1], fill=False, ec="white", ls=":"))
+    for ax,title in zip(axes[0], ["picture", *(f"{v} tokens" for v in results)]): ax.set_title(title)
+    fig.colorbar(shown, ax=axes, label="in even shares", fraction=.03).solids.set_alpha(1)
+    return fig

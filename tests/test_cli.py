@@ -59,7 +59,7 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize("command,words", [
     ("quickstart", ["--steps", "Optimizer steps", "--train-budgets", "Budgets of the training steps", "--folder", "--calibrated", "authors' start"]),
     ("chat", ["--image", "The picture", "--ask", "One question", "--tokens", "Budget V, a square", "--folder"]),
-    ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one row each"]),
+    ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one column each"]),
     ("doctor", ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm", "--max-length", "--workers"])])
 def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, capsys):
     text = printed(command, "--help", capsys=capsys)

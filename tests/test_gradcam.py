@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +14,9 @@ from torch.testing import assert_close
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from delta_llava.config import ProjectorConfig
-from delta_llava.gradcam import (Word, answer_cam, draw_cams, find_phrase, grad_cam, infer_grid, leaf_output, library_cam, mark_phrases, minmax,
-                                 pointing_game, relative, seen_picture, undisturbed, upsample, word_cams, words_of)
+from delta_llava.data import Collator
+from delta_llava.gradcam import (Word, answer_cam, attention_map, blurred, draw_answer, draw_cams, erase, find_phrase, grad_cam, infer_grid, leaf_output, library_cam, mark_phrases, minmax,
+                                 pointing_game, relative, seen_picture, shuffled_weights, undisturbed, upsample, word_cams, words_of)
 from delta_llava.processor import build_processor
 from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -509,3 +511,108 @@ def test_what_word_cams_refuses(delta):
 def test_a_word_said_twice(delta):
     result = word_cams(*delta, PICTURE, "What?", answer="A fox, a fox.")
     assert torch.equal(result["fox"], result.cams[3]) and not torch.equal(result.cams[1], result.cams[3])
+
+
+# --- does the word need what the map shows? ---------------------------------------------------------------------------
+
+def distinct(rows=2, v=16, seed=3): return torch.stack([torch.randperm(v, generator=torch.Generator().manual_seed(seed + i)) for i in range(rows)]).float()
+
+def says(model, inputs, word):
+    "The word's log-probability, from all logits."
+    model.eval()
+    with torch.no_grad(): logp = model(**inputs).logits.log_softmax(-1)
+    return torch.stack([sum(logp[r, t-1, inputs["input_ids"][r, t]] for t in word[r].nonzero().flatten()) for r in range(len(word))])
+
+def test_erasing_by_hand(model):
+    "Each point of both curves, with the cells painted one by one."
+    inputs,cams = sample(2),distinct()
+    word = mark(inputs["input_ids"], 20, 21)[0]
+    curve = erase(model, inputs, word, cams, steps=4)
+    assert curve.share.tolist() == [0, .25, .5, .75, 1]
+    gone = blurred(inputs["pixel_values"])
+    for j,k in enumerate((0, 4, 8, 12, 16)):
+        without,alone = inputs["pixel_values"].clone(),gone.clone()
+        for r in range(2):
+            for cell in cams[r].argsort(descending=True)[:k].tolist():
+                y,x = 8*(cell//4),8*(cell%4)
+                without[r, :, y:y+8, x:x+8] = gone[r, :, y:y+8, x:x+8]
+                alone[r, :, y:y+8, x:x+8] = inputs["pixel_values"][r, :, y:y+8, x:x+8]
+        assert_close(curve.deletion[:, j], says(model, inputs | dict(pixel_values=without), word))
+        assert_close(curve.insertion[:, j], says(model, inputs | dict(pixel_values=alone), word))
+    assert curve.deletion.std(-1).min() > 1e-4  # the picture matters
+    assert_close(curve.areas()["deletion"], (curve.deletion[:, 1:] + curve.deletion[:, :-1]).mean(-1)/2)
+
+def test_erasing_is_the_librarys(model):
+    "The same deletion by pytorch-grad-cam's RemoveMostRelevantFirst, at one threshold."
+    from pytorch_grad_cam.metrics.perturbation_confidence import PerturbationConfidenceMetric, RemoveMostRelevantFirst
+    inputs,cams = sample(2),distinct()
+    word,gone = mark(inputs["input_ids"], 20)[0],blurred(inputs["pixel_values"])
+    of = {p.numpy().tobytes():g for p,g in zip(inputs["pixel_values"], gone)}
+    remove = RemoveMostRelevantFirst(75, lambda p, keep: torch.where(keep.bool(), p, of[p.numpy().tobytes()]))
+    model.eval()
+    theirs = PerturbationConfidenceMetric(remove)(inputs["pixel_values"], upsample(cams, (32, 32)).numpy(), [lambda out: out]*2, lambda p: says(model, inputs | dict(pixel_values=p), word), return_diff=False)
+    assert_close(erase(model, inputs, word, cams, steps=4).deletion[:, 1], torch.from_numpy(theirs))
+
+def test_equal_cells_are_erased_at_random(model):
+    "A constant map is chance: its order depends on the seed alone, and is not the order of the cells."
+    inputs = sample(1)
+    word = mark(inputs["input_ids"], 20)[0]
+    orders = [erase(model, inputs, word, torch.full((1, 16), c), seed=s).deletion for c,s in ((0., 1), (.3, 1), (.3, 2))]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    assert not torch.equal(orders[1], erase(model, inputs, word, -torch.arange(16.)[None]).deletion)
+    one = erase(model, inputs, word, torch.ones(1, 1))
+    assert one.share.tolist() == [0, 1] and torch.equal(one.deletion.flip(-1), one.insertion)  # one cell is the whole picture
+
+def test_blurred_shows_no_things():
+    board = torch.from_numpy((np.indices((64, 64))//4).sum(0) % 2).float().expand(1, 3, 64, 64)  # fields of 4 px
+    assert blurred(board)[..., 16:-16, 16:-16].std() < .01*board.std() and abs(blurred(board).mean() - .5) < .01
+    assert_close(blurred(torch.full((1, 3, 32, 48), .3)), torch.full((1, 3, 32, 48), .3))
+
+def test_attention_map(model):
+    "Rows with padding, words of several tokens, and the attention kernel that was there before."
+    inputs = sample(2)
+    kind,words = model.config.text_config._attn_implementation,mark(inputs["input_ids"], 20, 22)
+    found = attention_map(model, inputs, torch.cat([words, mark(inputs["input_ids"], 23)]))
+    assert found.shape == (2, 2, 16) and model.config.text_config._attn_implementation == kind != "eager"
+    padded = {k: torch.nn.functional.pad(v, (3, 0)) if v.ndim == 2 else v for k,v in inputs.items()}
+    assert_close(attention_map(model, padded, torch.nn.functional.pad(words, (3, 0))), found[:1])
+    model.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad(): layers = model.eval()(**inputs, output_attentions=True).attentions
+    finally: model.set_attn_implementation({"text_config": kind})
+    assert_close(found[0], sum(a[:, :, t-1, 1:17].mean(1) for a in layers for t in (20, 22))/(2*len(layers)))
+    with pytest.raises(ValueError, match="position 0"): attention_map(model, inputs, mark(inputs["input_ids"], 0))
+
+def test_shuffled_weights_come_back(model):
+    before = {k: v.clone() for k,v in model.state_dict().items()}
+    part = model.model.multi_modal_projector
+    with pytest.raises(KeyError), shuffled_weights(part):
+        inside = {k: v.clone() for k,v in model.state_dict().items()}
+        raise KeyError
+    for k,v in before.items():
+        assert torch.equal(model.state_dict()[k], v)
+        assert torch.equal(inside[k].flatten().sort().values, v.flatten().sort().values)  # the same values
+        assert torch.equal(inside[k], v) == (("multi_modal_projector" not in k) or v.unique().numel() == 1)
+    with shuffled_weights(part, 1): assert not torch.equal(part.linear_1.weight, inside["model.multi_modal_projector.linear_1.weight"])
+
+@pytest.mark.parametrize("tokens", [49, 16, 1])
+def test_truth_of_delta_at_every_budget(delta, tokens, tmp_path):
+    "Attention and erasing take what `answer_cam` takes, from pixels."
+    model,processor = delta
+    PICTURE.save(tmp_path/"a.png")
+    batch = Collator(processor=processor, tokens=tokens)([dict(id="a", image=str(tmp_path/"a.png"), conversations=[dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")])]*2)
+    fox = mark_phrases(batch["input_ids"], ["fox"]*2, processor.tokenizer)
+    assert answer_cam(model, batch, fox[None]).shape == attention_map(model, batch, fox[None]).shape == (1, 2, tokens)
+    curve = erase(model, batch, fox, torch.rand(2, tokens))
+    assert curve.deletion.shape == (2, 1 + min(8, tokens)) and torch.equal(curve.deletion[:, 0], curve.insertion[:, -1])
+
+def test_draw_answer(delta):
+    "A row for each word, a column for each budget, one colour scale."
+    results = {v: word_cams(*delta, PICTURE, "What?", ["red", "fox"], answer="A red fox.", tokens=v) for v in (4, 16)}
+    fig = draw_answer(results, boxes={"fox": (10, 20, 50, 80)})
+    grid = fig.axes[:-1]
+    assert len(grid) == 6 and [ax.get_title() for ax in grid[:3]] == ["picture", "4 tokens", "16 tokens"] and [ax.get_ylabel() for ax in grid[::3]] == ["red", "fox"]
+    assert len({im.get_clim() for ax in grid for im in ax.images if im.get_cmap().name == "viridis" and im.get_array().ndim == 2}) == 1
+    assert [len(ax.patches) for ax in grid] == [0]*3 + [1]*3
+    with pytest.raises(ValueError, match="different answers"): draw_answer(results | {1: word_cams(*delta, PICTURE, "What?", ["red"], answer="A red fox.", tokens=1)})
+    with pytest.raises(ValueError, match="empty"): draw_answer({})

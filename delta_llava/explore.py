@@ -141,8 +141,7 @@ class Panel:
         said = [word.text for word in self.result.words]
         self.said.value = f"<b>{html.escape(self.result.answer)}</b>"
         self.words.options = [(text, i) for i,text in enumerate(said)]
-        speaks = self.result.cams.any(-1).tolist()
-        self.words.index = said.index(last) if last in said else speaks.index(True) if any(speaks) else 0
+        self.words.index = said.index(last) if last in said else max(range(len(said)), key=lambda i: (bool(self.result.cams[i].any()), len(said[i])))  # the longest that has a map
         return self.draw()
 
     def draw(self):

@@ -171,4 +171,4 @@ def test_answers_are_text(panel):
 def test_where_there_are_no_widgets_the_picture_stays(panel):
     shown = panel._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown and base64.b64decode(shown["image/png"]) == panel.shown.value
-    assert panel.shown.value.startswith(b"\x89PNG")
+    assert bytes(panel.shown.value).startswith(b"\x89PNG")

@@ -86,8 +86,8 @@ def test_explorer(page, lab, tmp_path):
     words, picture, slider = page.locator(".widget-toggle-buttons button"), page.locator(".jp-OutputArea-output img.widget-image"), page.locator(".widget-slider .noUi-handle")
 
     def settled():
-        page.wait_for_timeout(500)  # the change reaches the kernel
-        wait(lambda: page.get_by_text("computing …").count() == 0 and picture.evaluate("i => i.complete && i.naturalWidth > 0"), 120, lambda: page.locator(".widget-html").all_inner_texts())
+        page.wait_for_timeout(1000)  # the change reaches the kernel
+        wait(lambda: "computing …" not in page.locator(".widget-html").all_inner_texts() and picture.evaluate("i => i.complete && i.naturalWidth > 0"), 120, lambda: page.locator(".widget-html").all_inner_texts())
     def seen(name):
         picture.scroll_into_view_if_needed()
         page.screenshot(path=shots/f"{name}.png")
@@ -108,6 +108,7 @@ def test_explorer(page, lab, tmp_path):
     assert page.locator(".widget-toggle-buttons button.mod-active").inner_text() == said
     clicked = seen("3-word")
     assert clicked[0] != moved[0] and clicked[1] != moved[1], "a word was clicked and the picture stayed"
-    page.locator(".jp-OutputArea-output input[type=file]").set_input_files(dict(name="notes.txt", mimeType="text/plain", buffer=b"no picture"))
+    with page.expect_file_chooser() as chooser: page.get_by_role("button", name="Your own picture").click()
+    chooser.value.set_files(dict(name="notes.txt", mimeType="text/plain", buffer=b"no picture"))
     page.get_by_text("notes.txt cannot be used: this is no picture").wait_for()
     page.screenshot(path=shots/"4-refused.png")

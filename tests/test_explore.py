@@ -11,8 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 from delta_llava import explore as module
 from delta_llava.compressors.base import compressor_config
 from delta_llava.config import ProjectorConfig
-from delta_llava.explore import Explorer, Query, draw_word, explore, png
-from delta_llava.gradcam import relative
+from delta_llava.explore import TOP, Explorer, Query, draw_maps, explore, png
 from delta_llava.processor import build_processor
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
@@ -93,16 +92,16 @@ def test_a_file_that_is_no_picture(models, pictures, content, why):
     content = png_of(Image.effect_noise((99, 99), 50))[:3000] if content is None else content
     with pytest.raises(ValueError, match=f"^mine.png cannot be used: .*{why}.*Readable are JPEG"): Explorer(models, pictures).add("mine.png", content)
 
-def test_one_colour_scale_for_all_words(models, pictures):
+def test_one_colour_scale_whatever_is_drawn():
+    "A word of even share has the same colour beside any other; a map of zeros has another one."
     import matplotlib.pyplot as plt
-    result = Explorer(models, pictures).ask(Query("up", QUESTION, "delta", 16, ANSWER))
-    top = relative(result.cams).max().item()
-    assert min(relative(cam).max().item() for cam in result.cams) < top
-    figures = [draw_word(result, i) for i in range(3)]
-    for fig in figures:
-        maps = [image.get_clim() for ax in fig.axes[1:3] for image in ax.images if image.get_cmap().name == "viridis"]
-        assert maps == [(0, pytest.approx(top))]*2
-    assert len({png(fig) for fig in figures}) == 3 and not plt.get_fignums()  # three pictures, none left open
+    picture, even, peak = Image.new("RGB", (56, 56)), torch.ones(16), torch.eye(16)[3]
+    figures = [draw_maps(picture, maps) for maps in ({"even": even}, {"even": 7*even, "peak": peak}, {"zero": 0*even})]
+    def colour(fig, row=0): return [image.to_rgba(image.get_array(), alpha=1)[0, 0].tolist() for image in (fig.axes[3*row + 1].images[0], fig.axes[3*row + 2].images[1])]
+    assert colour(figures[0]) == colour(figures[1]) and colour(figures[0]) != colour(figures[2])
+    assert figures[1].axes[4].images[0].get_clim() == (0, TOP)
+    pictures = {png(fig) for fig in figures}
+    assert len(pictures) == 3 and not plt.get_fignums()  # none is left open
 
 
 # --- with widgets ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Query:
     tokens:int  # Budget $V$
     answer:str=""  # Map this answer; empty for the model's own
 
+# %% ../nbs/44_explore.ipynb #9638ce4c
 class Explorer:
     "Models and pictures, and the answers that were given before."
     def __init__(self,

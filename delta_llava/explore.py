@@ -96,6 +96,12 @@ def png(
     return out.getvalue()
 
 # %% ../nbs/44_explore.ipynb #476a45eb
+def _nearest(budgets:Sequence[int], tokens:int)->int: return min(budgets, key=lambda t: abs(t - tokens))
+
+def _line(text:str, colour:str="inherit")->str:
+    return f'<div style="line-height:1.4;color:{colour}">{html.escape(text)}</div>'
+
+# %% ../nbs/44_explore.ipynb #c270c7d6
 class Panel:
     "The explorer's widgets; the last value of a cell shows them, or the picture alone where there are no widgets."
     def __init__(self,
@@ -172,11 +178,6 @@ class Panel:
     def _repr_mimebundle_(self, **kwargs):
         picture = {"image/png": base64.b64encode(self.shown.value).decode()} if self.shown.value else {}
         return self.box._repr_mimebundle_(**kwargs) | picture
-
-def _nearest(budgets:Sequence[int], tokens:int)->int: return min(budgets, key=lambda t: abs(t - tokens))
-
-def _line(text:str, colour:str="inherit")->str:
-    return f'<div style="line-height:1.4;color:{colour}">{html.escape(text)}</div>'
 
 # %% ../nbs/44_explore.ipynb #0d937156
 def explore(

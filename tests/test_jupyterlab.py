@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).resolve().parent.parent/"nbs"/"03_delta.ipynb"
+NBS = Path(__file__).resolve().parent.parent/"nbs"
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 pytestmark = pytest.mark.slow
 
@@ -21,12 +21,13 @@ def page():
 
 
 @pytest.fixture
-def lab(tmp_path):
-    "JupyterLab on an empty copy of the notebook: yields its address and the copy."
-    nb = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+def lab(tmp_path, request):
+    "JupyterLab on an empty copy of a notebook: yields its address and the copy."
+    notebook = NBS/request.param
+    nb = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in nb["cells"]:
         if cell["cell_type"] == "code": cell["outputs"] = []
-    copy = tmp_path/NOTEBOOK.name
+    copy = tmp_path/notebook.name
     copy.write_text(json.dumps(nb), encoding="utf-8")
     # A home of its own: no setting, extension or running server of this machine takes part.
     env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "JUPYTER_RUNTIME_DIR": str(tmp_path/"runtime"),
@@ -51,7 +52,8 @@ def wait(ready, seconds, report):
     pytest.fail(f"not ready after {seconds} s: {report()}")
 
 
-def test_run_all(page, lab):
+def run_all(page, lab):
+    "Open the notebook, choose \"Run All Cells\", wait for the last one."
     address, copy = lab
     page.goto(address.replace("/lab?", f"/lab/tree/{copy.name}?"))
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
@@ -70,3 +72,43 @@ def test_run_all(page, lab):
     assert not errors()
     assert sum(bool(c["outputs"]) for c in code()) > 2, "the cells ran and showed nothing"
     assert page.locator(".jp-OutputArea-output").count() > 0, "no output on the screen"
+
+
+@pytest.mark.parametrize("lab", ["03_delta.ipynb"], indirect=True)
+def test_run_all(page, lab): run_all(page, lab)
+
+
+@pytest.mark.parametrize("lab", ["44_explore.ipynb"], indirect=True)
+def test_explorer(page, lab, tmp_path):
+    """A person moves the slider, clicks a word, brings a file that is no picture. `DELTA_LLAVA_SCREENSHOTS` names a folder that keeps what was seen."""
+    run_all(page, lab)
+    shots = Path(os.environ.get("DELTA_LLAVA_SCREENSHOTS", tmp_path))
+    words, picture, slider = page.locator(".widget-toggle-buttons button"), page.locator(".jp-OutputArea-output img.widget-image"), page.locator(".widget-slider .noUi-handle")
+
+    def settled():
+        page.wait_for_timeout(1000)  # the change reaches the kernel
+        wait(lambda: "computing …" not in page.locator(".widget-html").all_inner_texts() and picture.evaluate("i => i.complete && i.naturalWidth > 0"), 120, lambda: page.locator(".widget-html").all_inner_texts())
+    def seen(name):
+        picture.scroll_into_view_if_needed()
+        page.screenshot(path=shots/f"{name}.png")
+        return picture.get_attribute("src"), picture.screenshot()
+
+    settled()
+    first, budget = seen("1-start"), page.locator(".widget-slider .widget-readout").inner_text()
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    settled()
+    assert page.locator(".widget-slider .widget-readout").inner_text() != budget
+    moved = seen("2-slider")
+    assert moved[0] != first[0] and moved[1] != first[1], "the slider moved and the picture did not"
+    other = words.and_(page.locator(":not(.mod-active)")).last
+    said = other.inner_text()
+    other.click()
+    settled()
+    assert page.locator(".widget-toggle-buttons button.mod-active").inner_text() == said
+    clicked = seen("3-word")
+    assert clicked[0] != moved[0] and clicked[1] != moved[1], "a word was clicked and the picture stayed"
+    with page.expect_file_chooser() as chooser: page.get_by_role("button", name="Your own picture").click()
+    chooser.value.set_files(dict(name="notes.txt", mimeType="text/plain", buffer=b"no picture"))
+    page.get_by_text("notes.txt cannot be used: this is no picture").wait_for()
+    page.screenshot(path=shots/"4-refused.png")

@@ -204,7 +204,7 @@ class Sweep:
     answer:int=30  # Tokens of the answer, G
     batch:tuple[int,...]=(1,)  # Rows at a time, each with a picture
     caches:tuple[Literal["dynamic", "static"],...]=("dynamic",)  # Of keys and values; static on a GPU means compiled steps and CUDA graphs
-    repeats:int=7  # Rounds that count
+    repeats:int=7  # Rounds that count; the middle half needs three
     warm_up:int=1  # Rounds that do not
     dtype:Literal["float32", "bfloat16"]="float32"  # Of weights and activations
     device:str="cuda" if torch.cuda.is_available() else "cpu"  # Where
@@ -212,7 +212,7 @@ class Sweep:
     seed:int=0  # Of weights, pictures and words
 
     def __post_init__(self):
-        for name,least in (("repeats", 1), ("warm_up", 0), ("answer", 2), ("text", 1), ("threads", 1)):
+        for name,least in (("repeats", 3), ("warm_up", 0), ("answer", 2), ("text", 1), ("threads", 1)):
             if (v := getattr(self, name)) < least: raise ValueError(f"{name}={v} must be at least {least}.")
         for name in ("tokens", "batch", "caches"):
             if not getattr(self, name): raise ValueError(f"{name}=() is empty; name at least one.")
@@ -235,11 +235,12 @@ class Sweep:
         torch.manual_seed(self.seed)
         if self.random_weights:
             with torch.device(self.device): model = AutoModelForImageTextToText.from_config(first.config, dtype=dtype)
-        else: model,_ = assemble(first.tower, first.llm, first.compressor, tokens=first.tokens, image_size=self.image_size, llm_dtype=dtype, seed=self.seed)
+        else: model,_ = assemble(first.tower, first.llm, first.compressor, tokens=first.tokens, image_size=self.image_size, template="plain", llm_dtype=dtype, seed=self.seed)
         model = model.to(self.device, dtype).eval()
         own = model.model.multi_modal_projector
+        fits = lambda s: s.compressor == first.compressor and s.tokens in own.config.budgets(own.config.grid)  # QueCC has one budget for each set of weights
         other = lambda s: build_compressor(s.compressor, compressor_config(s.compressor, own.config, tokens=s.tokens)).to(self.device, dtype).eval()
-        return model, {V: own if s.compressor == first.compressor else other(s) for V,s in setups.items()}
+        return model, {V: own if fits(s) else other(s) for V,s in setups.items()}
 
     def __call__(self)->tuple[Device, list[dict]]:
         "What the device can do, and one row for each batch, cache and budget."
@@ -275,7 +276,8 @@ def report(
     "The rows as a table: medians in ms, beside each the roofline's least in parentheses; tokens/s and their gain with the middle half."
     table = []
     for r in rows:
-        ms = lambda k: f"{1e3*r['seconds'][k][0]:.3g}" + (f" ({1e3*r['least'][k]:.3g})" if k in r["least"] else "")
+        short = lambda s: f"{1e3*s:.0f}" if s >= .1 else f"{1e3*s:.3g}"
+        ms = lambda k: short(r["seconds"][k][0]) + (f" ({short(r['least'][k])})" if k in r["least"] else "")
         speed = lambda k: f"{r['tokens_per_second'][k][0]:.3g} ×{r['gain'][k][0]:.2f} [{r['gain'][k][1]:.2f}–{r['gain'][k][2]:.2f}]"
         stages = {k: ms(k) for k in r["seconds"] if k not in ("decode", "answer")}
         table.append({"V": r["tokens"], "by": r["compressor"], "batch": r["batch"], "cache": r["cache"]} | stages | {"decode step": ms("decode"), "answer": ms("answer"),

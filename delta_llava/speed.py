@@ -148,7 +148,7 @@ def time_parts(
     own,cuda,cases = model.model.multi_modal_projector,model.device.type == "cuda",[(c, V) for c in caches for V in projectors]
     room = {(c, V): static_cache(model, words.shape[1] + projectors[V].config.placeholders(V) + answer) for c,V in cases if c == "static"}
     found = {case: ([], 0) for case in cases}
-    for i in tqdm(range(-warm_up, repeats), leave=False):
+    for i in tqdm(range(-warm_up, repeats), leave=False, disable=None):
         turn = i % len(cases)
         for case in cases[turn:] + cases[:turn]:
             model.model.multi_modal_projector = projectors[case[1]]

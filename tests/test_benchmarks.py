@@ -42,3 +42,14 @@ def test_stage_steps_run_on_tiny_parts(tmp_path, full):
     assert [(r["stage"], r["tokens"], r["projector"]) for r in rows] == [(k, v, "mlp" if v == 16 else "delta") for k in ("pretrain", "finetune") for v in (16, 4, 1)]
     assert all(r["ratio"][0] == 1 for r in rows if r["tokens"] == 16) and all(min(r["seconds"]) > 0 and r["of_ceiling"] > 0 for r in rows)
     assert all(rows[i + 1]["flops"] > rows[i + 2]["flops"] for i in (0, 3))  # Delta at 4 tokens and at 1
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
+def test_speed_is_recorded(tmp_path, full):
+    "With `full`, what is given beside it is kept, and the rest is the paper's."
+    parts, speed = write_parts(tmp_path), runpy.run_path(str(BENCHMARKS/"speed.py"))
+    speed["RecordedSweep"](tokens=(16, 4), tower=str(parts/"tower"), llm=str(parts/"llm"), image_size=56, text=6, answer=4, repeats=3, full=full, batch=(2,), record=tmp_path/"record.json", device="cpu")()
+    record = json.loads((tmp_path/"record.json").read_text())
+    assert [(r["cache"], r["tokens"], r["compressor"], r["batch"]) for r in record["result"]] == [(c, V, by, 2) for c in (("dynamic", "static") if full else ("dynamic",)) for V, by in ((16, "mlp"), (4, "delta"))]
+    assert (record["dtype"], record["random_weights"], record["warm_up"], record["llm"]) == (("bfloat16", True, 2) if full else ("float32", False, 1)) + (str(parts/"llm"),)
+    assert record["clock"] == "CPU time of the process, one thread" and record["peak"] > 0 and record["bandwidth"] > 0 and record["answer"] == 4

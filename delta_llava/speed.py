@@ -32,6 +32,7 @@ def cpu_clock()->Callable[[], float]:
     "CPU time of the process if PyTorch has one thread, else the wall's."
     return process_time if torch.get_num_threads() == 1 else perf_counter
 
+# %% ../nbs/42_speed.ipynb #5e33b7b2
 class Laps(StoppingCriteria):
     "Moments of one answer, the end of each stage: CUDA events on a GPU, else the clock; as a stopping criterion it marks every token and never stops."
     def __init__(self,

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, CompileConfig, StaticCache, StoppingCriteria
 
 from .assets import default_llm, default_tower
@@ -149,7 +149,7 @@ def time_parts(
     own,cuda,cases = model.model.multi_modal_projector,model.device.type == "cuda",[(c, V) for c in caches for V in projectors]
     room = {(c, V): static_cache(model, words.shape[1] + projectors[V].config.placeholders(V) + answer) for c,V in cases if c == "static"}
     found = {case: ([], 0) for case in cases}
-    for i in tqdm(range(-warm_up, repeats), leave=False, disable=None):
+    for i in tqdm(range(-warm_up, repeats), leave=False):
         turn = i % len(cases)
         for case in cases[turn:] + cases[:turn]:
             model.model.multi_modal_projector = projectors[case[1]]

@@ -82,3 +82,14 @@ def test_scores_of_a_map_that_knows_the_box(tmp_path):
     assert abs(minus[0] - np.mean([r["scores"]["gradcam"]["energy"] for r in found]) + np.mean(energy)) < 1e-3 and minus[1] <= minus[0] <= minus[2]
     assert cell["methods"]["gradcam"]["gradcam minus"]["hit"] == [0]*3 and "deletion" not in cell["methods"]["centre"] and cell["trained_steps"] == [300]
     json.dumps(cell, allow_nan=False)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
+def test_speed_is_recorded(tmp_path, full):
+    "With `full`, what is given beside it is kept, and the rest is the paper's."
+    parts, speed = write_parts(tmp_path), runpy.run_path(str(BENCHMARKS/"speed.py"))
+    speed["RecordedSweep"](tokens=(16, 4), tower=str(parts/"tower"), llm=str(parts/"llm"), image_size=56, text=6, answer=4, repeats=3, full=full, batch=(2,), record=tmp_path/"record.json", device="cpu")()
+    record = json.loads((tmp_path/"record.json").read_text())
+    assert [(r["cache"], r["tokens"], r["compressor"], r["batch"]) for r in record["result"]] == [(c, V, by, 2) for c in (("dynamic", "static") if full else ("dynamic",)) for V, by in ((16, "mlp"), (4, "delta"))]
+    assert (record["dtype"], record["random_weights"], record["warm_up"], record["llm"]) == (("bfloat16", True, 2) if full else ("float32", False, 1)) + (str(parts/"llm"),)
+    assert record["clock"] == "CPU time of the process, one thread" and record["peak"] > 0 and record["bandwidth"] > 0 and record["answer"] == 4

@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from tiny_vlm import byte_tokenizer
+from tiny_vlm import byte_tokenizer, llm_config
+from transformers import CLIPVisionConfig
 
 from delta_llava import cli, quickstart
 from delta_llava.config import dinov2_s14
@@ -60,7 +61,8 @@ def test_help_names_the_commands(capsys):
     ("quickstart", ["--steps", "Optimizer steps", "--train-budgets", "Budgets of the training steps", "--folder", "--calibrated", "authors' start"]),
     ("chat", ["--image", "The picture", "--ask", "One question", "--tokens", "Budget V, a square", "--folder"]),
     ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one column each"]),
-    ("doctor", ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm", "--max-length", "--workers"])])
+    ("doctor", ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm", "--max-length", "--workers"]),
+    ("speed", ["--tokens", "ratios are to the first", "--caches", "CUDA graphs", "--batch", "--answer", "--repeats", "--random-weights"])])
 def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, capsys):
     text = printed(command, "--help", capsys=capsys)
     for word in words: assert word in text, word
@@ -191,3 +193,11 @@ def test_launch_refuses_what_cannot_run(capsys):
     assert "try device_batch_size=8" in refused("launch", "finetune", "--nodes", "2", capsys=capsys)
     assert "stage 1 leaves the LLM" in refused("launch", "pretrain", "--lora", "8", capsys=capsys)
     assert "is not known here" in refused("launch", "pretrain", "--llm", "./nowhere", capsys=capsys)
+
+def test_speed_prints_a_table(tmp_path, capsys):
+    CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14).save_pretrained(tmp_path/"tower")
+    llm_config().save_pretrained(tmp_path/"llm")
+    cli.main(["speed", "--tower", str(tmp_path/"tower"), "--llm", str(tmp_path/"llm"), "--random-weights", "--device", "cpu", *"--image-size 56 --tokens 16 1 --text 6 --answer 3 --repeats 3".split()])
+    about, _, *table = capsys.readouterr().out.strip().splitlines()
+    assert about.startswith("CPU, 1 thread(s), measured: ") and "gain over 16 tokens" in about
+    assert [[c.strip() for c in line.split("|")[1:4]] for line in table if line[2].isdigit()] == [["16", "mlp", "1"], ["1", "delta", "1"]]

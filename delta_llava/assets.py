@@ -312,8 +312,9 @@ def load_llm(
 )->tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # Language model and its tokenizer
     "Load an LLM and its tokenizer with chat template."
     asset,how = _of_kind(name or default_llm(), "llm"), {}
+    tokenizer = AutoTokenizer.from_pretrained(asset.path, local_files_only=True)  # first: the weights may take minutes
     if four_bit:
         if not find_spec("bitsandbytes"): raise ValueError("four_bit=True needs bitsandbytes; get it with `pip install 'delta-llava[qlora]'`, or take four_bit=False.")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         how = dict(device_map={"": device}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
-    return _read(AutoModelForCausalLM, asset, dtype, **how), AutoTokenizer.from_pretrained(asset.path, local_files_only=True)
+    return _read(AutoModelForCausalLM, asset, dtype, **how), tokenizer

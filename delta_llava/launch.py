@@ -278,7 +278,7 @@ def slurm_script(
     cpus:int=8,  # Cores for each GPU: they decode pictures
 )->str:
     "A batch script for `sbatch`: as many nodes as wanted, and on with the work when the time is up."
-    cmd = torchrun_cmd(stage, gpus, nodes, "MEET")
+    cmd = torchrun_cmd(stage, gpus, nodes, "@meet@")
     return f"""#!/bin/bash
 #SBATCH --job-name=delta-{stage.trains}
 #SBATCH --nodes={nodes}
@@ -294,7 +294,7 @@ set -eu
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS={cpus}
 meet="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):29500"
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
-srun --kill-on-bad-exit=1 {shlex.join(cmd).replace("MEET", '"$meet"')} &
+srun --kill-on-bad-exit=1 {shlex.join(cmd).replace(shlex.quote("@meet@"), '"$meet"', 1)} &
 training=$!
 code=0
 wait "$training" || code=$?

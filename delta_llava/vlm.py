@@ -362,7 +362,9 @@ def build_vlm(
     model.model.language_model, model.lm_head = llm.base_model, llm.get_output_embeddings()
     model.model.multi_modal_projector = build_compressor(compressor, projector_config).to(llm.device, llm.dtype)
     model.generation_config = copy.deepcopy(llm.generation_config)
-    model.generation_config.suppress_tokens = [image_id]
+    said = model.generation_config
+    said.suppress_tokens = [image_id]
+    if not said.do_sample and any(getattr(said, k) is not None for k in ("temperature", "top_p", "top_k", "min_p", "typical_p")): said.do_sample = True  # as Vicuna's file means it; else transformers does not save it
     return model.eval()
 
 # %% ../nbs/22_vlm.ipynb #7856dfec

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_stage
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
@@ -114,19 +116,54 @@ def test_four_bits_for_what_is_frozen(parts, tmp_path):
     assert not rounded.load_state_dict(state, strict=False).unexpected_keys
     for m in rounded.modules(): m.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50 packs matrices this small to nothing there
     with torch.no_grad(): assert_close(model(input_ids=ids).logits, rounded.eval()(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
-    run_stage(stage("finetune", parts, tmp_path/"b", lora=4, four_bit=True, lr=1e-2, steps=20, save_steps=10), callbacks=[Stop(10)])
+    run_stage(stage("finetune", parts, tmp_path/"b", lora=4, four_bit=True, lr=1e-2, steps=20, save_steps=10), callbacks=[Stop(10)]).unlink()
     run_stage(stage("finetune", parts, tmp_path/"b", lora=4, four_bit=True, lr=1e-2, steps=20, save_steps=10))
     assert equal(weights(tmp_path/"a"), weights(tmp_path/"b"))  # rounded alike when it goes on
-    for wrong in (dict(lora=0), dict(lora=4, sharding="fsdp2")):
-        with pytest.raises(ValueError, match="four_bit=True with lora="): stage("finetune", parts, tmp_path, four_bit=True, **wrong)
+    with pytest.raises(ValueError, match="four_bit=True with lora=0"): stage("finetune", parts, tmp_path, four_bit=True)
 
 
 def test_a_folder_belongs_to_one_run(parts, tmp_path):
-    run_stage(stage("pretrain", parts, tmp_path), callbacks=[Stop(2)])
+    run_stage(stage("pretrain", parts, tmp_path), callbacks=[Stop(2)]).unlink()
     with pytest.raises(ValueError, match=r"holds a run with other settings \(tokens=4 there, 1 here; lr=0.001 there, 0.002 here\)"): run_stage(stage("pretrain", parts, tmp_path, lr=2e-3, tokens=1))
     with pytest.raises(ValueError, match="resume=False, but"): run_stage(stage("pretrain", parts, tmp_path, resume=False))
     run_stage(stage("pretrain", parts, tmp_path, device_batch_size=2, workers=1))  # where and how may change
     assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    for done in tmp_path.glob("checkpoint-*"): shutil.rmtree(done)  # they are large
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match="seed=0 there, 1 here"): run_stage(stage("pretrain", parts, tmp_path, seed=1))
+    assert run_stage(stage("pretrain", parts, tmp_path)) == tmp_path/"record.json" and equal(weights(tmp_path), before) and last_checkpoint(tmp_path) is None
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(parts, tmp_path):
+    run_stage(stage("pretrain", parts, tmp_path, save_steps=4), callbacks=[Stop(4)]).unlink()
+    run_stage(stage("pretrain", parts, tmp_path, save_steps=1))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_the_second_stage_takes_the_projector_it_is_told(parts, tmp_path):
+    run_stage(stage("pretrain", parts, tmp_path/"packer", compressor="tokenpacker", steps=2))
+    run_stage(stage("pretrain", parts, tmp_path/"one", steps=2))
+    for other, name in ((dict(projector=tmp_path/"packer"), "compressor='tokenpacker'"), (dict(projector=tmp_path/"one", standardize=True), "standardize=False")):
+        with pytest.raises(ValueError, match=f"was trained with {name}, but here"): run_stage(stage("finetune", parts, tmp_path/"two", **other))
+    run_stage(stage("finetune", parts, tmp_path/"two", projector=tmp_path/"one", tokens=1, steps=2))
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path/"two"), AutoProcessor.from_pretrained(tmp_path/"two")
+    assert model.config.projector_config().tokens == processor.tokens == model.config.image_seq_length == 1
+    assert model.generate(**processor(Image.new("RGB", (56, 56)), "<image>\nColour?"), max_new_tokens=2).shape[0] == 1
+
+
+@pytest.mark.parametrize("options", [{}, dict(lora=4)], ids=["whole", "LoRA"])
+def test_an_llm_that_samples_without_saying_so_is_saved(parts, tmp_path, options):
+    "As Vicuna's generation_config.json: temperature and top_p, no do_sample."
+    llm = shutil.copytree(parts/"llm", tmp_path/"llm")
+    (llm/"generation_config.json").write_text(json.dumps(dict(bos_token_id=256, eos_token_id=257, pad_token_id=257, temperature=.9, top_p=.6)))
+    run_stage(stage("finetune", parts, tmp_path/"two", llm=str(llm), steps=2, **options))
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path/"two").generation_config.temperature == .9
+    assert bool(options) != (tmp_path/"two"/"checkpoint-2"/"model.safetensors").exists() and not (tmp_path/"two"/"projector.json").exists()
+
+
+def test_settings_that_cannot_be_shared_out(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"lora=4 with sharding='fsdp2'"): stage("finetune", parts, tmp_path, lora=4, sharding="fsdp2")
+    with pytest.raises(ValueError, match="cannot be shared out among 6 processes; use 4 of them, or batch_size=258"): stage("pretrain", parts, tmp_path, batch_size=256, device_batch_size=32).accumulate(6)
 
 
 @pytest.mark.parametrize("options", [dict(packed=True), dict(budgets=(1, 4)), dict(compressor="m3", budgets=(1, 4)), dict(compressor="mqt", budgets=(2, 4)), dict(bf16=True, gradient_checkpointing=True),

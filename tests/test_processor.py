@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from tiny_vlm import IMAGE, byte_tokenizer, pictures, projector_config, tiny
 from torch.testing import assert_close
-from transformers import AutoProcessor, CLIPImageProcessorPil
+from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
 
 from delta_llava.processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor, as_messages, build_processor
 
@@ -244,3 +245,29 @@ def test_cut_rows_keep_whole_images_and_some_answer():
         elif length <= answer:
             with pytest.raises(ValueError, match="nothing is supervised"): processor.supervised(QA, max_length=length)
         else: assert processor.supervised(QA, max_length=length) == {k: v[:length] for k,v in whole.items()}
+
+
+# a tokenizer of Llama's kind
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    "A folder with Llama's files: a SentencePiece model with bytes to fall back on and no tokenizer.json."
+    folder = tmp_path_factory.mktemp("llama")
+    (folder/"text").write_text("\n".join(f"USER: What is {i}? ASSISTANT: A cat. Black. {i} dogs and a fox, the brown one." for i in range(400)))
+    sentencepiece.SentencePieceTrainer.train(input=str(folder/"text"), model_prefix=str(folder/"tokenizer"), vocab_size=380, model_type="bpe", byte_fallback=True, minloglevel=2, character_coverage=1.,
+                                             normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (folder/"tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False, bos_token="<s>", eos_token="</s>", unk_token="<unk>")))
+    (folder/"config.json").write_text(json.dumps(dict(model_type="llama")))
+    return folder
+
+@pytest.mark.parametrize("template", ["plain", "v1"])
+def test_answers_are_learned_with_a_tokenizer_of_llamas_kind(llama, template):
+    processor = build_processor(CLIPImageProcessorPil(), AutoTokenizer.from_pretrained(llama), tokens=4, template=template)
+    conversation = QA if template == "plain" else TWO
+    row = processor.supervised(conversation)
+    ids, labels = row["input_ids"], row["labels"]
+    assert ids[0] == processor.tokenizer.bos_token_id and ids.count(processor.tokenizer.bos_token_id) == 1 and ids.count(processor.image_token_id) == 4
+    assert all(l in (-100, i) for i, l in zip(ids, labels))
+    said = "A cat.\n" if template == "plain" else "A cat.</s>Black.</s>"
+    assert learned(processor, row).replace(" ", "") == said.replace(" ", "")
+    assert processor.tokenizer.decode([i for i, l in zip(ids, labels) if l < 0 and i != processor.image_token_id], skip_special_tokens=True).count("cat") == 0

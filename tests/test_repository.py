@@ -141,8 +141,10 @@ def test_imports_point_downward(path):
     name = ".".join(path.relative_to(ROOT/"delta_llava").with_suffix("").parts)
     body = ast.parse(path.read_text(encoding="utf-8")).body  # the module's top; a function may import late
     for node in body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("delta_llava."):
-            other = node.module.removeprefix("delta_llava.")
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("delta_llava.")):
+            above = name.split(".")[:-node.level] if node.level else []
+            other = ".".join([*above, *filter(None, [node.module.removeprefix("delta_llava.") if node.module else ""])])
+            assert not node.level or other in number, f"{path.name} imports {other!r}, which no notebook makes"
             assert number.get(other, "") < number[name], f"{number[name]} imports {number.get(other, other)}"
             assert all(alias.name != "*" for alias in node.names), f"import * from {other}"
 

@@ -216,7 +216,7 @@ def check_space(
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     kept = sum(f.stat().st_size for f in folder.glob("checkpoint-*/**/*") if f.is_file())
     tuned = any(p.requires_grad for p in model.model.language_model.parameters())
-    result = sum(p.numel()*max(2, p.element_size()) for p in model.parameters()) if tuned else 0  # four bits are written as two bytes
+    result = sum(p.numel()*(4 if p.dtype == torch.uint8 else p.element_size()) for p in model.parameters()) if tuned else 0  # one byte holds two weights of four bits, which are written in two bytes each
     if (free := shutil.disk_usage(folder).free) + kept < 3*one + result:
         raise OSError(f"{folder} has {free/2**30:.1f} GiB free, but three checkpoints of {one/2**30:.1f} GiB and a model of {result/2**30:.1f} GiB must fit; make room, or name a folder on another disk.")
 

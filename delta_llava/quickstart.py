@@ -29,7 +29,7 @@ from .evaluate import naming, right_and_shuffled, see
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor, assemble
 from .tower import CachedFeatures, cache_features, open_image
-from .train import ElasticCollator, fit_stage, stage_arguments, write_record
+from .train import ElasticCollator, fit_stage, stage_arguments, write_card, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, question_embedding, save_projector
 
 # %% ../nbs/50_quickstart.ipynb #b0516a64
@@ -318,6 +318,7 @@ def run(
     shown = _figures(model, processor, recipe, held, trained, folder)
     losses,seconds = [e["loss"] for e in trained if "loss" in e], time.perf_counter() - start
     write_record(folder/"record.json", [recipe.seed], dict(scores=scores, losses=losses), recipe=asdict(recipe), seconds=seconds)
+    write_card(folder)
     record = json.loads((folder/"record.json").read_text())
     good = [name for name,budgets in scores.items() if reached(name, budgets[str(recipe.tokens)])]
     verdict = f"At {recipe.tokens} visual tokens the model uses what it sees in {len(good)} of {len(scores)} held-out sets."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZERO3', 'logger', 'FREE', 'ElasticCollator', 'freeze', 'merge_lora', 'last_checkpoint', 'Intervals', 'WithIds',
            'StageTrainer', 'stage_arguments', 'check_space', 'fit_stage', 'hardware', 'commit', 'write_record', 'Stage',
-           'Pretrain', 'Finetune', 'sharding_fields', 'stage_collator', 'take_projector', 'prepare_stage',
+           'Pretrain', 'Finetune', 'write_card', 'sharding_fields', 'stage_collator', 'take_projector', 'prepare_stage',
            'measure_first', 'with_lengths', 'claim_folder', 'run_stage']
 
 # %% ../nbs/31_train.ipynb #b90e3ca9
@@ -21,6 +21,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -28,6 +29,7 @@ from typing import Literal
 
 import torch
 import transformers
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -378,6 +380,35 @@ class Finetune(Stage):
     group_by_length:bool=True  # Rows of like length in one step
     sharding:Literal["none", "fsdp2", "zero3"]="fsdp2"  # What is spread over the processes: nothing, or everything by FSDP2 or DeepSpeed
 
+# %% ../nbs/31_train.ipynb #60eebb61
+def _named(part):  # a folder's name, not where it lies on somebody's disk
+    return part if part.startswith(("hub:", "pypi:")) else Path(part).name
+
+def write_card(
+    folder:str|Path,  # Written by a training: `record.json` beside the projector or the model
+    license:str="other",  # Of these weights, as the hub names it; the LLM's and the data's licences may bind you
+)->Path:  # `README.md` in the folder
+    "The model card of what was trained, from its record."
+    record = json.loads(((folder := Path(folder))/"record.json").read_text())
+    said,whole = record.get("settings") or record["recipe"], not (folder/"projector.json").exists()
+    budgets,losses = said.get("budgets") or said.get("train_budgets") or [said["tokens"]], record["result"].get("losses")
+    tower,llm = _named(said["tower"]), _named(said["llm"])
+    build = dict(tokens=said["tokens"], budgets=tuple(budgets), image_size=said["image_size"], pad=said.get("pad", False), template=said.get("template", "chatml"), standardize=said.get("standardize", True))
+    facts = {"stage": record.get("stage", "pretrain"), "budgets in training": ", ".join(map(str, budgets)), "rows in a step": said["batch_size"], "seeds": ", ".join(map(str, record["seeds"])),
+             "loss": f"{losses[0]:.2f} → {losses[-1]:.2f} nats per token" if losses else "not recorded", "hardware": record["hardware"], "time": f"{record['seconds']/60:.0f} min", "commit": record["commit"]}
+    scores = [(name, t, f"{s['right']:.2f}", f"{s['shuffled']:.2f}", f"{s['naming']:.0%}", f"{s['pointing']:.0%} ({s['pointing_chance']:.0%})")
+              for name,at in record["result"].get("scores", {}).items() for t,s in at.items()]
+    data = ModelCardData(license=license, license_name="not-chosen-yet" if license == "other" else None, library_name="delta_llava", pipeline_tag="image-text-to-text",
+                         base_model=[name.removeprefix("hub:") for name in (tower, llm) if name.startswith("hub:")] or None,
+                         tags=["delta-llava", "visual-projector", said["compressor"], record.get("stage", "pretrain")])
+    card = ModelCard.from_template(data, template_str=(files("delta_llava")/"card.md").read_text(encoding="utf-8"), title=folder.resolve().name, source="https://github.com/delta-llava/delta_llava",
+                                   compressor=said["compressor"], tokens=said["tokens"], tower=tower, llm=llm, whole=whole, facts=facts, scores=scores,
+                                   parameters="" if whole else f"{sum(t.numel() for t in load_file(folder/'projector.safetensors').values()):,}",
+                                   build=f"assemble({tower!r}, {llm!r}, {said['compressor']!r}, " + ", ".join(f"{k}={v!r}" for k,v in build.items()) + ")",
+                                   data=Path(said["data"]).name if "data" in said else "planted scenes of embedded pictures, see their ATTRIBUTION.md")
+    card.save(folder/"README.md")
+    return folder/"README.md"
+
 # %% ../nbs/31_train.ipynb #c23eff10
 ZERO3 = dict(zero_optimization=dict(stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True), bf16=dict(enabled="auto"),
              gradient_accumulation_steps="auto", gradient_clipping="auto", train_batch_size="auto", train_micro_batch_size_per_gpu="auto")
@@ -498,4 +529,6 @@ def run_stage(
     if not first: return record
     processor.save_pretrained(stage.folder)
     losses = [e["loss"] for e in entries if "loss" in e]
-    return write_record(record, [stage.seed], dict(losses=losses), stage=stage.trains, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start)
+    write_record(record, [stage.seed], dict(losses=losses), stage=stage.trains, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start)
+    write_card(stage.folder)
+    return record

@@ -13,6 +13,7 @@ import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
 
 import torch
 from jaxtyping import Float, Int
@@ -113,7 +114,7 @@ class DeltaLlavaPreTrainedModel(LlavaPreTrainedModel):
 # %% ../nbs/22_vlm.ipynb #2784bc55
 @torch.no_grad()
 def question_embedding(
-    model:"DeltaLlavaModel",  # Holds the LLM
+    model:nn.Module,  # `DeltaLlavaModel`: holds the LLM
     question_ids:Tensor|None,  # [b, q] Token ids of each question alone, padded on the left
     question_mask:Tensor|None=None,  # [b, q] 0 where there is padding
 )->Float[Tensor, "b 1 d"]:  # Last hidden state of the last token
@@ -124,7 +125,7 @@ def question_embedding(
     return hidden[:, -1:].to(next(model.multi_modal_projector.parameters()).dtype)
 
 def visual_tokens(
-    model:"DeltaLlavaModel",  # Holds tower and projector
+    model:nn.Module,  # `DeltaLlavaModel`: holds tower and projector
     pixel_values:Tensor|None=None,  # [b, 3, h, w] Images, normalised by the tower's processor
     vision_features:Tensor|VisionFeatures|None=None,  # [b, n, l·c] Patch tokens, instead of `pixel_values`
     tokens:int|None=None,  # Budget $V$; `None` takes the config's

@@ -73,6 +73,7 @@ def test_settings_and_pyproject_agree():
     assert project["urls"]["Source"] == ini["git_url"]
     assert f'__version__ = "{ini["version"]}"' in read("delta_llava/__init__.py")
     assert yaml.safe_load(read("CITATION.cff"))["version"] == ini["version"]
+    assert re.search(rf"^## {re.escape(ini['version'])}\b", read("CHANGELOG.md"), re.M), "CHANGELOG.md has no heading for this version"
 
 
 def test_environment_has_the_pins_of_the_lock():

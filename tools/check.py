@@ -1,4 +1,4 @@
-"""What `make test` runs: notebooks clean, modules and README in sync, every notebook, every test.
+"""What `make test` runs: notebooks clean, modules and README in sync, the site's pages, every notebook, every test.
 
 Each step compares the tree with itself before the step, so that unfinished work of yours does not fail it."""
 import argparse, hashlib, os, shutil, subprocess, sys
@@ -47,6 +47,7 @@ def main() -> None:
     offline = {} if args.flag == "net" else {"HF_HUB_OFFLINE": "1"}
     flags = ["--flags", args.flag] if args.flag else []
     workers = max(2, min(4, os.cpu_count() or 2))
+    unchanged("pages of the site", "The check writes to _proc/ and _docs/ alone.", "python", "tools/check_docs.py", OMP_NUM_THREADS="1")
     run("weights converted, once", "python", "-c", "from delta_llava.assets import default_llm, default_tower, resolve; print(resolve(default_tower()), resolve(default_llm()), sep='\\n')")
     unchanged("notebooks run", "A notebook must leave nothing behind: let it write to a temporary folder.",
               "nbdev_test", "--n_workers", str(workers), "--timing", *flags, OMP_NUM_THREADS="1", **offline)

@@ -66,7 +66,7 @@ class Captions:
     def __call__(self):
         rows, trainings = zip(*(self.cell(recipe) for recipe in self.recipes()))
         rows = sum(rows, [])
-        result = [{k: round(v, 4) if isinstance(v := r[k], float) else v for k in KEPT} | dict(said=r["said"][:3]) for r in rows]
+        result = [{k: round(v, 4) if isinstance(v := r[k], float) else v for k in KEPT} | {k: r[k][:3] for k in ("said", "true")} for r in rows]
         settings = {k: v for k, v in asdict(self).items() if k not in ("folder", "record", "seeds")}
         same = asdict(self.recipes()[0])
         parts = {k: same[k] for k in ("tower", "llm", "lr", "calibrated")}

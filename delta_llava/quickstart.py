@@ -146,13 +146,13 @@ def score(
     tokens:int,  # Budget V
     point:int=POINTED,  # Pictures of the pointing game; 0 leaves it out
     speak:bool=False,  # Let it say what it sees, and score that too
-)->dict:  # Losses, p-value, naming, pointing with its chance; with `speak` the `caption_scores`, and what was `said`
+)->dict:  # Losses, p-value, naming, pointing with its chance; with `speak` the `caption_scores`, and what was `said` and is `true`
     "All scores of one held-out set at one budget."
     listed,visual = list(rows),see(model, features, tokens, question=asked(model, processor))
     scores = right_and_shuffled(model, processor, listed, visual, tokens) | dict(naming=naming(model, processor, listed, visual, tokens))
     if speak:
         said = captions(model, processor, visual, tokens, f"<image>\n{QUESTION}")
-        scores |= caption_scores(said, listed) | dict(said=said)
+        scores |= caption_scores(said, listed) | dict(said=said, true=[row["conversations"][1]["value"] for row in listed])
     if not point: return scores
     hits = point_at_things(model, processor, listed[:point], features, tokens)
     return scores | dict(pointing=hits["hit"], pointing_chance=hits["chance"], energy=hits["energy"], area=hits["area"])

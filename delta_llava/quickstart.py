@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'HELD_OUT_SEED', 'QUESTION', 'POINTED', 'PAGE', 'log', 'Recipe', 'build', 'training_pictures',
-           'held_out_pictures', 'read_features', 'asked', 'train', 'score', 'point_at_things', 'load_trained', 'answer',
-           'draw_log', 'draw_examples', 'reached', 'fit', 'run']
+           'held_out_pictures', 'read_features', 'asked', 'train', 'score', 'point_at_things', 'load_trained',
+           'score_trained', 'answer', 'draw_log', 'draw_examples', 'reached', 'fit', 'run']
 
 # %% ../nbs/50_quickstart.ipynb #011bdfdc
 import html
@@ -25,7 +25,7 @@ from .assets import default_llm, default_tower, resolve
 from .calibrate import answer_embeddings, calibrate
 from .compressors.base import compressor_class
 from .data import Collator, load_conversations, write_scenes
-from .evaluate import naming, right_and_shuffled, see
+from .evaluate import caption_scores, captions, naming, right_and_shuffled, see
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor, assemble
 from .tower import CachedFeatures, cache_features, open_image
@@ -145,14 +145,19 @@ def score(
     features:CachedFeatures,  # Its patch tokens
     tokens:int,  # Budget V
     point:int=POINTED,  # Pictures of the pointing game; 0 leaves it out
-)->dict[str, float]:  # Losses, p-value, naming, pointing with its chance
+    speak:bool=False,  # Let it say what it sees, and score that too
+)->dict:  # Losses, p-value, naming, pointing with its chance; with `speak` the `caption_scores`, and what was `said` and is `true`
     "All scores of one held-out set at one budget."
     listed,visual = list(rows),see(model, features, tokens, question=asked(model, processor))
     scores = right_and_shuffled(model, processor, listed, visual, tokens) | dict(naming=naming(model, processor, listed, visual, tokens))
+    if speak:
+        said = captions(model, processor, visual, tokens, f"<image>\n{QUESTION}")
+        scores |= caption_scores(said, listed) | dict(said=said, true=[row["conversations"][1]["value"] for row in listed])
     if not point: return scores
     hits = point_at_things(model, processor, listed[:point], features, tokens)
     return scores | dict(pointing=hits["hit"], pointing_chance=hits["chance"], energy=hits["energy"], area=hits["area"])
 
+# %% ../nbs/50_quickstart.ipynb #9f3caa6c
 def point_at_things(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -186,6 +191,23 @@ def load_trained(
     load_projector(folder, model)
     return model.eval(), processor, recipe
 
+# %% ../nbs/50_quickstart.ipynb #2cda4d34
+def score_trained(
+    folder:str|Path,  # Written by `fit` or `run`
+    tokens:Sequence[int]=(),  # Budgets V; empty takes the recipe's
+    pictures:int|None=None,  # In each of the four held-out sets; `None` takes the recipe's
+)->list[dict]:  # One for each set and budget: `seed`, `compressor`, `tokens`, `set`, and all of `score` but pointing
+    "Losses, naming and captions of a trained model on every held-out set."
+    model,processor,recipe = load_trained(folder)
+    n,budgets,rows = pictures or recipe.test_pictures, tuple(tokens) or recipe.test_budgets, []
+    held = held_out_pictures(replace(recipe, test_pictures=n), Path(folder)/f"held-out-{n}")
+    seen = {name: read_features(model, processor, part) for name,part in held.items()}
+    for name,t in tqdm([(name, t) for name in held for t in budgets], desc=f"{folder}", unit="score"):
+        about = dict(seed=recipe.seed, compressor=recipe.compressor, tokens=t, set=name)
+        rows.append(about | score(model, processor, held[name], seen[name], t, point=0, speak=True))
+    return rows
+
+# %% ../nbs/50_quickstart.ipynb #8cb5ef6b
 def answer(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor

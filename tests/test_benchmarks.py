@@ -93,3 +93,33 @@ def test_speed_is_recorded(tmp_path, full):
     assert [(r["cache"], r["tokens"], r["compressor"], r["batch"]) for r in record["result"]] == [(c, V, by, 2) for c in (("dynamic", "static") if full else ("dynamic",)) for V, by in ((16, "mlp"), (4, "delta"))]
     assert (record["dtype"], record["random_weights"], record["warm_up"], record["llm"]) == (("bfloat16", True, 2) if full else ("float32", False, 1)) + (str(parts/"llm"),)
     assert record["clock"] == "CPU time of the process, one thread" and record["peak"] > 0 and record["bandwidth"] > 0 and record["answer"] == 4
+
+
+def test_captions_are_trained_and_scored_once_with_one_recipe(tmp_path, monkeypatch):
+    module = runpy.run_path(str(BENCHMARKS/"captions.py"))
+    scope, trained, scored = module["Captions"].cell.__globals__, [], []
+    def train(folder, **recipe):
+        trained.append(folder.name)
+        folder.mkdir(parents=True)
+        (folder/"record.json").write_text(json.dumps(dict(recipe=recipe, commit="c", seconds=1., result=dict(losses=[3., 2.]))))
+        return lambda: None
+    def score(folder):
+        scored.append(folder.name)
+        if len(scored) == 2: raise KeyboardInterrupt
+        name, seed = folder.name.split("-")
+        about = dict.fromkeys(module["KEPT"], .5) | dict(seed=int(seed), compressor=name, set="one")
+        return [about | dict(tokens=t, said=["A fox."]*5, true=["A key."]*5) for t in json.loads((folder/"record.json").read_text())["recipe"]["test_budgets"]]
+    monkeypatch.setitem(scope, "Train", train)
+    monkeypatch.setitem(scope, "score_trained", score)
+    captions = module["Captions"](seeds=(0, 1), folder=tmp_path/"c", record=tmp_path/"r.json")
+    with pytest.raises(KeyboardInterrupt): captions()
+    captions()
+    assert trained == [f"{name}-{seed}" for seed in (0, 1) for name in ("delta", "fastv")] and scored == ["delta-0", "fastv-0", "fastv-0", "delta-1", "fastv-1"]
+    record = json.loads((tmp_path/"r.json").read_text())
+    assert [(r["seed"], r["compressor"], r["tokens"]) for r in record["result"]] == [(s, n, t) for s in (0, 1) for n, budgets in (("delta", (16, 4, 1)), ("fastv", (64, 16, 4, 1))) for t in budgets]
+    assert record["patches"] == 64 and record["seeds"] == [0, 1] and len(record["result"][0]["said"]) == 3 and record["fastv_layer"] == 2 and len(record["trainings"]) == 4
+    recipes = captions.recipes()
+    assert {(r.compressor, r.train_budgets, r.tokens) for r in recipes} == {("delta", (16, 4, 1), 16), ("fastv", (64,), 64)}
+    same = lambda r: {k: v for k, v in vars(r).items() if k not in ("compressor", "tokens", "train_budgets", "test_budgets", "seed")}
+    assert all(same(r) == same(recipes[0]) for r in recipes)  # the rest is shared
+    with pytest.raises(ValueError, match="training of another recipe"): module["Captions"](seeds=(0,), steps=9, folder=tmp_path/"c", record=tmp_path/"r.json")()

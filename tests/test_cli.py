@@ -1,6 +1,7 @@
 "The program: its help, and errors that are one sentence before any model is loaded."
 import io
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -201,3 +202,47 @@ def test_speed_prints_a_table(tmp_path, capsys):
     about, _, *table = capsys.readouterr().out.strip().splitlines()
     assert about.startswith("CPU, 1 thread(s), measured: ") and "gain over 16 tokens" in about
     assert [[c.strip() for c in line.split("|")[1:4]] for line in table if line[2].isdigit()] == [["16", "mlp", "1"], ["1", "delta", "1"]]
+
+# ---------------------------------------------------------------- evaluate
+
+def scored(seed, tokens, **more):
+    "What `score_trained` gives for one set and budget."
+    return dict(seed=seed, compressor="delta", tokens=tokens, set="heldout_scenes, one thing", right=1. + seed, shuffled=2., p=1e-5, naming=.5, f1=.25*seed, all_right=.5, cider=300., cider_truth=400., said=["A fox."]) | more
+
+def test_evaluate_scores_every_seed_and_says_what_is_missing(tmp_path, trained, monkeypatch, capsys):
+    other = tmp_path/"seed1"
+    shutil.copytree(trained, other)
+    (other/"recipe.json").write_text(json.dumps(asdict(Recipe(seed=1))))
+    score = Mock(side_effect=lambda folder, tokens, pictures: [scored(int(folder == other), t) for t in tokens])
+    monkeypatch.setattr(cli, "score_trained", score)
+    cli.main(["evaluate", str(trained), str(other), "--tokens", "16", "4", "--pictures", "8"])
+    assert [c.args for c in score.call_args_list] == [(trained, (16, 4), 8), (other, (16, 4), 8)]
+    said = capsys.readouterr().out
+    assert "1.50 (1.00–2.00, n=2)" in said and "0.12 (0.00–0.25, n=2)" in said and "heldout scenes, one thing" in said
+    assert "Not run: the paper's benchmarks" in said and f"--model delta_llava --model_args pretrained={trained},tokens=4 --tasks gqa,mmbench_en_dev" in said
+    record = json.loads((trained/"evaluation.json").read_text())
+    assert record["seeds"] == [0, 1] and len(record["result"]) == 4 and record["result"][0]["said"] == ["A fox."]
+
+def test_evaluate_without_cider_says_so(trained, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "score_trained", Mock(return_value=[scored(0, 16, cider=None, cider_truth=None)]))
+    cli.main(["evaluate", str(trained), "--out", str(trained/"e.json")])
+    said = capsys.readouterr().out
+    assert "| 1.00 " in said and "not run" in said and (trained/"e.json").is_file()
+
+def test_evaluate_prints_the_papers_tables(tmp_path, capsys):
+    cli.main(["evaluate", "--tables", "--runs", str(tmp_path)])
+    said = capsys.readouterr().out
+    for number in range(1, 7): assert f"Table {number} (§" in said
+    assert "38.9 ⚠a" in said and "Shifted columns" in said and "not run" in said
+
+def test_evaluate_refuses_before_a_model_is_loaded(tmp_path, trained, loaded, capsys):
+    other = tmp_path/"other"
+    shutil.copytree(trained, other)
+    (other/"recipe.json").write_text(json.dumps(asdict(Recipe(steps=7))))
+    for args,word in ([[], "name a trained folder, or --tables"], [[tmp_path/"none"], "holds no trained projector (no recipe.json)"], [[trained, "--tokens", "5"], "tokens=5 must be the square"],
+                      [[trained, "--pictures", "1"], "pictures=1 must be at least 2"], [[trained, other], "holds another recipe than"], [[trained, "--out", tmp_path/"no"/"e.json"], "cannot be written to"],
+                      [["--tables", "--runs", tmp_path/"no"], "is not a folder"]):
+        assert word in refused("evaluate", *args, capsys=capsys)
+    (other/"projector.safetensors").unlink()
+    assert "no projector.safetensors" in refused("evaluate", other, capsys=capsys)
+    assert not loaded.called

@@ -1,16 +1,23 @@
-"The scores: a model that reads its picture passes every one, a blind or random one stands at chance, and wrong input is named."
+"The scores: a model that reads its picture passes every one, a blind or random one stands at chance, and wrong input is named. The paper's tables: numbers, warnings, ours beside."
+import json
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BitImageProcessorPil, PreTrainedTokenizerFast
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import tiny_vlm
 from delta_llava import evaluate
-from delta_llava.data import concept_names, plan_scene, with_article
+from delta_llava.data import ask, concept_names, load_conversations, plan_scene, with_article, write_scenes
 from delta_llava.evaluate import another, answer_losses, naming, right_and_shuffled, see
 from delta_llava.processor import build_processor
+from delta_llava.quickstart import answer
+from delta_llava.tower import open_image
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration
 
 WORDS = ["<unk>", "<s>", "</s>", *sorted({w for n in concept_names() for w in with_article(n).split()} |
@@ -142,3 +149,175 @@ def test_scores_refuse(processor):
         with pytest.raises(ValueError, match="3 pictures for 2 rows"): score(Reader().eval(), processor, rows[:2], visual)
     for candidates in (1, 62):
         with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..61"): naming(Reader().eval(), processor, rows, visual, candidates=candidates)
+
+# ---------------------------------------------------------------- captions
+
+def naming_rows(*names): return [dict(objects=[dict(name=n) for n in some]) for some in names]
+
+def test_captions_are_those_of_one_picture_at_a_time(tmp_path):
+    "The batch, and visual tokens made beforehand, change no word; FastV drops in the LLM at each budget."
+    rows = load_conversations(write_scenes(tmp_path, 5, "heldout_scenes", 0, (1, 2), 168, tasks=("caption",), paraphrase=False, min_side=56))
+    for compressor,budgets in (("delta", (1, 4)), ("fastv", (1, 49))):
+        model,processor = tiny_vlm.tiny("clip_b32_224", compressor=compressor).eval(), build_processor(CLIPImageProcessorPil(), tiny_vlm.byte_tokenizer(), tokens=4, template="v1")
+        for tokens in budgets:
+            pixels = processor.image_processor([open_image(r["image"]) for r in rows], return_tensors="pt")["pixel_values"]
+            with torch.no_grad(): visual = evaluate.visual_tokens(model.model, pixels, tokens=tokens)
+            said = evaluate.captions(model, processor, visual, tokens, max_new_tokens=6, batch_size=2)
+            assert said == evaluate.captions(model, processor, visual, tokens, max_new_tokens=6, batch_size=5)
+            if compressor == "delta": assert said == [answer(model, processor, open_image(r["image"]), tokens=tokens, max_new_tokens=6) for r in rows]
+
+def test_things_are_counted_exactly():
+    rows = naming_rows(["fox", "key"], ["owl"], ["cake", "bus", "lion"])
+    said = ["A FOX and a key.", "An owl, a fox and an owl.", "I see a pancake and a lion."]
+    assert evaluate.object_scores(said, rows) == dict(precision=4/5, recall=4/6, f1=8/11, all_right=1/3)  # a pancake is no cake, and an owl said twice is one
+    assert evaluate.object_scores([""]*3, rows) == dict(precision=0, recall=0, f1=0, all_right=0)
+    with pytest.raises(ValueError, match="2 captions for 3 pictures"): evaluate.object_scores(said[:2], rows)
+
+def test_references_are_the_datas_own_phrasings():
+    for i in range(12):
+        scene = plan_scene(i, "train", seed=5, n_objects=(1, 4))
+        true = evaluate.references(dict(objects=[dict(name=o.name) for o in scene.objects]))
+        assert len(true) == 3 and ask(scene, "caption")[0][1].lower() in [t.lower() for t in true] and true[0].lower() == ask(scene, "caption", paraphrase=False)[0][1].lower()
+
+def test_cider_by_hand():
+    "Two pictures, one reference each, so a run of words that only one has weighs ln 2 and one that both have weighs nothing."
+    pytest.importorskip("pycocoevalcap")
+    true = [["a red fox"], ["a key"]]
+    assert abs(evaluate.cider(["A red fox.", "a key"], true) - 1000*(3/4 + 2/4)/2) < 1e-6  # runs of 1, 2 and 3 words; of 1 and 2: shorter ones have no others
+    assert evaluate.cider(["a", "a"], true) == evaluate.cider(["", "nothing"], true) == 0
+    # "a red" has "red" of {red, fox} and "a red" of {a red, red fox}: cosine 1/sqrt 2 each, one word too short
+    assert abs(evaluate.cider(["a red", "a"], true) - 1000/4*2**-.5*2*math.exp(-1/72)/2) < 1e-6
+    # a second reference halves what only the first has
+    assert abs(evaluate.cider(["a red fox", "a"], [["a red fox", "the bird"], ["a key", "a key"]]) - 1000*3/4/2/2) < 1e-6
+    with pytest.raises(ValueError, match="there must be two"): evaluate.cider(["a"], [["a"]])
+
+def test_cider_without_its_package(monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    scores = evaluate.caption_scores(["A fox.", "A key."], naming_rows(["fox"], ["key"]))
+    assert scores["all_right"] == 1 and scores["cider"] is None
+    with pytest.raises(ImportError, match="captions"): evaluate.cider(["a", "b"], [["a"], ["b"]])
+    assert "needs `pip install 'delta-llava[captions]'`" in evaluate.missing("runs/q", [4])
+
+def test_the_true_caption_is_the_best_that_the_model_was_taught():
+    pytest.importorskip("pycocoevalcap")
+    rows = scenes(24, (2, 3))
+    said = [evaluate.references(r)[0] for r in rows]
+    best = evaluate.caption_scores(said, rows)
+    assert best["cider"] == best["cider_truth"] and best["all_right"] == 1
+    worse = evaluate.caption_scores([said[i] for i in another(24).tolist()], rows)
+    assert worse["cider"] < .3*best["cider"] and worse["cider_truth"] == best["cider_truth"]
+
+# ---------------------------------------------------------------- the paper's tables
+
+def cells(number, **where): return [c for c in evaluate.paper_cells(number) if all(c[k] == v for k,v in where.items())]
+def value(number, **where):
+    found, = cells(number, **where)
+    return found["value"]
+
+def test_tables_have_the_numbers_that_the_papers_text_states():
+    "§6.1–§6.6 repeat some of them in words: a slip in the table would break one."
+    ours = dict(system="Delta-LLaVA (Ours)")
+    assert (value(1, column="GQA", tokens="144", **ours), value(1, column="GQA", tokens="144", system="TokenPacker")) == (62.34, 61.9)
+    assert (value(1, column="SQA", tokens="144", **ours), value(1, column="SQA", system="Matryoshka Query", tokens="144")) == (68.7, 67.5)
+    assert [value(1, column="VizWiz", tokens=t, **ours) for t in ("36", "16")] == [56.2, 55.2]
+    assert (value(1, column="MME", system="LLaVA-1.5"), value(1, column="VQAv2", system="LLaVA-1.5")) == (1510.7, 78.5)
+    for t in ("4", "1"):  # "the top scores on GQA, POPE, TextVQA, and VizWiz"
+        for column in ("GQA", "POPE", "TextVQA", "VizWiz"): assert value(1, column=column, tokens=t, **ours) == max(c["value"] or 0 for c in cells(1, column=column, tokens=t))
+    assert value(2, column="GQA", tokens="144") - value(2, column="GQA", tokens="448") > 3 and value(2, column="MMB", tokens="144") - value(2, column="MMB", tokens="448") > 11
+    assert value(2, column="MME", tokens="144") == 1524
+    full = {c["column"]: c["value"] for c in cells(3, system="Full Model")}  # Table 1's row at 144 tokens, SQA to one more digit
+    assert full == {c["column"]: 68.67 if c["column"] == "SQA" else c["value"] for c in cells(1, tokens="144", **ours) if c["column"] in full}
+    assert value(4, column="Pretraining", tokens="1") == 16*60 and 2.8 < value(4, column="Finetuning", tokens="1")/3600 < 2.9  # "16 minutes and 2.9 hours"
+    for column in ("Pretraining", "Finetuning"):  # "a clear monotonic reduction"
+        times = [c["value"] for c in cells(4, column=column)]
+        assert times == sorted(times, reverse=True) and len(set(times)) == 6
+    assert value(5, column="GQA", system="CLIP 336") == max(c["value"] for c in cells(5, column="GQA")) and value(5, column="MME", system="SigLIP 386") == min(c["value"] for c in cells(5, column="MME"))
+    for c in cells(6, tokens="576", system="FastV"): assert c["value"] == value(6, tokens="576", system="Ours", llm=c["llm"], column=c["column"])  # "performance is matched"
+    gains = [value(6, tokens=t, system="Ours", llm="LLaVA-1.5-7B", column=k) - value(6, tokens=t, system="FastV", llm="LLaVA-1.5-7B", column=k) for t in ("144", "64") for k in ("Nocaps", "Flickr30k")]
+    assert 2 < min(gains) and max(gains) < 5  # "up to 3–5 CIDEr points"
+
+def test_tables_equal_the_reading_guides_copies():
+    "The reading guide typed them by hand, apart from these."
+    guide = "\n".join("".join(c["source"]) for c in json.loads((Path(__file__).parents[1]/"nbs"/"00_reading_guide.ipynb").read_text())["cells"] if c["cell_type"] == "code")
+    def typed(name):
+        scope = {}
+        exec(re.search(rf"^{name} = .*?(?=^\w|\Z)", guide, re.M | re.S)[0], scope)
+        return scope[name]
+    rows = lambda n: {(c["system"], c["llm"], c["tokens"]): [x["value"] for x in cells(n, system=c["system"], llm=c["llm"], tokens=c["tokens"])] for c in evaluate.paper_cells(n)}
+    blocks,mine = typed("blocks"),rows(1)
+    assert sorted(map(str, mine.values())) == sorted(str([None if v is None else float(v) for v in r]) for block in blocks.values() for r in block)
+    for name,(own,*_) in blocks.items():
+        tokens,llm = name.split()[-1], "Vicuna-1.5 13B" if "13B" in name else "Vicuna-1.5 7B"
+        assert list(own) in [r for (system,l,t),r in mine.items() if (l, t) == (llm, tokens) and "Ours" in system]
+    assert typed("printed") == {c["column"]: c["value"] for c in cells(2, system="Qwen-VL-Chat")}
+    assert {k: list(v) for k,v in typed("scores").items()} | {"Full Model": list(typed("whole"))} == {k[0]: v for k,v in rows(3).items()}
+    assert {str(t): list(v) for t,v in typed("times").items()} == {t: [c["printed"] for c in cells(4, tokens=t)] for t in map(str, typed("times"))}
+    where = [("LLaVA-1.5-7B", "Nocaps"), ("LLaVA-1.5-7B", "Flickr30k"), ("LLaVA-1.5-13B", "Nocaps"), ("LLaVA-1.5-13B", "Flickr30k")]
+    for t,four in typed("captions").items():
+        for (llm,column),pair in zip(where, four): assert pair == tuple(value(6, tokens=str(t), llm=llm, column=column, system=s) for s in ("FastV", "Ours"))
+
+def concerned(number, says): return {(c["system"], c["llm"], c["tokens"], c["column"]) for c in evaluate.paper_cells(number) if any(says in w for w in c["warnings"])}
+
+def test_warnings_sit_on_the_cells_they_concern():
+    "Each selection is computed again from the numbers."
+    published = dict(VQAv2=78.2, GQA=57.5, VizWiz=38.9, SQA=68.2, MME=1487.5, MMB=60.6)
+    assert {c[3] for c in concerned(2, "Shifted")} == {c["column"] for c in cells(2, system="Qwen-VL-Chat") if published.get(c["column"]) != c["value"]} == {"POPE", "SQA", "VizWiz"}
+    llms = ("LLaVA-1.5-7B", "LLaVA-1.5-13B")
+    pairs = {(llm, t, k): (value(6, system="Ours", llm=llm, tokens=t, column=k), value(6, system="FastV", llm=llm, tokens=t, column=k)) for llm in llms for t in ("144", "64", "36", "16", "4", "1") for k in ("Nocaps", "Flickr30k")}
+    assert {c[1:] for c in concerned(6, "Equal to FastV")} == {k for k,(a,b) in pairs.items() if a == b}
+    assert {c[1:] for c in concerned(6, "Below FastV")} == {k for k,(a,b) in pairs.items() if a < b}
+    kept = {k: a/value(6, system="Ours", llm=k[0], tokens="576", column=k[2]) for k,(a,_) in pairs.items()}
+    assert {c[1:] for c in concerned(6, "≥ 85")} == {k for k,v in kept.items() if v < .85}
+    assert concerned(6, "own protocol") == {(c["system"], c["llm"], c["tokens"], c["column"]) for c in evaluate.paper_cells(6) if c["system"] == "FastV" or c["tokens"] == "576"}
+    ours,base = ({c["column"]: c["value"] for c in cells(1, system=s, tokens=t)} for s,t in (("Delta-LLaVA (Ours)", "144"), ("LLaVA-1.5", "576")))
+    assert {c[3] for c in concerned(1, "Consistent gains")} == {k for k in ours if ours[k] < base[k]} and {c[2] for c in concerned(1, "Consistent gains")} == {"144"}
+    big,base = ({c["column"]: c["value"] for c in cells(1, system=s)} for s in ("Delta-LLaVA-13B (Ours)", "LLaVA-1.5 13B"))
+    assert {c[3] for c in concerned(1, "13B LLM")} == {k for k in big if big[k] <= base[k]}
+    assert {c[3] for c in concerned(1, "Two splits")} == {"VQAv2", "VizWiz"} and len(concerned(1, "Two splits")) == 26*2 - 3  # three dashes
+    drop = {c["system"]: c["value"] for c in cells(3, column="MME")}
+    assert [c[0] for c in concerned(3, "largest MME drop")] == [min(drop, key=drop.get)]
+    assert {c[2] for c in concerned(4, "2.51×")} == {"144"} and not concerned(5, "Bold in the paper") - {("SigLIP 386", "Vicuna 7B", "81", "SQA")}
+
+def test_every_warning_is_shown_at_a_cell_and_in_words():
+    for number in range(1, 7):
+        text = evaluate.paper_table(number, "none")
+        table,_,below = text.partition("\n\n- ⚠a")
+        for letter,w in zip("abcdefghij", evaluate.paper()["tables"][str(number)]["warnings"]):
+            assert any(letter in mark for mark in re.findall(r"⚠([a-j]+)", table)), (number, letter)
+            assert w["says"] in text and w["evidence"] in text
+        assert table.count("not run") == len(evaluate.paper()["tables"][str(number)]["rows"])
+    with pytest.raises(ValueError, match="number=7 must be one of 1..6"): evaluate.paper_table(7)
+
+def test_selectors_name_rows_and_columns_that_exist():
+    for table in evaluate.paper()["tables"].values():
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        for w in table["warnings"]:
+            for where in w["cells"]:
+                for key,values in where.items(): assert set(values) <= set(table["columns"] if key == "column" else [row[table["columns"].index(key)] for row in table["rows"]]), (w["says"], key)
+
+def test_ours_stand_beside_with_their_spread(tmp_path):
+    said = lambda seed,name,tokens,f1: dict(seed=seed, compressor=name, tokens=tokens, set="one", cider=100*f1, f1=f1)
+    result = [said(0, "delta", 4, .2), said(1, "delta", 4, .6), said(0, "delta", 4, .4) | dict(set="two"), said(1, "delta", 4, .8) | dict(set="two"), said(0, "fastv", 64, .9)]
+    (tmp_path/"captions.json").write_text(json.dumps(dict(patches=64, result=result)))
+    (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[
+        dict(label="mlp", calibrated=True, scores=dict(a={"64": dict(naming=.5)}, b={"64": dict(naming=1.)})), dict(label="delta", calibrated=False, scores=dict(a={"4": dict(naming=.1)}))])))
+    columns = evaluate.own_columns(6, tmp_path)
+    rows = evaluate.paper()["tables"]["6"]["rows"]
+    of = lambda heading,*row: columns[heading][[r[:3] for r in rows].index(list(row))]
+    assert of("here: F1 of the things", "Ours", "LLaVA-1.5-7B", "4") == "0.50 (0.30–0.70, n=2)"  # first the mean over the sets of a seed
+    assert of("here: CIDEr, own scenes", "FastV", "LLaVA-1.5-7B", "576") == of("here: CIDEr, own scenes", "Ours", "LLaVA-1.5-7B", "576") == "90 (90–90, n=1)"
+    assert {of("here: F1 of the things", "Ours", llm, t) for llm,t in (("LLaVA-1.5-13B", "4"), ("LLaVA-1.5-13B", "576"), ("LLaVA-1.5-7B", "64"), ("LLaVA-1.5-7B", "1"))} == {"not run"}
+    naming, = evaluate.own_columns(1, tmp_path).values()
+    assert naming[0] == "75% (75%–75%, n=1)" and set(naming[1:]) == {"not run"}
+    assert evaluate.own_columns(2, tmp_path) == {"here": ["not run"]*3}
+
+def test_figure_has_means_and_bars_to_the_extremes():
+    rows = [dict(seed=s, compressor=c, tokens=t, set=n, f1=(.1 + .2*s)*(1 + (c == "delta"))*t/16) for s in (0, 1, 2) for c,budgets in (("delta", (16, 4)), ("fastv", (64, 16, 4))) for t in budgets for n in ("a", "b")]
+    fig = evaluate.draw_captions(dict(patches=64, result=rows), {"f1": "F1"})
+    assert len(fig.axes) == 2
+    for ax in fig.axes:
+        assert ax.get_lines()[0].get_ydata()[0] == pytest.approx(.3*4)  # all patches
+        for container,twice in zip(ax.containers, (2, 1)):
+            line,_,(bars,) = container.lines
+            assert list(line.get_xdata()) == [4, 16] and list(line.get_ydata()) == pytest.approx([.3*twice/4, .3*twice])
+            assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([.1*twice, .5*twice])

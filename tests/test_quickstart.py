@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from delta_llava import quickstart
-from delta_llava.quickstart import SETS, Recipe, answer, held_out_pictures, load_trained, run, training_pictures
+from delta_llava.quickstart import SETS, Recipe, answer, held_out_pictures, load_trained, run, score_trained, training_pictures
 from delta_llava.tower import open_image
 
 TINY = Recipe(steps=2, batch_size=2, train_pictures=8, test_pictures=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
@@ -71,6 +71,19 @@ def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
     assert unchanging(run(TINY, folder)) == unchanging(record) and not taken  # nothing is trained twice
     with pytest.raises(ValueError, match="holds a run of another recipe"): run(replace(TINY, seed=1), folder)
     assert json.loads((folder/"recipe.json").read_text())["seed"] == 0 and (folder/"report.html").exists()
+
+@pytest.mark.slow
+def test_trained_folder_is_scored_again_and_speaks(runs):
+    "The same numbers as in the run's own record, and the words that `answer` gives."
+    (folder, _), (record, _) = runs
+    rows = score_trained(folder)
+    assert [(r["set"], r["tokens"]) for r in rows] == [(name, t) for name in SETS for t in TINY.test_budgets]
+    for r in rows:
+        own = record["result"]["scores"][r["set"]][str(r["tokens"])]
+        assert {k: r[k] for k in ("right", "shuffled", "p", "naming")} == {k: own[k] for k in ("right", "shuffled", "p", "naming")} and len(r["said"]) == len(r["true"]) == 2
+    assert next(r for r in rows if r["tokens"] == TINY.tokens)["said"][0] == record["example"]
+    few = score_trained(folder, (9,), 3)
+    assert {r["tokens"] for r in few} == {9} and len(few[0]["said"]) == 3 and 0 <= few[0]["recall"] <= 1
 
 # ---------------------------------------------------------------- its parts
 

@@ -82,7 +82,9 @@ def run_all(page, lab):
     assert not errors()
     assert sum(bool(c["outputs"]) for c in code()) > 2, "the cells ran and showed nothing"
     assert page.locator(".jp-OutputArea-output").count() > 0, "no output on the screen"
-    if shots := os.environ.get("DELTA_LLAVA_SCREENSHOTS"): page.screenshot(path=Path(shots)/f"{copy.stem}.png")
+    if shots := os.environ.get("DELTA_LLAVA_SCREENSHOTS"):
+        if (drawn := page.locator(".jp-OutputArea-output img")).count(): drawn.last.scroll_into_view_if_needed()
+        page.screenshot(path=Path(shots)/f"{copy.stem}.png")
     assert page.get_by_text(re.compile("Error displaying widget|Error creating widget|Loading widget")).count() == 0, "a widget is not shown"
 
 

@@ -21,7 +21,7 @@ sync: $(READY)  ## only: notebooks clean, modules and README in sync with them
 readme: $(READY)  ## run nbs/index.ipynb and write README.md from it
 	$(PY) tools/make_readme.py --run
 
-slow: $(READY)  ## the slow notebook cells and tests as well; one test wants a chromium
+slow: $(READY)  ## the slow notebook cells and tests as well; those of JupyterLab want a chromium
 	$(PY) -m uv pip install --quiet --python $(PY) --group slow -c requirements.lock
 	@$(PY) tools/check.py --flag slow
 

@@ -68,21 +68,23 @@ def run_all(page, lab):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
-    def code(): return [c for c in json.loads(copy.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and c["source"]]
+    def code():
+        def read():
+            try: return json.loads(copy.read_text(encoding="utf-8"))["cells"]
+            except json.JSONDecodeError: return None  # just being written
+        return [c for c in wait(read, 30, lambda: "no whole notebook") if c["cell_type"] == "code" and c["source"]]
     def errors(): return [o["ename"] + ": " + o["evalue"] for c in code() for o in c["outputs"] if o["output_type"] == "error"]
     def finished():
         page.keyboard.press("Control+s")
         return errors() or all(c["execution_count"] for c in code())
 
-    wait(finished, 900, lambda: [c["execution_count"] for c in code()])
+    wait(finished, 1200, lambda: [c["execution_count"] for c in code()])
     assert not errors()
     assert sum(bool(c["outputs"]) for c in code()) > 2, "the cells ran and showed nothing"
     assert page.locator(".jp-OutputArea-output").count() > 0, "no output on the screen"
-    shots = os.environ.get("DELTA_LLAVA_SCREENSHOTS")
-    for i, kind in enumerate(("img", ".jupyter-widgets")):  # the last picture and the last widget, if there are any
-        shown = page.locator(f".jp-OutputArea-output {kind}")
-        if shown.count(): shown.last.scroll_into_view_if_needed()
-        if shots: page.screenshot(path=Path(shots)/f"{copy.stem}-{i}.png")
+    if shots := os.environ.get("DELTA_LLAVA_SCREENSHOTS"):
+        if (drawn := page.locator(".jp-OutputArea-output img")).count(): drawn.last.scroll_into_view_if_needed()
+        page.screenshot(path=Path(shots)/f"{copy.stem}.png")
     assert page.get_by_text(re.compile("Error displaying widget|Error creating widget|Loading widget")).count() == 0, "a widget is not shown"
 
 

@@ -65,6 +65,14 @@ def test_trained_model_answers(runs):
     assert isinstance(answer(model, processor, open_image(record["picture"]), "What colour is it?", tokens=4, max_new_tokens=3), str)
 
 @pytest.mark.slow
+def test_model_card_tells_how_to_load_it(runs):
+    (folder, _), _ = runs
+    scope = dict(folder=folder)
+    exec(re.search(r"```python\n(.*?)```", (folder/"README.md").read_text(), re.S)[1], scope)
+    ours,theirs = (m.model.multi_modal_projector.state_dict() for m in (load_trained(folder)[0], scope["model"]))
+    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+@pytest.mark.slow
 def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
     (_, folder), (_, record) = runs
     taken = steps_left(monkeypatch)

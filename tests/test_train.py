@@ -1,9 +1,11 @@
 "Stage 1: a calibrated start that keeps its promises, a run that survives being killed bit for bit, and a record of every run."
 import json, os, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from torch.testing import assert_close
 from transformers import Dinov2Config, LlamaConfig, ProcessorMixin, TrainerCallback
@@ -12,8 +14,8 @@ from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
 from delta_llava.projector import DeltaProjector
 from delta_llava.compressors.m3 import M3, M3Config
-from delta_llava.train import ElasticCollator, StageTrainer, freeze, last_checkpoint, fit_stage, stage_arguments, write_record
-from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from delta_llava.train import ElasticCollator, StageTrainer, freeze, last_checkpoint, fit_stage, stage_arguments, write_card, write_record
+from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, save_projector
 
 SMALL = replace(dinov2_s14(56, tokens=4, d_llm=32), d_vision=128, levels=(1, 2), heads=4)
 
@@ -175,6 +177,19 @@ def test_record_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "replace", lambda *args: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError): write_record(path, [3], dict(loss=2.))
     assert path.read_text() == before
+
+def test_card_says_what_the_record_says(tmp_path):
+    record = json.loads((Path(__file__).parent.parent/"runs"/"quickstart-seed0.json").read_text())
+    record["recipe"] |= dict(tower="/elsewhere/towers/clip", llm="hub:someone/llm")
+    save_projector(tiny_model(), tmp_path)
+    (tmp_path/"record.json").write_text(json.dumps(record))
+    card = ModelCard.load(write_card(tmp_path))
+    assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "not-chosen-yet", ["someone/llm"])
+    assert {"delta-llava", "delta", "pretrain"} <= set(card.data.tags) and "elsewhere" not in card.content and "`clip`" in card.text
+    assert card.text.count("\n| heldout_") == sum(map(len, record["result"]["scores"].values())) and record["commit"] in card.text
+    assert "load_projector(folder, model)" in card.text and ModelCard.load(write_card(tmp_path, "mit")).data.license == "mit"
+    (tmp_path/"projector.json").unlink()  # as after stage 2
+    assert "AutoModelForImageTextToText.from_pretrained(folder)" in write_card(tmp_path).read_text()
 
 # ---------------------------------------------------------------- several budgets in one step
 

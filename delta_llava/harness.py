@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, Features, Image as ImageColumn, Value
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

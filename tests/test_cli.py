@@ -63,6 +63,7 @@ def test_help_names_the_commands(capsys):
     ("chat", ["--image", "The picture", "--ask", "One question", "--tokens", "Budget V, a square", "--folder"]),
     ("gradcam", ["--word", "A word of the answer", "--out", "The figure", "--tokens", "Budgets, one column each"]),
     ("doctor", ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm", "--max-length", "--workers"]),
+    ("tasks", ["offline tasks for lmms-eval", "--split", "an artist never seen", "--caption", "Prompt of the captions", "--seed"]),
     ("speed", ["--tokens", "ratios are to the first", "--caches", "CUDA graphs", "--batch", "--answer", "--repeats", "--random-weights"])])
 def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, capsys):
     text = printed(command, "--help", capsys=capsys)

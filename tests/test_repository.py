@@ -25,7 +25,8 @@ def settings():
     return config["DEFAULT"]
 
 
-def lock(): return [Requirement(line) for line in read("requirements.lock").splitlines() if line and not line.startswith("#")]
+LOCKS = ("requirements.lock", "requirements-eval.lock")
+def lock(name): return [Requirement(line) for line in read(name).splitlines() if line and not line.startswith("#")]
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 def source(cell): return "".join(cell["source"])
 def is_exported(cell): return cell["cell_type"] == "code" and re.search(r"^#\|\s*export", source(cell), re.M) is not None
@@ -50,19 +51,20 @@ def default_exp(path):
 
 # Pins
 
-def test_lock_is_exact_and_holds_no_address():
-    text = read("requirements.lock")
-    assert not re.search(r"://|^\s*-|\s@\s", text, re.M), "requirements.lock names an index, a file or an option."
-    loose = [str(r) for r in lock() if len(r.specifier) != 1 or next(iter(r.specifier)).operator != "=="]
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_is_exact_and_holds_no_address(name):
+    assert not re.search(r"://|^\s*-|\s@\s", read(name), re.M), f"{name} names an index, a file or an option."
+    loose = [str(r) for r in lock(name) if len(r.specifier) != 1 or next(iter(r.specifier)).operator != "=="]
     assert not loose, f"not exact: {loose}"
 
 
-def test_lock_satisfies_pyproject():
-    project = pyproject()
-    wanted = project["project"]["dependencies"] + sum([project["project"]["optional-dependencies"][e] for e in re.findall(r"--extra (\w+)", read("Makefile"))], []) + project["dependency-groups"]["dev"]
-    pins = {r.name.lower().replace("_", "-"): next(iter(r.specifier)).version for r in lock()}
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_satisfies_pyproject(name):
+    project, command = pyproject(), re.search(rf"pip compile (?:(?!pip compile).)* -o {re.escape(name)}$", read("Makefile"), re.M | re.S)[0]
+    wanted = project["project"]["dependencies"] + sum([project["project"]["optional-dependencies"][e] for e in re.findall(r"--extra (\w+)", command)], []) + project["dependency-groups"]["dev"]
+    pins = {r.name.lower().replace("_", "-"): next(iter(r.specifier)).version for r in lock(name)}
     for r in map(Requirement, wanted):
-        assert r.name in pins and r.specifier.contains(pins[r.name]), f"{r} is not what requirements.lock holds; run `make lock`."
+        assert r.name in pins and r.specifier.contains(pins[r.name]), f"{r} is not what {name} holds; run `make lock`."
 
 
 def test_settings_and_pyproject_agree():

@@ -110,7 +110,7 @@ def test_captions_are_trained_and_scored_once_with_one_recipe(tmp_path, monkeypa
         about = dict.fromkeys(module["KEPT"], .5) | dict(seed=int(seed), compressor=name, set="one")
         return [about | dict(tokens=t, said=["A fox."]*5, true=["A key."]*5) for t in json.loads((folder/"record.json").read_text())["recipe"]["test_budgets"]]
     monkeypatch.setitem(scope, "Train", train)
-    monkeypatch.setitem(scope, "score_trained", score)
+    monkeypatch.setitem(scope, "score_captions", score)
     captions = module["Captions"](seeds=(0, 1), folder=tmp_path/"c", record=tmp_path/"r.json")
     with pytest.raises(KeyboardInterrupt): captions()
     captions()

@@ -280,6 +280,11 @@ class BudgetGeneration(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, generation_config, **kwargs)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs:dict)->dict:
+        "transformers hands the budget to the encoder alone; FastV needs it in the LLM, too."
+        about = {"tokens": model_kwargs["tokens"]} if "tokens" in model_kwargs else {}
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs) | about
+
 # %% ../nbs/22_vlm.ipynb #9a38076a
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, BudgetGeneration, LlavaForConditionalGeneration):
     "Delta-LLaVA with its language-model head: an ordinary transformers model (§3)."

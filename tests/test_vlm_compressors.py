@@ -13,6 +13,7 @@ from delta_llava.data import Collator
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import Recipe, run
+from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
 TOWER, SIZES = "clip_b32_384", projector_config("clip_b32_384")
@@ -114,10 +115,13 @@ def test_fastv_drops_what_the_budget_says():
     hook.remove()
     rows = batch["input_ids"].shape[1]
     assert seen == [rows, rows - 135, rows - 143]
-    out = model.generate(**batch, tokens=9, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [rows + 1]*2 + [rows + 1 - 135]*2
-    both = model.generate(vision_features=None, **batch, tokens=1, max_new_tokens=3, do_sample=False)
-    assert both.shape[1] > rows
+    features = vision_features(model.model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer)
+    ready = dict(mm_encoder_outputs={"image": model.model.get_image_features(vision_features=features)})
+    words = {k: x for k, x in batch.items() if k != "pixel_values"}
+    for given in (batch, words | dict(vision_features=features), words | ready):
+        for tokens in (None, 9, 25, 1, 144):  # the first two are the config's
+            out = model.generate(**given, tokens=tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+            assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [rows + 1]*2 + [rows + 1 - 144 + (tokens or 9)]*2
 
 
 def test_prumerge_needs_a_block_more():

@@ -313,6 +313,7 @@ def test_ours_stand_beside_with_their_spread(tmp_path):
 
 def test_figure_has_means_and_bars_to_the_extremes():
     rows = [dict(seed=s, compressor=c, tokens=t, set=n, f1=(.1 + .2*s)*(1 + (c == "delta"))*t/16) for s in (0, 1, 2) for c,budgets in (("delta", (16, 4)), ("fastv", (64, 16, 4))) for t in budgets for n in ("a", "b")]
+    import matplotlib.pyplot as plt
     fig = evaluate.draw_captions(dict(patches=64, result=rows), {"f1": "F1"})
     assert len(fig.axes) == 2
     for ax in fig.axes:
@@ -321,3 +322,4 @@ def test_figure_has_means_and_bars_to_the_extremes():
             line,_,(bars,) = container.lines
             assert list(line.get_xdata()) == [4, 16] and list(line.get_ydata()) == pytest.approx([.3*twice/4, .3*twice])
             assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([.1*twice, .5*twice])
+    plt.close(fig)

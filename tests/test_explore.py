@@ -95,13 +95,13 @@ def test_a_file_that_is_no_picture(models, pictures, content, why):
 def test_one_colour_scale_whatever_is_drawn():
     "A word of even share has the same colour beside any other; a map of zeros has another one."
     import matplotlib.pyplot as plt
-    picture, even, peak = Image.new("RGB", (56, 56)), torch.ones(16), torch.eye(16)[3]
+    picture, even, peak, before = Image.new("RGB", (56, 56)), torch.ones(16), torch.eye(16)[3], plt.get_fignums()
     figures = [draw_maps(picture, maps) for maps in ({"even": even}, {"even": 7*even, "peak": peak}, {"zero": 0*even})]
     def colour(fig, row=0): return [image.to_rgba(image.get_array(), alpha=1)[0, 0].tolist() for image in (fig.axes[3*row + 1].images[0], fig.axes[3*row + 2].images[1])]
     assert colour(figures[0]) == colour(figures[1]) and colour(figures[0]) != colour(figures[2])
     assert figures[1].axes[4].images[0].get_clim() == (0, TOP)
     pictures = {png(fig) for fig in figures}
-    assert len(pictures) == 3 and not plt.get_fignums()  # none is left open
+    assert len(pictures) == 3 and plt.get_fignums() == before  # none is left open
 
 
 # --- with widgets ------------------------------------------------------------------------------------------------------

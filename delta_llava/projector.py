@@ -348,9 +348,10 @@ def _fold_weights(
     join,lift = wide(p.attend.out.weight),wide(first.weight)
     always = join @ (value @ shift + value_bias) + wide(p.attend.out.bias)  # what every token gets, whatever it hears
     kv,root = torch.stack([wide(p.k.merged()), wide(p.v.merged())]) / std, math.sqrt(c//h)
-    folded = dict(kv_weight=kv, kv_bias=-(kv @ mean), level_mean=mean[-c:], level_std=std[-c:], ask_weight=ask/root, ask_bias=ask_bias/root,
+    folded = dict(kv_weight=kv, level_mean=mean[-c:], level_std=std[-c:], ask_weight=ask/root, ask_bias=ask_bias/root,
                   keys=(key*scale(p.k)).view(h, -1, c), values=(value*scale(p.v)).view(h, -1, c),
                   out_weight=lift @ join, out_bias=lift @ always + wide(first.bias))
+    if config.standardize: folded["kv_bias"] = -(kv @ mean)
     return {name: t.to(first.weight.dtype).contiguous() for name,t in folded.items()}
 
 @torch.no_grad()
@@ -395,7 +396,7 @@ class FoldedProjector(nn.Module):
         part:int,  # 0 for keys, 1 for values
     )->Float[Tensor, "b n {self.config.d_vision}"]:  # Before LayerNorm's scale and shift
         "Keys or values of all patches."
-        y = F.linear(x, self.kv_weight[part], self.kv_bias[part])
+        y = F.linear(x, self.kv_weight[part], self.kv_bias[part] if self.config.standardize else None)
         return y if self.q.norm is None else F.layer_norm(F.gelu(y), y.shape[-1:], eps=1e-6)
 
     @torch.no_grad()

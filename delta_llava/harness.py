@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Ask', 'SAMPLING', 'log', 'TASKS', 'load_any', 'image_aspect', 'with_aspect', 'Answerer', 'HarnessModel',
            'package_version', 'manifest', 'pope_facts', 'gqa_facts', 'caption_facts', 'choice_facts', 'write_tasks',
-           'scene_picture', 'scene_prompt', 'plain', 'pope_scores', 'pope_accuracy', 'pope_precision', 'pope_recall',
-           'pope_f1', 'pope_yes_ratio', 'gqa_scores', 'choice_scores', 'named_things', 'caption_scores',
-           'caption_cider', 'harness_cmd', 'read_result']
+           'scene_picture', 'scene_prompt', 'pope_scores', 'pope_accuracy', 'pope_precision', 'pope_recall', 'pope_f1',
+           'pope_yes_ratio', 'gqa_scores', 'choice_scores', 'caption_scores', 'caption_cider', 'harness_cmd',
+           'read_result']
 
 # %% ../nbs/45_harness.ipynb #230698f1
 import json
@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import re
-import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -35,7 +34,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BaseImagePr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .assets import file_sha256, resolve
-from .data import PHRASINGS, Scene, absent_names, ask, concept_names, draw_scene, listed, plan_scene, with_article
+from .data import PHRASINGS, Scene, absent_names, ask, draw_scene, listed, plan_scene, with_article
+from .evaluate import cider, named_things, plain
 from .processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor
 from .tower import open_image
 from .train import Finetune, Pretrain, commit, prepare_stage
@@ -430,12 +430,6 @@ def scene_prompt(
     "Its question as the model is asked, for `doc_to_text`."
     return f"{kwargs['pre_prompt']}{doc['question']}{kwargs['post_prompt']}"
 
-def plain(
-    text:str,  # What was said
-)->str:
-    "Lower case, without punctuation."
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
 # %% ../nbs/45_harness.ipynb #41c30c5b
 def pope_scores(
     doc:dict,  # A row of `scenes_pope`
@@ -496,12 +490,6 @@ def choice_scores(
     letter = re.match(r"\(?([A-D])(?:[.):]|$)", results[0].strip())
     return dict(exact_match=float(letter is not None and letter[1] == doc["answer"]))
 
-def named_things(
-    text:str,  # A caption
-)->set[str]:  # Of `concept_names()`
-    "The things that a caption names, in singular or plural."
-    return set(re.findall(rf"\b({'|'.join(concept_names())})(?:s|es)?\b", text.lower()))
-
 def caption_scores(
     doc:dict,  # A row of `scenes_caption`
     results:list[str],  # What the model said
@@ -512,10 +500,8 @@ def caption_scores(
 def caption_cider(
     items:list[dict],  # Of `caption_scores`
 )->float:  # 0 … 10; papers print it ×100
-    "CIDEr over all captions, by pycocoevalcap, which lmms-eval brings; words are taken without its Java tokenizer, since ours hold no more than letters."
-    from pycocoevalcap.cider.cider import Cider
-    true,said = ({i: [plain(t) for t in texts(item)] for i,item in enumerate(items)} for texts in (lambda item: item["references"], lambda item: [item["said"]]))
-    return float(Cider().compute_score(true, said)[0])
+    "CIDEr over all captions, in lmms-eval's unit; of a single one it is 0, since no word tells it from others."
+    return cider([i["said"] for i in items], [i["references"] for i in items])/100 if len(items) > 1 else 0.
 
 # %% ../nbs/45_harness.ipynb #aeefdb0d
 def harness_cmd(

@@ -16,7 +16,6 @@ its memory is what autograd keeps. On a CPU with `--threads 1` the clock is the 
 import ctypes
 import math
 import platform
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from delta_llava.config import ProjectorConfig
 from delta_llava.grid import sincos_2d
 from delta_llava.launch import SavedBytes
 from delta_llava.projector import DeltaProjector, WindowAttention
+from delta_llava.speed import spread
 from delta_llava.train import write_record
 
 
@@ -117,12 +117,6 @@ def keep_memory():
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**30)): libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
-def spread(values):
-    "Median and the middle half."
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": float(f"{middle:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
-
-
 @dataclass
 class ProjectorTimes:
     batch: tuple[int, ...] = (1, 8)  # Pictures at a time
@@ -178,9 +172,10 @@ class ProjectorTimes:
             with Products() as floor: folded(x, tokens=tokens)
             forward = self.rotate(calls | dict(floor=floor.replay))
         train, kept = self.training(dict(straightforward=straight, tokenpacker=packer, module=module), calls, close if dtype == "float32" else None)
-        against = lambda times, name: {other: spread([a/b for a, b in zip(times[other], times[name])]) for other in times if other != name}
-        return dict(batch=batch, dtype=dtype, tokens=tokens, forward_ms={n: spread(t) for n, t in forward.items()}, forward_over_module=against(forward, "module"), forward_over_folded=against(forward, "folded"),
-                    folded_over_floor=spread([a/b for a, b in zip(forward["folded"], forward["floor"])]), training_ms={n: spread(t) for n, t in train.items()}, training_over_module=against(train, "module"), kept_mib=kept)
+        middle = lambda values: dict(zip(("median", "low", "high"), spread(values)))
+        against = lambda times, name: {other: middle([a/b for a, b in zip(times[other], times[name])]) for other in times if other != name}
+        return dict(batch=batch, dtype=dtype, tokens=tokens, forward_ms={n: middle(t) for n, t in forward.items()}, forward_over_module=against(forward, "module"), forward_over_folded=against(forward, "folded"),
+                    folded_over_floor=middle([a/b for a, b in zip(forward["folded"], forward["floor"])]), training_ms={n: middle(t) for n, t in train.items()}, training_over_module=against(train, "module"), kept_mib=kept)
 
     def training(self, modules, calls, close):
         "The same for forward and backward; and what autograd keeps, MiB."

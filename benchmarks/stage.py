@@ -26,6 +26,7 @@ from delta_llava.assets import default_llm, default_tower
 from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.data import Collator, load_conversations, write_scenes
 from delta_llava.launch import PAPER_TIMES, ROWS, Rows, picture_side, row_flops, shape_of, skeleton
+from delta_llava.speed import measured_device, spread
 from delta_llava.tower import open_image
 from delta_llava.train import Finetune, Pretrain, freeze, prepare_stage, write_record
 
@@ -41,24 +42,6 @@ clock = perf_counter if torch.cuda.is_available() else process_time
 
 def wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
-
-
-def ceiling(device, dtype, side):
-    "FLOP/s of the fastest of ten products of two square matrices."
-    a, times = torch.randn(side, side, device=device).to(dtype), []
-    for _ in range(11):
-        wait()
-        start = clock()
-        a @ a
-        wait()
-        times.append(clock() - start)
-    return 2*side**3/min(times[1:])
-
-
-def spread(values):
-    "Median and the middle half."
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values*3
-    return [float(f"{v:.4g}") for v in (middle, low, high)]
 
 
 @dataclass
@@ -162,7 +145,7 @@ class StageSteps:
 
     def __call__(self):
         if self.device.type == "cpu": torch.set_num_threads(1)
-        limit = ceiling(self.device, torch.bfloat16 if self.bf16 else torch.float32, 8192 if self.device.type == "cuda" else 1024)
+        limit = measured_device(self.device, torch.bfloat16 if self.bf16 else torch.float32).peak
         model, projectors, batches = self.build()
         rows = []
         for kind in self.stages:

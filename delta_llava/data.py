@@ -549,8 +549,8 @@ class Collator:
         try: return self.processor.supervised(row["conversations"], tokens=self.tokens, max_length=self.max_length)
         except ValueError as e: raise ValueError(f"row {row['id']!r}: {e}") from e
 
-    def _pictures(self, paths:list[str])->dict[str, Tensor|VisionFeatures]:
-        if self.features is None: return {"pixel_values": self.processor.image_processor([open_image(p) for p in paths], return_tensors="pt")["pixel_values"]}
-        lost = [path for path in paths if path not in self._place]
+    def _pictures(self, pictures:list[str|Image.Image])->dict[str, Tensor|VisionFeatures]:
+        if self.features is None: return {"pixel_values": self.processor.image_processor([open_image(p) for p in pictures], return_tensors="pt")["pixel_values"]}
+        lost = [path for path in pictures if path not in self._place]
         if lost: raise ValueError(f"no features for {lost[0]!r}; pass the paths of all rows through cache_features.")
-        return {"vision_features": take(self.features, [self._place[path] for path in paths])}
+        return {"vision_features": take(self.features, [self._place[path] for path in pictures])}

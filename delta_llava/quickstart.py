@@ -29,7 +29,7 @@ from .evaluate import caption_scores, captions, naming, right_and_shuffled, see
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor, assemble
 from .tower import CachedFeatures, cache_features, open_image
-from .train import ElasticCollator, fit_stage, stage_arguments, write_card, write_record
+from .train import ElasticCollator, fit_stage, last_checkpoint, stage_arguments, write_card, write_record
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, question_embedding, save_projector
 
 # %% ../nbs/50_quickstart.ipynb #b0516a64
@@ -277,7 +277,7 @@ td,th{{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}}td:fir
 img{{max-width:100%}}pre{{background:#f4f4f4;padding:.8rem;overflow:auto}}</style>
 <h1>Delta-LLaVA quickstart</h1>
 <p><b>{verdict}</b></p>
-<p>{steps} steps of {batch_size} pictures trained the projector between {tower} and {llm}, both frozen; {seconds:.0f} s in all on {hardware}.</p>
+<p>{steps} steps of {batch_size} pictures trained the projector between {tower} and {llm}, both frozen; {seconds:.0f} s {since} on {hardware}.</p>
 <h2>What it says about pictures it has never seen</h2><img src="examples.png" alt="Held-out pictures with the model's captions">
 <h2>Where it looked</h2><p>Grad-CAM of <em>{word}</em> in the true caption “{said}” at several budgets, all on one colour scale.</p><img src="gradcam.png" alt="Picture, token grid and overlay for several budgets">
 <h2>Does it use what it sees?</h2>{table}<p>Right and shuffled: nats per token of the true caption with its own picture and with another one; p of the paired t-test. Naming: one of
@@ -331,6 +331,7 @@ def run(
     if not compressor_class(recipe.compressor).spatial:
         raise ValueError(f"compressor={recipe.compressor!r} makes tokens that have no place in the picture, so the report's map cannot be drawn; use `delta-llava train` or `compare`.")
     folder,start = Path(folder),time.perf_counter()
+    resumed = last_checkpoint(folder/"checkpoints") is not None
     model,processor,trained = fit(recipe, folder)
     held = held_out_pictures(recipe, folder/"scenes")
     seen = {name: read_features(model, processor, part) for name,part in held.items()}
@@ -339,12 +340,12 @@ def run(
         scores[name][str(t)] = score(model, processor, held[name], seen[name], t)
     shown = _figures(model, processor, recipe, held, trained, folder)
     losses,seconds = [e["loss"] for e in trained if "loss" in e], time.perf_counter() - start
-    write_record(folder/"record.json", [recipe.seed], dict(scores=scores, losses=losses), recipe=asdict(recipe), seconds=seconds)
+    write_record(folder/"record.json", [recipe.seed], dict(scores=scores, losses=losses), recipe=asdict(recipe), seconds=seconds, resumed=resumed)
     write_card(folder)
     record = json.loads((folder/"record.json").read_text())
     good = [name for name,budgets in scores.items() if reached(name, budgets[str(recipe.tokens)])]
     verdict = f"At {recipe.tokens} visual tokens the model uses what it sees in {len(good)} of {len(scores)} held-out sets."
-    (folder/"report.html").write_text(PAGE.format(**asdict(recipe) | shown | dict(table=_table(scores, recipe.tokens), hardware=record["hardware"], seconds=seconds,
+    (folder/"report.html").write_text(PAGE.format(**asdict(recipe) | shown | dict(table=_table(scores, recipe.tokens), hardware=record["hardware"], seconds=seconds, since="since it was resumed" if resumed else "in all",
                                                                                   verdict=verdict, pointed=min(POINTED, recipe.test_pictures),
                                                                                   command=html.escape(record["command"]))))
     return record | shown

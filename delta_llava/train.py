@@ -395,7 +395,7 @@ def write_card(
     tower,llm = _named(said["tower"]), _named(said["llm"])
     build = dict(tokens=said["tokens"], budgets=tuple(budgets), image_size=said["image_size"], pad=said.get("pad", False), template=said.get("template", "chatml"), standardize=said.get("standardize", True))
     facts = {"stage": record.get("stage", "pretrain"), "budgets in training": ", ".join(map(str, budgets)), "rows in a step": said["batch_size"], "seeds": ", ".join(map(str, record["seeds"])),
-             "loss": f"{losses[0]:.2f} → {losses[-1]:.2f} nats per token" if losses else "not recorded", "hardware": record["hardware"], "time": f"{record['seconds']/60:.0f} min", "commit": record["commit"]}
+             "loss": f"{losses[0]:.2f} → {losses[-1]:.2f} nats per token" if losses else "not recorded", "hardware": record["hardware"], "time": f"{record['seconds']/60:.0f} min" + " since it was resumed"*record.get("resumed", False), "commit": record["commit"]}
     scores = [(name, t, f"{s['right']:.2f}", f"{s['shuffled']:.2f}", f"{s['naming']:.0%}", f"{s['pointing']:.0%} ({s['pointing_chance']:.0%})")
               for name,at in record["result"].get("scores", {}).items() for t,s in at.items()]
     data = ModelCardData(license=license, license_name="not-chosen-yet" if license == "other" else None, library_name="delta_llava", pipeline_tag="image-text-to-text",
@@ -516,6 +516,7 @@ def run_stage(
     rows = load_conversations(stage.data, stage.images, text_rows=True)
     settings = claim_folder(stage, len(rows))
     if record.exists(): return record  # nothing is left to do
+    resumed = last_checkpoint(stage.folder) is not None
     model,processor = prepare_stage(stage)
     if stage.standardize and stage.projector is None: measure_first(model, processor, rows)
     if stage.group_by_length: rows = with_lengths(rows, processor, stage)
@@ -529,6 +530,6 @@ def run_stage(
     if not first: return record
     processor.save_pretrained(stage.folder)
     losses = [e["loss"] for e in entries if "loss" in e]
-    write_record(record, [stage.seed], dict(losses=losses), stage=stage.trains, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start)
+    write_record(record, [stage.seed], dict(losses=losses), stage=stage.trains, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start, resumed=resumed)
     write_card(stage.folder)
     return record

@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
 
 def unchanging(record):
     "A record without what depends on the folder, the clock and the command."
-    return {k: v for k,v in record.items() if k not in ("seconds", "command", "picture", "commit")}
+    return {k: v for k,v in record.items() if k not in ("seconds", "resumed", "command", "picture", "commit")}
 
 def steps_left(monkeypatch):
     "Optimizer steps of the runs to come."
@@ -76,7 +76,9 @@ def test_model_card_tells_how_to_load_it(runs):
 def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
     (_, folder), (_, record) = runs
     taken = steps_left(monkeypatch)
-    assert unchanging(run(TINY, folder)) == unchanging(record) and not taken  # nothing is trained twice
+    again = run(TINY, folder)
+    assert unchanging(again) == unchanging(record) and not taken  # nothing is trained twice
+    assert again["resumed"] and not record["resumed"] and "since it was resumed" in (folder/"report.html").read_text() and "since it was resumed" in (folder/"README.md").read_text()
     with pytest.raises(ValueError, match="holds a run of another recipe"): run(replace(TINY, seed=1), folder)
     assert json.loads((folder/"recipe.json").read_text())["seed"] == 0 and (folder/"report.html").exists()
 

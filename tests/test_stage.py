@@ -136,7 +136,7 @@ def test_a_folder_belongs_to_one_run(parts, tmp_path):
 
 def test_a_resumed_run_saves_as_often_as_it_is_told_now(parts, tmp_path):
     run_stage(stage("pretrain", parts, tmp_path, save_steps=4), callbacks=[Stop(4)]).unlink()
-    run_stage(stage("pretrain", parts, tmp_path, save_steps=1))
+    assert json.loads(run_stage(stage("pretrain", parts, tmp_path, save_steps=1)).read_text())["resumed"]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 

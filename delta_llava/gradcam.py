@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORD', 'grad_cam', 'infer_grid', 'upsample', 'minmax', 'relative', 'leaf_output', 'undisturbed', 'answer_cam', 'Word',
-           'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_cams',
-           'PointingGame', 'pointing_game', 'blurred', 'Erasure', 'erase', 'attention_map', 'shuffled_weights',
-           'seen_picture', 'AnswerCams', 'word_cams', 'draw_answer']
+           'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'outline',
+           'draw_cams', 'PointingGame', 'pointing_game', 'blurred', 'Erasure', 'erase', 'attention_map',
+           'shuffled_weights', 'seen_picture', 'AnswerCams', 'word_cams', 'draw_answer']
 
 # %% ../nbs/40_gradcam.ipynb #49bc35b7
 import re
@@ -232,6 +232,15 @@ def library_cam(
     return rearrange(torch.from_numpy(raw), "b h w -> b (h w)").relu()
 
 # %% ../nbs/40_gradcam.ipynb #a455f803
+def outline(
+    ax,  # Matplotlib's axes
+    box:Sequence[float|int],  # x0, y0, x1, y1, px
+):
+    "A box that is seen on any ground: white dots on a dark line."
+    from matplotlib.patches import Rectangle
+    x0,y0,x1,y1 = box
+    for style in (dict(ec="0.2", lw=1.8), dict(ec="white", lw=1.2, ls=":")): ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, **style))
+
 def draw_cams(
     picture:Image.Image,  # The picture as the tower saw it, `seen_picture`
     cams:Mapping[str|int, Tensor],  # Label or budget to map over visual tokens [v]; one row each
@@ -255,7 +264,7 @@ def draw_cams(
         row[0].set_ylabel(f"{label} tokens" if isinstance(label, int) else label)
         for ax in row:
             ax.set(xticks=[], yticks=[])
-            for x0,y0,x1,y1 in boxes: ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec="white", ls=":"))
+            for box in boxes: outline(ax, box)
     for ax,title in zip(axes[0], ("picture", "visual tokens", "overlay")): ax.set_title(title)
     bar = fig.colorbar(shown, ax=axes, label="Grad-CAM" if raw else "Grad-CAM, times the even share", fraction=.03)
     bar.solids.set_alpha(1)
@@ -475,7 +484,7 @@ def draw_answer(
             shown = ax.imshow(upsample(m, (tall, wide), "bilinear").numpy(), alpha=.6, **frame)
         for ax in row:
             ax.set(xticks=[], yticks=[])
-            if word.text in (boxes or {}): ax.add_patch(plt.Rectangle((box := boxes[word.text])[:2], box[2]-box[0], box[3]-box[1], fill=False, ec="white", ls=":"))
+            if word.text in (boxes or {}): outline(ax, boxes[word.text])
     for ax,title in zip(axes[0], ["picture", *(f"{v} tokens" for v in results)]): ax.set_title(title)
     fig.colorbar(shown, ax=axes, label="in even shares", fraction=.03).solids.set_alpha(1)
     return fig

@@ -264,7 +264,7 @@ def hardware()->str:  # One line
     if (info := Path("/proc/cpuinfo")).exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
     gpu = f", {torch.cuda.device_count()}× {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {torch.get_num_threads()} threads{gpu}"
+    return f"{cpu}, {(n := torch.get_num_threads())} thread{'s'*(n > 1)}{gpu}"
 
 def commit()->str:  # Hash, with `-dirty` if files differ from it; `DELTA_LLAVA_COMMIT` speaks for a copy without its repository
     "The commit of the code that runs."

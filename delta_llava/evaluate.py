@@ -41,12 +41,17 @@ def see(
 )->Float[Tensor, "b v d"]:  # Visual tokens of each picture
     "What the LLM gets to see of many pictures."
     if model.training: raise ValueError("the model is in training mode, where DropPath makes every pass another one; call model.eval() first.")
+    if not len(features): raise ValueError("features hold no picture; give at least one.")
     asked = lambda n: {k: v.to(model.device).expand(n, -1) for k,v in (question or {}).items()}
     return torch.cat([visual_tokens(model.model, vision_features=x, tokens=tokens, **asked(len(VisionFeatures.of(x).levels))) for x in batches(features, batch_size)])
 
 def _images(visual:Tensor)->dict:
     "Visual tokens in the form in which the model takes ready ones."
     return {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}
+
+def _check_paired(rows, pictures, what:str="pictures"):
+    "Before any work: as many of one as of the other, and some."
+    if len(rows) != len(pictures) or not len(rows): raise ValueError(f"{len(pictures)} {what} for {len(rows)} rows; each row needs one, and there must be a row.")
 
 # %% ../nbs/43_evaluate.ipynb #b0570a61
 @torch.no_grad()
@@ -59,7 +64,7 @@ def answer_losses(
     batch_size:int=16,  # Rows in one pass
 )->Float[Tensor, "b"]:  # Nats per token of each row's answer (@eq-shuffle)
     "How unlikely each answer is, given the visual tokens."
-    if len(rows) != len(visual): raise ValueError(f"{len(visual)} pictures for {len(rows)} rows; each row needs one.")
+    _check_paired(rows, visual)
     encoded = [processor.supervised(row["conversations"], tokens=visual.shape[1]) for row in rows]
     losses = []
     for i in range(0, len(rows), batch_size):
@@ -145,7 +150,7 @@ def naming(
     batch_size:int=8,  # Pictures in one pass
 )->float:  # Share of the pictures whose most likely name is right; chance is 1/candidates
     "Forced choice among names, by likelihood."
-    if len(rows) != len(visual): raise ValueError(f"{len(visual)} pictures for {len(rows)} rows; each row needs one.")
+    _check_paired(rows, visual)
     most = len(concept_names()) - 3  # a scene shows up to four things
     if not 2 <= candidates <= most: raise ValueError(f"candidates={candidates} must lie in 2..{most}.")
     names = _candidates(rows, candidates, seed)
@@ -167,6 +172,7 @@ def captions(
     batch_size:int=16,  # Pictures in one pass
 )->list[str]:  # Greedy decoding: the same every time
     "What the model says about each picture."
+    if not len(visual): raise ValueError("visual holds no picture; give the visual tokens of at least one.")
     prompt,_ = _spoken(processor, question, concept_names()[:1], visual.shape[1])
     said = []
     for v in visual.split(batch_size):
@@ -186,14 +192,15 @@ def named_things(
     text:str,  # A caption
 )->set[str]:  # Of `concept_names()`
     "The things that a caption names, in singular or plural."
-    return set(re.findall(rf"\b({'|'.join(concept_names())})(?:s|es)?\b", text.lower()))
+    forms = {name: name for name in concept_names()} | {name[:-1] + "ies": name for name in concept_names() if name.endswith("y")}
+    return {forms[word] for word in re.findall(rf"\b({'|'.join(forms)})(?:s|es)?\b", text.lower())}
 
 def object_scores(
     said:Sequence[str],  # One caption for each picture
     rows:Sequence[dict],  # Planted scenes, with `objects`
 )->dict[str, float]:  # `precision`, `recall`, `f1` over all names, and `all_right`, the share of pictures
     "Which of the planted things the captions name."
-    if len(said) != len(rows): raise ValueError(f"{len(said)} captions for {len(rows)} pictures; each needs one.")
+    _check_paired(rows, said, "captions")
     pairs = [(named_things(text), {o["name"] for o in row["objects"]}) for text,row in zip(said, rows)]
     hits,named,shown = (sum(len(f(a, b)) for a,b in pairs) for f in (set.__and__, lambda a,b: a, lambda a,b: b))
     return dict(precision=hits/named if named else 0., recall=hits/shown, f1=2*hits/(named + shown), all_right=sum(a == b for a,b in pairs)/len(pairs))
@@ -297,11 +304,13 @@ def own_columns(
     if number == 1:
         for name in ("compare.json", "compare-short.json"):
             if r := _record(runs, name): columns[f"here: naming, own scenes, {r['recipe']['steps']}×{r['recipe']['batch_size']} pictures"] = _naming(r)
-    if number == 4 and (r := _record(runs, "stage_tokens.json")): columns = {f"here: step of the {stage} stage, share of 576's": _steps(r, stage) for stage in ("pretrain", "finetune")}
+    if number == 4 and (r := _record(runs, "stage_tokens.json")): columns = {f"here: time of a step of the {stage} stage ÷ that at 576 tokens": _steps(r, stage) for stage in ("pretrain", "finetune")}
     if number == 6 and (r := _record(runs, "captions.json")): columns = {"here: CIDEr, own scenes": _said(r, "cider", ".0f"), "here: F1 of the things": _said(r, "f1", ".2f")}
     size = lambda row: 0 if "13B" in f"{row[0]} {row[1]}" else None if row[2] == "576" else int(row[2].strip("~"))  # 13B: none of ours
     system = lambda row: "fastv" if (number, row[2]) == (6, "576") else paper()["systems"].get(row[0])  # both columns are LLaVA-1.5 there
-    texts = {heading: [found.get((system(row), size(row)), "not run") for row in table["rows"]] for heading,found in columns.items()}
+    near = lambda row: 36 if row[2] == "~32" else size(row)  # PruMerge's mean; ours keeps what it is asked for
+    text = lambda found,row: found[system(row), near(row)] + " at 36 tokens"*(row[2] == "~32") if (system(row), near(row)) in found else "not run"
+    texts = {heading: [text(found, row) for row in table["rows"]] for heading,found in columns.items()}
     return texts or {"here": ["not run"]*len(table["rows"])}
 
 def paper_table(
@@ -327,7 +336,7 @@ def missing(
     lines = ["Not run: the paper's benchmarks, whose pictures and questions come from a model hub."]
     lines += [f"  {name:10}{b['task']:17}{b['what']}" for name,b in tasks.items()]
     lines += ["With a hub, `pip install 'delta-llava[eval]'` and, for the captions, Java:"]
-    lines += [f"  python -m lmms_eval --model delta_llava --model_args pretrained={folder},tokens={t} --tasks {','.join(b['task'] for b in tasks.values())} --batch_size 8 --output_path {folder}/lmms-eval" for t in tokens]
+    lines += [f"  python -m lmms_eval --model delta_llava --model_args pretrained={folder},tokens={t} --tasks {','.join(b['task'] for b in tasks.values())} --batch_size 8 --output_path {folder}/lmms-eval --log_samples" for t in tokens]
     if not find_spec("pycocoevalcap"): lines += ["Not run: CIDEr, which needs `pip install 'delta-llava[captions]'`."]
     return "\n".join(lines)
 
@@ -336,14 +345,16 @@ def draw_captions(
     record:dict,  # What `benchmarks/captions.py` wrote
     scores:dict[str, str]={"cider": "CIDEr", "f1": "F1 of the things named"},  # One row of panels each, with its label
 ):  # A matplotlib figure
-    "Captions against budget: mean over the seeds, bars from the lowest to the highest; the line is all patches (Fig. 4)."
+    "Captions against budget: mean over the seeds, bars from the lowest to the highest; line and band are all patches (Fig. 4)."
     import matplotlib.pyplot as plt
     sets,result = list(dict.fromkeys(r["set"] for r in record["result"])),record["result"]
     fig,axes = plt.subplots(len(scores), len(sets), figsize=(2.6*len(sets), 2.4*len(scores)), sharex=True, sharey="row", squeeze=False, layout="constrained")
     for line,(score,label) in zip(axes, scores.items()):
         for ax,name in zip(line, sets):
             of = lambda system,t: [r[score] for r in result if (r["set"], r["compressor"], r["tokens"]) == (name, system, t)]
-            ax.axhline(np.mean(of("fastv", record["patches"])), color="0.5", label=f"all {record['patches']} patches")
+            every = of("fastv", record["patches"])
+            ax.axhspan(min(every), max(every), color="0.85")
+            ax.axhline(np.mean(every), color="0.5", label=f"all {record['patches']} patches")
             for system,says,marker in (("delta", "Delta, trained at the budgets", "o-"), ("fastv", "FastV, not trained for it", "s--")):
                 budgets = sorted({r["tokens"] for r in result if r["compressor"] == system} - {record["patches"]})
                 mean,low,high = (np.array([f(of(system, t)) for t in budgets]) for f in (np.mean, min, max))
@@ -353,5 +364,5 @@ def draw_captions(
     for ax,name in zip(axes[0], sets): ax.set_title(name.replace("_", " "), fontsize=9)
     for ax in axes[-1]: ax.set_xlabel("visual tokens")
     for line,label in zip(axes, scores.values()): line[0].set_ylabel(label)
-    axes[0, 0].legend(fontsize=6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig

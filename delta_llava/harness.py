@@ -34,8 +34,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BaseImagePr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .assets import file_sha256, resolve
-from .data import PHRASINGS, Scene, absent_names, ask, draw_scene, listed, plan_scene, with_article
-from .evaluate import cider, named_things, plain
+from .data import PHRASINGS, Scene, absent_names, ask, draw_scene, plan_scene, with_article
+from .evaluate import cider, missing, named_things, plain, references
 from .processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor
 from .tower import open_image
 from .train import Finetune, Pretrain, commit, prepare_stage
@@ -146,6 +146,7 @@ class Answerer:
         **sampling,  # Some of `SAMPLING`, as in transformers; greedy without
     )->list[str]:  # One answer for each
         "What the model says."
+        until = [until] if isinstance(until, str) else until
         if unknown := sorted(set(sampling) - set(SAMPLING)): raise ValueError(f"generation_kwargs {unknown} are unknown here; use max_new_tokens, until, image_aspect_ratio, {', '.join(SAMPLING)}.")
         if not sampling.get("temperature"): sampling = {k: v for k,v in sampling.items() if k not in ("temperature", "top_p", "top_k")} | dict(do_sample=False)
         else: sampling = dict(do_sample=True) | sampling
@@ -174,7 +175,9 @@ class Answerer:
         answers:Sequence[str],  # One for each
     )->list[tuple[float, bool]]:  # Log-likelihood in nats, and whether greedy decoding would say it
         "How likely each answer is; the prompt is read first, so that FastV drops what it would drop before an answer."
-        spoken = [self._spoken(a, answer) for a,answer in zip(asks, answers, strict=True)]
+        if len(asks) != len(answers): raise ValueError(f"{len(answers)} answers for {len(asks)} questions; each needs one.")
+        if empty := [i for i,answer in enumerate(answers) if not answer.strip()]: raise ValueError(f"answers {empty} are empty; a likelihood needs words.")
+        spoken = [self._spoken(a, answer) for a,answer in zip(asks, answers)]
         found,device = [(0., False)]*len(asks),self.model.device
         for batch in self._batches(asks, "likelihoods"):
             prompt = self.processor.tokenizer.pad({"input_ids": [spoken[i][0] for i in batch]}, padding_side="left", return_tensors="pt").to(device)
@@ -212,6 +215,7 @@ class HarnessModel:
         **unknown,
     ):
         super().__init__()
+        if dtype not in ("auto", "float32", "bfloat16", "float16"): raise ValueError(f"dtype={dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
         if unknown := {k: v for k,v in unknown.items() if v is not None}: raise ValueError(f"model_args {sorted(unknown)} are unknown; use pretrained, tokens, batch_size, device, dtype, template, system_prompt, image_aspect.")
         if not str(batch_size).isdigit(): raise ValueError(f"batch_size={batch_size!r} must be a number; it does not change a score, so take the largest that fits.")
         if template not in (None, *TEMPLATES): raise ValueError(f"template={template!r}; use one of {list(TEMPLATES)}, or leave it out for the one that the model was trained with.")
@@ -372,10 +376,8 @@ def caption_facts(
     question:str="Provide a one-sentence caption for the provided image.",  # The prompt; without an argument lmms-eval's
 )->Iterator[dict]:  # With `question`, `answer`, the true captions as `references`, the things' names as `things`
     "One caption, in each of the wordings that the training scenes have."
-    said = listed([with_article(o.name) for o in scene.objects])
-    references = [answer.format(said) for _,answer in PHRASINGS["caption"]]
-    references = [r[0].upper() + r[1:] for r in references]
-    yield dict(question=question, answer=references[0], references=references, things=sorted({o.name for o in scene.objects}))
+    true = [r[0].upper() + r[1:] for r in references(dict(objects=[dict(name=o.name) for o in scene.objects]))]
+    yield dict(question=question, answer=true[0], references=true, things=sorted({o.name for o in scene.objects}))
 
 def choice_facts(
     scene:Scene,  # The plan
@@ -486,7 +488,7 @@ def choice_scores(
     doc:dict,  # A row of `scenes_choice`
     results:list[str],  # What the model said
 )->dict[str, float]:
-    "The letter alone, or before a full stop or a parenthesis, for `process_results`."
+    "The capital letter alone, or before a full stop, a colon or a closing parenthesis, for `process_results`."
     letter = re.match(r"\(?([A-D])(?:[.):]|$)", results[0].strip())
     return dict(exact_match=float(letter is not None and letter[1] == doc["answer"]))
 
@@ -515,7 +517,9 @@ def harness_cmd(
     **model_args,  # More arguments of `HarnessModel`, such as `tokens=36`
 )->list[str]:  # Ready for `subprocess.run(cmd, check=True)`
     "The one command that scores a model on offline tasks."
-    told = ",".join(f"{k}={v}" for k,v in dict(pretrained=pretrained, **model_args).items())
+    told = dict(pretrained=pretrained, **model_args)
+    if bad := {k: v for k,v in told.items() if "," in str(v)}: raise ValueError(f"{bad}: lmms-eval cuts its --model_args at commas; use values without any.")
+    told,tasks = ",".join(f"{k}={v}" for k,v in told.items()), [tasks] if isinstance(tasks, str) else tasks
     cmd = [python, "-m", "lmms_eval", "--model", "delta_llava", "--model_args", told, "--include_path", str(include), "--tasks", ",".join(tasks),
            "--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"]
     return cmd if limit is None else [*cmd, "--limit", str(limit)]
@@ -524,7 +528,7 @@ def read_result(
     out:str|Path,  # What `harness_cmd` was given
 )->tuple[dict, dict]:  # Task -> metric -> score; all settings of model and tasks
     "The newest result below a folder."
-    results = sorted(Path(out).rglob("*_results.json"))
+    results = sorted(Path(out).rglob("*_results.json"), key=lambda p: p.name)  # a name begins with its time
     if not results: raise ValueError(f"{out} holds no result; run lmms-eval with --output_path {out} first.")
     told = json.loads(results[-1].read_text())
     scores = {task: {k.partition(",")[0]: v for k,v in found.items() if k.endswith(",none") and "stderr" not in k} for task,found in told["results"].items()}

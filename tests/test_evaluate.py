@@ -146,6 +146,11 @@ def test_scores_refuse(processor):
     rows = scenes(3)
     visual = words_seen(rows, processor)
     for score in (answer_losses, naming):
+        with pytest.raises(ValueError, match="0 pictures for 0 rows"): score(Reader().eval(), processor, [], visual[:0])
+    with pytest.raises(ValueError, match="0 captions for 0 rows"): evaluate.object_scores([], [])
+    with pytest.raises(ValueError, match="features hold no picture"): see(tiny_vlm.tiny(), [])
+    with pytest.raises(ValueError, match="visual holds no picture"): evaluate.captions(Reader().eval(), processor, visual[:0])
+    for score in (answer_losses, naming):
         with pytest.raises(ValueError, match="3 pictures for 2 rows"): score(Reader().eval(), processor, rows[:2], visual)
     for candidates in (1, 62):
         with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..61"): naming(Reader().eval(), processor, rows, visual, candidates=candidates)
@@ -171,7 +176,7 @@ def test_things_are_counted_exactly():
     said = ["A FOX and a key.", "An owl, a fox and an owl.", "I see a pancake and a lion."]
     assert evaluate.object_scores(said, rows) == dict(precision=4/5, recall=4/6, f1=8/11, all_right=1/3)  # a pancake is no cake, and an owl said twice is one
     assert evaluate.object_scores([""]*3, rows) == dict(precision=0, recall=0, f1=0, all_right=0)
-    with pytest.raises(ValueError, match="2 captions for 3 pictures"): evaluate.object_scores(said[:2], rows)
+    with pytest.raises(ValueError, match="2 captions for 3 rows"): evaluate.object_scores(said[:2], rows)
 
 def test_references_are_the_datas_own_phrasings():
     for i in range(12):
@@ -236,6 +241,12 @@ def test_tables_have_the_numbers_that_the_papers_text_states():
     gains = [value(6, tokens=t, system="Ours", llm="LLaVA-1.5-7B", column=k) - value(6, tokens=t, system="FastV", llm="LLaVA-1.5-7B", column=k) for t in ("144", "64") for k in ("Nocaps", "Flickr30k")]
     assert 2 < min(gains) and max(gains) < 5  # "up to 3–5 CIDEr points"
 
+def test_tables_without_another_copy_as_printed():
+    "Typed a second time from the paper, row by row."
+    rows = lambda n: [[c["printed"] for c in cells(n, system=s, tokens=t)] for s,t in dict.fromkeys((c["system"], c["tokens"]) for c in evaluate.paper_cells(n))]
+    assert [" ".join(r) for r in rows(2)] == ["57.5 60.6 1487.5 68.2 38.9 78.2", "61.77 72.0 1524.0 87.0 73.1 41.7", "55.1 67.3 1452.3 86.2 72.4 33.1"]
+    assert [" ".join(r) for r in rows(5)] == ["61.1 64.94 1442 86.12 67.82 57.2", "60.5 64.9 1448.1 84.56 69.3 56.1", "59.44 61.69 1345.03 85.2 68.42 55.54"]
+
 def test_tables_equal_the_reading_guides_copies():
     "The reading guide typed them by hand, apart from these."
     guide = "\n".join("".join(c["source"]) for c in json.loads((Path(__file__).parents[1]/"nbs"/"00_reading_guide.ipynb").read_text())["cells"] if c["cell_type"] == "code")
@@ -268,6 +279,12 @@ def test_warnings_sit_on_the_cells_they_concern():
     assert {c[1:] for c in concerned(6, "Below FastV")} == {k for k,(a,b) in pairs.items() if a < b}
     kept = {k: a/value(6, system="Ours", llm=k[0], tokens="576", column=k[2]) for k,(a,_) in pairs.items()}
     assert {c[1:] for c in concerned(6, "≥ 85")} == {k for k,v in kept.items() if v < .85}
+    own = {k: value(6, system="Ours", llm="LLaVA-1.5-7B", tokens="576", column=k) for k in ("Nocaps", "Flickr30k")}
+    assert {c[1:] for c in concerned(6, "lies below")} == {k for k,(a,_) in pairs.items() if k[0] == llms[0] and a > own[k[2]]}
+    table = evaluate.paper()["tables"]["1"]
+    budgets = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    other = next(letter for letter,w in zip("abcdefghij", table["warnings"]) if w["says"].startswith("Another budget"))
+    assert [(r["system"], r["tokens"]) for r in budgets if other in evaluate._warned(table, r, "tokens")] == [("PruMerge", "~32"), ("Matryoshka Query", "2")]
     assert concerned(6, "own protocol") == {(c["system"], c["llm"], c["tokens"], c["column"]) for c in evaluate.paper_cells(6) if c["system"] == "FastV" or c["tokens"] == "576"}
     ours,base = ({c["column"]: c["value"] for c in cells(1, system=s, tokens=t)} for s,t in (("Delta-LLaVA (Ours)", "144"), ("LLaVA-1.5", "576")))
     assert {c[3] for c in concerned(1, "Consistent gains")} == {k for k in ours if ours[k] < base[k]} and {c[2] for c in concerned(1, "Consistent gains")} == {"144"}
@@ -309,6 +326,9 @@ def test_ours_stand_beside_with_their_spread(tmp_path):
     assert {of("here: F1 of the things", "Ours", llm, t) for llm,t in (("LLaVA-1.5-13B", "4"), ("LLaVA-1.5-13B", "576"), ("LLaVA-1.5-7B", "64"), ("LLaVA-1.5-7B", "1"))} == {"not run"}
     naming, = evaluate.own_columns(1, tmp_path).values()
     assert naming[0] == "75% (75%–75%, n=1)" and set(naming[1:]) == {"not run"}
+    pruned = dict(label="prumerge", calibrated=True, scores=dict(a={"36": dict(naming=.25)}))
+    (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[pruned])))
+    assert [t for t in next(iter(evaluate.own_columns(1, tmp_path).values())) if t != "not run"] == ["25% (25%–25%, n=1) at 36 tokens"]  # stands at "~32"
     assert evaluate.own_columns(2, tmp_path) == {"here": ["not run"]*3}
 
 def test_figure_has_means_and_bars_to_the_extremes():

@@ -87,6 +87,21 @@ class Say:
         return forced
 
 
+def test_answers_that_cannot_be_scored_are_named():
+    model, processor = parts()
+    with pytest.raises(ValueError, match="1 answers for 2 questions"): Answerer(model, processor).likelihood(asks()[:2], ["A"])
+    with pytest.raises(ValueError, match=r"answers \[1\] are empty"): Answerer(model, processor).likelihood(asks()[:2], ["A", " "])
+    said, = Answerer(model, processor).generate(asks()[:1], max_new_tokens=4)
+    assert Answerer(model, processor).generate(asks()[:1], max_new_tokens=4, until=said[2:4]) == [said[:2].strip()]  # one text, not its letters
+
+
+def test_the_newest_result_is_read(tmp_path):
+    for folder, name, score in (("z", "20250101_000000", 0), ("a", "20260101_000000", 1)):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/f"{name}_results.json").write_text(json.dumps(dict(results=dict(t={"acc,none": score}), config=dict(resolved_cli_args=dict(delta_llava={})))))
+    assert read_result(tmp_path) == (dict(t=dict(acc=1)), {})
+
+
 def test_several_pictures_and_none_in_one_run():
     model, processor = parts()
     mixed = asks()[:2] + [("Which is older?", [p for _, (p,) in asks()[:2]]), ("Who?", []), ("First <image> then <image>: which?", [p for _, (p,) in asks()[2:4]])]
@@ -170,7 +185,7 @@ def harness_model_on(folder, picture):
     return model
 
 
-@pytest.mark.parametrize("args,words", [(dict(token=4), "'token'"), (dict(tokens=5), "must be the square"), (dict(batch_size="auto"), "batch_size='auto'"), (dict(template="v2"), "template='v2'"),
+@pytest.mark.parametrize("args,words", [(dict(token=4), "'token'"), (dict(tokens=5), "must be the square"), (dict(batch_size="auto"), "batch_size='auto'"), (dict(dtype="int8"), "dtype='int8'"), (dict(template="v2"), "template='v2'"),
                                         (dict(template="plain", system_prompt="Be brief."), "no place")])
 def test_wrong_arguments_are_named(whole, args, words):
     with pytest.raises(ValueError, match=words): harness_model(whole, **args)

@@ -19,9 +19,9 @@ from datasets.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from .compressors.base import compressor_class, compressor_config
-from .config import CompressorConfig, dinov2_s14
+from .config import CompressorConfig
 from .data import Collator
-from .flops import counted
+from .flops import counted, model_config
 from .quickstart import Recipe, build, held_out_pictures, read_features, score, train, training_pictures
 from .train import write_record
 
@@ -47,7 +47,7 @@ def plan(
     like:Recipe=Recipe(),  # Everything else
 )->list[Recipe]:  # One training each
     "All trainings of a comparison."
-    cells,sizes = [],dinov2_s14(like.image_size)
+    cells,sizes = [],model_config(like.tower, like.llm, tokens=1, image_size=like.image_size).projector_config()
     for name in compressors:
         kind,every = "delta" if name == "delta-elastic" else name, sizes.grid**2
         test = (every,) if name == "mlp" else tuple(t for t in budgets if possible(kind, sizes, t))

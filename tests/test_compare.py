@@ -30,6 +30,8 @@ def test_plan_has_every_seed_and_start_and_every_name():
 
 def test_plan_leaves_out_what_cannot_be():
     assert [c.tokens for c in plan(["tokenpacker"], (36, 20, 4), (0,), (True,))] == [36, 4]
+    wide = Recipe(tower="hub:openai/clip-vit-large-patch14-336", image_size=336)  # its own grid of 24×24
+    assert [c.tokens for c in plan(["tokenpacker", "mlp"], (64, 36), (0,), (True,), wide)] == [64, 36, 576]
     with pytest.raises(ValueError, match="'perceiver' is unknown"): plan(["perceiver"], (16,), (0,), (True,))
 
 

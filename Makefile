@@ -30,7 +30,7 @@ net: $(READY)  ## the cells and tests that download as well
 	@$(PY) tools/check.py --flag net
 
 lab: $(READY)  ## JupyterLab on the notebooks
-	$(PY) -m jupyterlab nbs
+	$(PY) -m jupyterlab nbs $(ARGS)
 
 eval: .venv-eval/.installed  ## an environment with lmms-eval, .venv-eval; `make slow` uses it where it is
 

@@ -174,8 +174,8 @@ def default_llm()->str:
 
 # %% ../nbs/20_assets.ipynb #fb3b492e
 def cache_dir()->Path:
-    "Where converted weights and features are kept: `DELTA_LLAVA_CACHE`, or `~/.cache/delta_llava`."
-    return Path(os.environ.get("DELTA_LLAVA_CACHE", "~/.cache/delta_llava")).expanduser()
+    "Where converted weights and features are kept: `DELTA_LLAVA_CACHE`, or `delta_llava` in `XDG_CACHE_HOME` or `~/.cache`."
+    return Path(os.environ.get("DELTA_LLAVA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"delta_llava").expanduser()
 
 def _intact(
     folder:Path,  # A folder in the cache

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shutil import which
 from typing import Annotated, Literal, Union
 
 import tyro
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from .assets import resolve
 from .checkpoints import convert
-from .compare import compare, plan
+from .compare import compare, plan, table
 from .compressors.base import compressor_class
 from .doctor import examine
 from .evaluate import missing, paper_table, spread
@@ -38,6 +39,10 @@ from .processor import build_processor
 from .tower import open_image
 
 # %% ../nbs/52_cli.ipynb #7398e823
+def _me()->str:
+    "What to type for this program: its name, or its path where the environment is not activated."
+    return "delta-llava" if which("delta-llava") else os.path.relpath(Path(sys.executable).with_name("delta-llava"))
+
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(Recipe):
     "Train a Delta projector between a pretrained tower and a pretrained LLM, test it on held-out pictures, write a report."
@@ -51,7 +56,7 @@ class Quickstart(Recipe):
             for tokens,s in budgets.items():
                 print(f"{name:32}{tokens:>7}{s['right']:8.2f}{s['shuffled']:10.2f}{s['p']:9.0e}{s['naming']:8.0%}{s['pointing']:6.0%}/{s['pointing_chance']:.0%}")
         print(f"\n{record['picture']}\nWhat is in the picture?\n> {record['example']}\n\nThe report: {self.folder/'report.html'}")
-        print(f"Next: delta-llava chat --image {record['picture']}")
+        print(f"Next: {_me()} chat --image {record['picture']}  (it was trained on this one question; others it may not understand)")
 
 # %% ../nbs/52_cli.ipynb #888dd5f1
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class Train(Recipe):
         losses = [e["loss"] for e in log if "loss" in e]
         write_record(folder/"record.json", [recipe.seed], dict(losses=losses), recipe=asdict(recipe), seconds=time.perf_counter() - start)
         write_card(folder)
-        print(f"{self.compressor} at {recipe.tokens} visual tokens: caption loss {losses[0]:.2f} → {losses[-1]:.2f} in {recipe.steps} steps. Next: delta-llava chat --folder {folder} --image …")
+        print(f"{self.compressor} at {recipe.tokens} visual tokens: caption loss {losses[0]:.2f} → {losses[-1]:.2f} in {recipe.steps} steps. Next: {_me()} chat --folder {folder} --image …")
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
@@ -87,7 +92,12 @@ class Compare:
 
     def __call__(self):
         like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_pictures", "test_pictures", "llm_dtype")})
-        print(compare(plan(self.compressors, self.budgets, self.seeds, self.starts, like), self.folder, self.jobs))
+        path = compare(plan(self.compressors, self.budgets, self.seeds, self.starts, like), self.folder, self.jobs)
+        lines = {}
+        for row in table(json.loads(path.read_text())):
+            line = lines.setdefault((row["label"], row["calibrated"], row["tokens"]), dict(system=row["label"], start="calibrated" if row["calibrated"] else "own", tokens=row["tokens"], seeds=len(row["values"])))
+            line[row["pictures"].replace("heldout_", "").replace(" things", "").replace(" thing", "")] = f"{sum(row['values'])/len(row['values']):.0%}"
+        print(f"Naming among sixteen (chance 6%), {self.test_pictures} held-out pictures in each column:\n{as_table([*lines.values()])}\n{path}")
 
 # %% ../nbs/52_cli.ipynb #d79705e9
 def _check_budgets(tokens:Sequence[int], folder:Path):

@@ -54,7 +54,10 @@ def plan(
         if name in ONCE: trained = [((every,) if name == "fastv" else test, test)] if len(test) > (name == "delta-elastic") else []
         else: trained = [((t,), (t,)) for t in test]
         cells += [replace(like, compressor=kind, tokens=test[0], train_budgets=fit, test_budgets=test, calibrated=start) for fit,test in trained for start in starts]
-    if not cells: raise ValueError(f"none of compressors={list(compressors)} can have one of budgets={list(budgets)}.")
+    if not cells:
+        try: compressor_config(kind, sizes, tokens=budgets[0])
+        except ValueError as e: raise ValueError(f"none of compressors={list(compressors)} can have one of budgets={list(budgets)}: {e}") from e
+        raise ValueError(f"compressors={list(compressors)} need more than one of budgets={list(budgets)}.")
     return [replace(c, seed=seed) for seed in seeds for c in cells]
 
 # %% ../nbs/51_compare.ipynb #47cf297f
@@ -95,9 +98,9 @@ def run_cell(
     disable_progress_bar()
     model,processor = build(recipe)
     rows = training_pictures(recipe, Path(folder)/f"scenes-seed{recipe.seed}")
-    log = train(recipe, model, processor, rows, read_features(model, processor, rows), Path(folder)/"tmp"/cell_name(recipe), save_strategy="no", disable_tqdm=True)
+    log = train(recipe, model, processor, rows, read_features(model, processor, rows), Path(folder)/"tmp"/cell_name(recipe), save_strategy="no", disable_tqdm=multiprocessing.parent_process() is not None)
     scores,flops = {},{}
-    for name,part in held_out_pictures(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}").items():
+    for name,part in tqdm(held_out_pictures(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}").items(), desc=f"scoring {cell_name(recipe)}", disable=multiprocessing.parent_process() is not None, leave=False):
         seen = read_features(model, processor, part)
         scores[name] = {str(t): score(model, processor, part, seen, t, point=0) for t in recipe.test_budgets}
         flops = flops or {str(t): flops_of(model, processor, part[0], seen, t) for t in recipe.test_budgets}

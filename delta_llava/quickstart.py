@@ -59,7 +59,7 @@ class Recipe:
         compressor_class(self.compressor)  # an unknown name fails here
         for name in ("train_budgets", "test_budgets"):
             if not getattr(self, name): object.__setattr__(self, name, (self.tokens,))
-        if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}.")
+        if self.tokens not in self.test_budgets: raise ValueError(f"tokens={self.tokens} must be one of test_budgets={self.test_budgets}; set both, e.g. tokens=4, test_budgets=(4, 16).")
 
 # %% ../nbs/50_quickstart.ipynb #9e55c6fc
 def build(
@@ -278,8 +278,8 @@ img{{max-width:100%}}pre{{background:#f4f4f4;padding:.8rem;overflow:auto}}</styl
 <h1>Delta-LLaVA quickstart</h1>
 <p><b>{verdict}</b></p>
 <p>{steps} steps of {batch_size} pictures trained the projector between {tower} and {llm}, both frozen; {seconds:.0f} s {since} on {hardware}.</p>
-<h2>What it says about pictures it has never seen</h2><img src="examples.png" alt="Held-out pictures with the model's captions">
-<h2>Where it looked</h2><p>Grad-CAM of <em>{word}</em> in the true caption “{said}” at several budgets, all on one colour scale.</p><img src="gradcam.png" alt="Picture, token grid and overlay for several budgets">
+<h2>What it says about pictures it has never seen</h2><p>The first pictures of each held-out set. Speaking is harder than the naming below: there one of sixteen names is chosen, here the model must find the words itself.</p><img src="examples.png" alt="Held-out pictures with the model's captions">
+<h2>Where it looked</h2><p>Grad-CAM of <em>{word}</em> in the true caption “{said}” at several budgets, all on one colour scale. It may miss; the table says how often maps find the thing.</p><img src="gradcam.png" alt="Picture, token grid and overlay for several budgets">
 <h2>Does it use what it sees?</h2>{table}<p>Right and shuffled: nats per token of the true caption with its own picture and with another one; p of the paired t-test. Naming: one of
 sixteen, by likelihood. Grad-CAM: the map of the first thing that the true caption names peaks inside its box ({pointed} pictures; the other scores use
 {test_pictures} in each set). Reached: p below 0.01, and naming at five times chance for one thing, at three times for several.</p>

@@ -133,7 +133,7 @@ def locate(
     full = (Path(path) if root is None else Path(root)/path).resolve()
     if root is not None and not full.is_relative_to(Path(root).resolve()):
         raise ValueError(f"image path {str(path)!r} leads outside its folder {str(root)!r}; copy the picture into it.")
-    if not full.is_file(): raise ValueError(f"image {str(path)!r} is not a file" + (f" in {str(root)!r}" if root else "") + "; check the image folder.")
+    if not full.is_file(): raise ValueError(f"image {str(path)!r} is not a file" + (f" in {str(root)!r}; check the image folder." if root else "; check the path."))
     return full
 
 # %% ../nbs/21_tower.ipynb #33ab7c17

@@ -54,6 +54,12 @@ def entries(tmp_path): return sorted(p.name for p in (tmp_path/"cache"/"assets")
 
 # ---- packages and the cache
 
+def test_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    for told,place in ((dict(DELTA_LLAVA_CACHE=str(tmp_path/"a"), XDG_CACHE_HOME=str(tmp_path/"b")), tmp_path/"a"), (dict(XDG_CACHE_HOME=str(tmp_path/"b")), tmp_path/"b"/"delta_llava"), ({}, Path.home()/".cache"/"delta_llava")):
+        for name in ("DELTA_LLAVA_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
+        for name,value in told.items(): monkeypatch.setenv(name, value)
+        assert assets.cache_dir() == place
+
 def test_converts_once_and_tells_what_it_took(fake, tmp_path):
     asset = resolve("pypi:fake")
     assert (asset.kind, asset.licence, asset.source, asset.bytes) == ("tower", "MIT", "a fake tower", (asset.path/"model.safetensors").stat().st_size)

@@ -33,6 +33,8 @@ def test_plan_leaves_out_what_cannot_be():
     wide = Recipe(tower="hub:openai/clip-vit-large-patch14-336", image_size=336)  # its own grid of 24×24
     assert [c.tokens for c in plan(["tokenpacker", "mlp"], (64, 36), (0,), (True,), wide)] == [64, 36, 576]
     with pytest.raises(ValueError, match="'perceiver' is unknown"): plan(["perceiver"], (16,), (0,), (True,))
+    with pytest.raises(ValueError, match=r"can have one of budgets=\[10\]: tokens=10 must be the square"): plan(["delta"], (10,), (0,), (True,))
+    with pytest.raises(ValueError, match="need more than one of budgets=\\[16\\]"): plan(["delta-elastic"], (16,), (0,), (True,))
 
 
 def test_cells_that_have_a_file_are_not_run_again(tmp_path, monkeypatch):

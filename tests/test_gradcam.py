@@ -613,6 +613,6 @@ def test_draw_answer(delta):
     grid = fig.axes[:-1]
     assert len(grid) == 6 and [ax.get_title() for ax in grid[:3]] == ["picture", "4 tokens", "16 tokens"] and [ax.get_ylabel() for ax in grid[::3]] == ["red", "fox"]
     assert len({im.get_clim() for ax in grid for im in ax.images if im.get_cmap().name == "viridis" and im.get_array().ndim == 2}) == 1
-    assert [len(ax.patches) for ax in grid] == [0]*3 + [1]*3
+    assert [{p.get_bbox().bounds for p in ax.patches} for ax in grid] == [set()]*3 + [{(10, 20, 40, 60)}]*3
     with pytest.raises(ValueError, match="different answers"): draw_answer(results | {1: word_cams(*delta, PICTURE, "What?", ["red"], answer="A red fox.", tokens=1)})
     with pytest.raises(ValueError, match="empty"): draw_answer({})

@@ -156,7 +156,7 @@ def test_doctor_that_is_stopped_does_not_speak_of_checkpoints(tmp_path, monkeypa
 def test_program_ends_with_one_line_and_code_1(tmp_path):
     import subprocess
     done = subprocess.run([sys.executable, "-c", "from delta_llava.cli import main; main()", "chat", "--image", "none.png"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "delta-llava: image 'none.png' is not a file; check the image folder.\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "delta-llava: image 'none.png' is not a file; check the path.\n")
 
 # ---- convert
 def stage1(folder):

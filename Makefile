@@ -35,9 +35,10 @@ lab: $(READY)  ## JupyterLab on the notebooks
 eval: .venv-eval/.installed  ## an environment with lmms-eval, .venv-eval; `make slow` uses it where it is
 
 docs: $(READY)  ## the site, in _docs/: by Quarto where there is one, else the same pages checked and a plain preview
+	@! command -v quarto >/dev/null || .venv/bin/nbdev_proc_nbs
 	@$(PY) tools/check_docs.py
 	@command -v quarto >/dev/null || { echo "No Quarto here (https://quarto.org/docs/get-started): _docs/ is the plain preview."; exit 0; }; \
-	.venv/bin/nbdev_proc_nbs && cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs
+	cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs
 
 lock: $(READY)  ## both locks anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
 	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra notebooks --group dev --universal --python-version 3.11 \

@@ -88,3 +88,12 @@ def test_every_exported_name_belongs_to_a_notebook():
     names = check_docs.exported(ROOT)
     assert "DeltaProjection" in names["03_delta.ipynb"] and "MQT" in names["14_mqt.ipynb"]
     assert all((ROOT/"nbs"/name).exists() for name in names)
+
+
+def test_no_links_inside_code(tmp_path):
+    "nbdev writes them into signatures; those in the text stay."
+    linked = "As for [`plan`](https://docs.example/lib/b.html#plan)"
+    nbformat.write(new_notebook(cells=[new_code_cell("show_doc(f)", outputs=[new_output("display_data", {"text/markdown": f"### f\n\n```python\ndef f(\n    a, # {linked}\n)\n```\n\n{linked}"})])]), tmp_path/"a.ipynb")
+    for _ in range(2): check_docs.unlink(tmp_path)
+    text = nbformat.read(tmp_path/"a.ipynb", 4).cells[0].outputs[0].data["text/markdown"]
+    assert "".join(text) == f"### f\n\n```python\ndef f(\n    a, # As for `plan`\n)\n```\n\n{linked}"

@@ -16,6 +16,7 @@ from bs4 import BeautifulSoup
 ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = {"eq": "Eq.", "fig": "Figure", "tbl": "Table", "sec": "Section"}
 REFERENCE = re.compile(r"(?s)(?P<fence>`{3,}).*?(?P=fence)|`[^`\n]*`|(?<!\w)@(?P<at>(?:eq|fig|tbl|sec)-[\w-]+)")
+FENCED, LINKED = re.compile(r"(?sm)^(`{3,}).*?^\1"), re.compile(r"\[(`[^`\n]+`)\]\([^)\n]*\)")
 LEFTOVER = re.compile(r"\]\(|\$\$|:::|\n *(?:[-*]|\d+\.) \S|\*\*\S|\{[#.]|(?<!\w)@(?:eq|fig|tbl|sec)-")
 TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><meta name="description" content="{description}"><link rel="stylesheet" href="{up}styles.css"><style>
@@ -184,12 +185,24 @@ def exported(root: Path) -> dict[str, list[str]]:
     return names
 
 
+def unlink(folder: Path) -> None:
+    "nbdev links names inside code as well, where the link's text would be shown: take these links out."
+    for path in folder.rglob("*.ipynb"):
+        nb, changed = nbformat.read(path, 4), False
+        for out in (o for c in nb.cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})):
+            text = "".join(out.data["text/markdown"])
+            out.data["text/markdown"] = FENCED.sub(lambda code: LINKED.sub(r"\1", code[0]), text)
+            changed |= out.data["text/markdown"] != text
+        if changed: nbformat.write(nb, path)
+
+
 def main() -> None:
     os.chdir(ROOT)
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     try: source = Path(proc_nbs(n_workers=max(2, min(4, os.cpu_count() or 2))))
     except Exception as error: sys.exit(f"nbdev could not process a notebook, which would stop the site too (it runs imports and exported cells alone): {error}\n{error.__cause__ or ''}")
+    unlink(source)
     problems = check(source, ROOT/"_docs", yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8")), dict(get_config().d), ROOT, exported(ROOT))
     if problems: sys.exit("\n".join(problems) + f"\n{len(problems)} faults. The pages as they are: _docs/index.html")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages: links, anchors, pictures, equations and references hold. Preview: _docs/index.html")

@@ -98,8 +98,8 @@ SCRIPT = """
         def on_step_end(self, args, state, control, **kwargs): time.sleep(.2)
     if how == "die-while-saving":
         whole = train.save_projector
-        def save_projector(model, folder):
-            whole(model, folder)
+        def save_projector(model, folder, *rest):
+            whole(model, folder, *rest)
             if str(folder).endswith("checkpoint-4"): os.kill(os.getpid(), signal.SIGKILL)
         train.save_projector = save_projector
     for folder in folders:

@@ -306,10 +306,9 @@ def own_columns(
             if r := _record(runs, name): columns[f"here: naming, own scenes, {r['recipe']['steps']}×{r['recipe']['batch_size']} pictures"] = _naming(r)
     if number == 4 and (r := _record(runs, "stage_tokens.json")): columns = {f"here: time of a step of the {stage} stage ÷ that at 576 tokens": _steps(r, stage) for stage in ("pretrain", "finetune")}
     if number == 6 and (r := _record(runs, "captions.json")): columns = {"here: CIDEr, own scenes": _said(r, "cider", ".0f"), "here: F1 of the things": _said(r, "f1", ".2f")}
-    size = lambda row: 0 if "13B" in f"{row[0]} {row[1]}" else None if row[2] == "576" else int(row[2].strip("~"))  # 13B: none of ours
+    size = lambda row: 0 if "13B" in f"{row[0]} {row[1]}" else None if row[2] == "576" else 36 if row[2] == "~32" else int(row[2])  # 13B: none of ours; ~32: PruMerge's mean, ours keeps what it is asked for
     system = lambda row: "fastv" if (number, row[2]) == (6, "576") else paper()["systems"].get(row[0])  # both columns are LLaVA-1.5 there
-    near = lambda row: 36 if row[2] == "~32" else size(row)  # PruMerge's mean; ours keeps what it is asked for
-    text = lambda found,row: found[system(row), near(row)] + " at 36 tokens"*(row[2] == "~32") if (system(row), near(row)) in found else "not run"
+    text = lambda found,row: found[system(row), size(row)] + " at 36 tokens"*(row[2] == "~32") if (system(row), size(row)) in found else "not run"
     texts = {heading: [text(found, row) for row in table["rows"]] for heading,found in columns.items()}
     return texts or {"here": ["not run"]*len(table["rows"])}
 

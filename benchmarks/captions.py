@@ -20,22 +20,22 @@ from tqdm.auto import tqdm
 from delta_llava.cli import Train
 from delta_llava.compressors.fastv import FastVConfig
 from delta_llava.config import dinov2_s14
-from delta_llava.evaluate import caption_scores, captions, see
-from delta_llava.quickstart import QUESTION, Recipe, held_out_pictures, load_trained, read_features
+from delta_llava.evaluate import score_captions, generate_captions, encode_images
+from delta_llava.quickstart import QUESTION, Recipe, held_out_images, load_trained, read_features
 from delta_llava.train import commit, write_record
 
 KEPT = ("seed", "compressor", "tokens", "set", "precision", "recall", "f1", "all_right", "cider", "cider_truth")
 
 
-def score_captions(folder):
+def score_run(folder):
     "What a trained model says of every held-out picture at each budget of its recipe, with its scores."
     model, processor, recipe = load_trained(folder)
     rows = []
-    for name, part in tqdm(held_out_pictures(recipe, folder/"scenes").items(), desc=str(folder), unit="set"):
+    for name, part in tqdm(held_out_images(recipe, folder/"scenes").items(), desc=str(folder), unit="set"):
         features, true = read_features(model, processor, part), [row["conversations"][1]["value"] for row in part]
         for t in recipe.test_budgets:
-            said = captions(model, processor, see(model, features, t), t, f"<image>\n{QUESTION}")
-            rows.append(dict(seed=recipe.seed, compressor=recipe.compressor, tokens=t, set=name, said=said, true=true) | caption_scores(said, list(part)))
+            said = generate_captions(model, processor, encode_images(model, features, t), t, f"<image>\n{QUESTION}")
+            rows.append(dict(seed=recipe.seed, compressor=recipe.compressor, tokens=t, set=name, said=said, true=true) | score_captions(said, list(part)))
     return rows
 
 
@@ -45,8 +45,8 @@ class Captions:
     budgets: tuple[int, ...] = (16, 4, 1)  # V
     steps: int = 200  # Of each training
     batch_size: int = 8  # Pictures in a step
-    train_pictures: int = 1600  # Half with one thing, half with two or three
-    test_pictures: int = 64  # In each of the four held-out sets
+    train_images: int = 1600  # Half with one thing, half with two or three
+    test_images: int = 64  # In each of the four held-out sets
     image_size: int = 112  # Side of a picture, px: 8×8 patches
     llm_dtype: str = "bfloat16"  # Of the frozen LLM
     folder: Path = Path("runs/captions")  # Gets `COMPRESSOR-SEED/`
@@ -71,7 +71,7 @@ class Captions:
         trained = json.loads((folder/"record.json").read_text())
         if trained["recipe"] != json.loads(json.dumps(asdict(recipe))): raise ValueError(f"{folder} holds a training of another recipe; name another --folder, or delete this one.")
         if not (kept := folder/"scores.json").exists():
-            rows = score_captions(folder)
+            rows = score_run(folder)
             kept.write_text(json.dumps(dict(rows=rows, commit=commit(), seconds=time.perf_counter() - began)))
         scored = json.loads(kept.read_text())
         about = dict(seed=recipe.seed, compressor=recipe.compressor, trained_by=trained["commit"], scored_by=scored["commit"], train_seconds=round(trained["seconds"]), losses=trained["result"]["losses"])

@@ -8,13 +8,13 @@ method makes one map for it:
 
 - `gradcam`, and `attention` of the LLM;
 - `shuffled projector`, `shuffled LLM`: Grad-CAM of the same model after the weights of that part were put in random order (sanity check);
-- `other picture`: the Grad-CAM that the same model made for the word of another picture, which knows where things mostly stand;
+- `other image`: the Grad-CAM that the same model made for the word of another picture, which knows where things mostly stand;
 - `centre`: the same for all, highest in the middle of the picture, where a large thing nearly always is;
 - `box`: the true box. No method can know it; it shows what the erasing curves can give at all;
 - `chance`: an even map.
 
 Scores: the pointing game's hit and the energy in the box, and, if there are several things, the energy in the box of *another* one (`other`; its even share is `other_area`);
-deletion and insertion by `erase`, at the recipe's main budget, in nats above the same curve in a random order of the same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere. The interval is the
+deletion and insertion by `deletion_insertion`, at the recipe's main budget, in nats above the same curve in a random order of the same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere. The interval is the
 95 % bootstrap over the pictures; a picture's values are averaged over seeds first, since all models see the same pictures. `gradcam minus` is the difference to Grad-CAM on
 the same pictures, with its own interval.
 """
@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 from delta_llava.compare import possible
 from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
-from delta_llava.evaluate import another
-from delta_llava.gradcam import answer_cam, attention_map, erase, infer_grid, mark_phrases, pointing_game, shuffled_weights
-from delta_llava.quickstart import Recipe, fit, held_out_pictures, load_trained
+from delta_llava.evaluate import derangement
+from delta_llava.gradcam import answer_cam, attention_map, deletion_insertion, infer_grid, mark_phrases, pointing_game, shuffled_weights
+from delta_llava.quickstart import Recipe, fit, held_out_images, load_trained
 from delta_llava.tower import vision_features
 from delta_llava.train import commit, write_record
 
@@ -60,10 +60,10 @@ def maps(model, batch, marks, things, size, seed):
     "A map of each method for each row."
     cam = lambda: answer_cam(model, batch, marks[None])[0].cpu()
     found = {"gradcam": cam(), "attention": attention_map(model, batch, marks[None])[0].cpu()}
-    for name, part in (("projector", model.model.multi_modal_projector), ("LLM", model.model.language_model.layers)):
+    for name, part in (("projector", model.multi_modal_projector), ("LLM", model.get_decoder().layers)):
         with shuffled_weights(part, seed): found[f"shuffled {name}"] = cam()
     b, v = found["gradcam"].shape
-    return found | {"other picture": found["gradcam"][another(b, seed)], "centre": centre(v).expand(b, v), "box": covered(things, v, size), "chance": torch.ones(b, v)}
+    return found | {"other picture": found["gradcam"][derangement(b, seed)], "centre": centre(v).expand(b, v), "box": covered(things, v, size), "chance": torch.ones(b, v)}
 
 
 def interval(values, seed=0):
@@ -81,7 +81,7 @@ class Truth:
     one_seed: tuple[str, ...] = ()  # Compressors that have the first seed alone
     budgets: tuple[int, ...] = (9, 16, 36)  # V; a compressor that cannot have one is left out there
     sets: tuple[str, ...] = ("heldout_scenes, one thing", "heldout_scenes, several things")  # Held-out sets, of `quickstart.SETS`
-    pictures: int = 24  # Of each set
+    images: int = 24  # Of each set
     erased: int = 12  # Of these, as many have deletion and insertion curves; 0 leaves them out
     steps: int = 4  # Points of a curve
     batch_size: int = 12  # Pictures in one pass
@@ -91,7 +91,7 @@ class Truth:
     record: Path = Path("runs/gradcam.json")
 
     def __call__(self):
-        if self.erased > self.pictures: raise ValueError(f"erased={self.erased} must be at most pictures={self.pictures}.")
+        if self.erased > self.images: raise ValueError(f"erased={self.erased} must be at most pictures={self.images}.")
         rows, self.parts = [], []
         for name in self.compressors:
             for seed in self.seeds if name not in self.one_seed else self.seeds[:1]:
@@ -108,11 +108,11 @@ class Truth:
         "One row of scores for each picture, budget and method of one trained model; kept in the folder, so that a broken run goes on."
         folder, found = self.folder/f"{name}-{seed}", []
         model, processor, recipe = load_trained(folder)
-        held = held_out_pictures(replace(recipe, test_pictures=self.pictures), self.folder/f"held-out-{self.pictures}")
+        held = held_out_images(replace(recipe, test_images=self.images), self.folder/f"held-out-{self.images}")
         for kind in self.sets:
             listed = list(held[kind])
             for v in (v for v in self.budgets if possible(name, dinov2_s14(recipe.image_size), v)):
-                kept = folder/f"scores-{kind.replace(', ', '-').replace(' ', '_')}-{v}-{self.pictures}-{self.erased}-{self.steps}.json"
+                kept = folder/f"scores-{kind.replace(', ', '-').replace(' ', '_')}-{v}-{self.images}-{self.erased}-{self.steps}.json"
                 if not kept.exists():
                     began = time.perf_counter()
                     batches = [listed[i:i + self.batch_size] for i in range(0, len(listed), self.batch_size)]
@@ -130,7 +130,7 @@ class Truth:
         batch = {k: x if isinstance(x, int) else x.to(model.device) for k, x in Collator(processor=processor, tokens=v)(rows).items()}
         marks = mark_phrases(batch["input_ids"], [t["name"] for t in chosen], processor.tokenizer)
         size = tuple(batch["pixel_values"].shape[-2:])
-        with torch.no_grad(): features = vision_features(model.model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer, attention="attention" in model.model.multi_modal_projector.needs)
+        with torch.no_grad(): features = vision_features(model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer, attention="attention" in model.multi_modal_projector.requires)
         seen = {k: x for k, x in batch.items() if k != "pixel_values"} | dict(vision_features=features)  # the tower sees each picture once
         things, strangers = (torch.tensor([t["box"] for t in o]).float()*size[0]/recipe.image_size for o in (chosen, others))
         erased, scores = max(0, min(self.erased - first, len(rows)))*(v == recipe.tokens), [dict() for _ in rows]
@@ -144,12 +144,12 @@ class Truth:
                 like = spearmanr(found[method][i], found["gradcam"][i]).statistic if all(np.ptp(found[m][i].numpy()) > 0 for m in (method, "gradcam")) else 0.
                 row[method]["correlation"] = float(like)
                 if i < erased and method in curves: row[method] |= {k: (c[i] - curves["chance"][k][i]).item() for k, c in curves[method].items()}
-        return [dict(picture=first + i, scores=s) for i, s in enumerate(scores)]
+        return [dict(image=first + i, scores=s) for i, s in enumerate(scores)]
 
     def curves(self, model, batch, marks, found, n):
         "Areas under the curves of the first rows."
         some = {k: x if isinstance(x, int) else x[:n] for k, x in batch.items()}
-        return erase(model, some, marks[:n], found[:n], steps=self.steps).areas()
+        return deletion_insertion(model, some, marks[:n], found[:n], steps=self.steps).areas()
 
     @staticmethod
     def of(row, name, v, kind): return (row["compressor"], row["tokens"], row["set"]) == (name, v, kind)
@@ -157,19 +157,19 @@ class Truth:
     def cell(self, name, v, kind, rows):
         "Every method at one budget, on one set."
         mine = [r for r in rows if self.of(r, name, v, kind)]
-        pictures, seeds = sorted({r["picture"] for r in mine}), sorted({r["seed"] for r in mine})
-        values = {m: self.by_picture([dict(picture=r["picture"], **r["scores"][m]) for r in mine]) for m in METHODS}
+        images, seeds = sorted({r["picture"] for r in mine}), sorted({r["seed"] for r in mine})
+        values = {m: self.by_picture([dict(image=r["picture"], **r["scores"][m]) for r in mine]) for m in METHODS}
         methods = {m: {k: interval(x) for k, x in scores.items()} for m, scores in values.items()}
         for method, scores in values.items():
             methods[method]["gradcam minus"] = {k: interval(values["gradcam"][k] - x) for k, x in scores.items() if k in ("hit", "energy", "deletion", "insertion")}
             methods[method]["hit by seed"] = [round(float(np.mean([r["scores"][method]["hit"] for r in mine if r["seed"] == s])), 3) for s in seeds]
-        return dict(compressor=name, trained_steps=sorted({r["steps"] for r in mine}), tokens=v, set=kind, pictures=len(pictures), seeds=seeds, methods=methods)
+        return dict(compressor=name, trained_steps=sorted({r["steps"] for r in mine}), tokens=v, set=kind, images=len(images), seeds=seeds, methods=methods)
 
     @staticmethod
     def by_picture(rows):
         "Each score, averaged over seeds, of each picture that has it."
-        pictures = {p: [r for r in rows if r["picture"] == p] for p in sorted({r["picture"] for r in rows})}
-        return {k: np.array([np.mean([r[k] for r in some]) for some in pictures.values() if k in some[0]]) for k in pictures[min(pictures)][0] if k != "picture"}
+        images = {p: [r for r in rows if r["picture"] == p] for p in sorted({r["picture"] for r in rows})}
+        return {k: np.array([np.mean([r[k] for r in some]) for some in images.values() if k in some[0]]) for k in images[min(images)][0] if k != "picture"}
 
     def say(self, cell):
         tqdm.write(f"\n{cell['compressor']}, {cell['tokens']} tokens, {cell['set']}")

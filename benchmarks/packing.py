@@ -26,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from delta_llava.assets import resolve
-from delta_llava.data import Collator, check_turns, pack, read_rows, training_turns
+from delta_llava.data import Collator, check_turns, pack_rows, read_rows, training_turns
 from delta_llava.processor import as_messages, build_processor
 from delta_llava.train import write_record
 from delta_llava.vlm import supervised_loss
@@ -53,21 +53,21 @@ def assumed(rows, seed, text=(1100, 1.), spread=1.):
     rng, share = np.random.default_rng(seed), np.array([n for n, _, _ in PARTS.values()], float)
     parts = [(TEXT, TEXT_ONLY/ROWS, *text)] + [(name, (1 - TEXT_ONLY/ROWS)*p, m, s) for (name, (_, m, s)), p in zip(PARTS.items(), share/share.sum())]
     part = rng.choice(len(parts), rows, p=[p for _, p, _, _ in parts])
-    median, sigma = np.array([(m, s*spread) for *_, m, s in parts])[part].T
+    median, sigma = np.array([(m, s*median_and_quartiles) for *_, m, s in parts])[part].T
     return PROMPT + np.exp(np.log(median) + sigma*rng.standard_normal(rows)).astype(int), part > 0, np.array([name for name, *_ in parts])[part]
 
 
 def real(file, llm, template):
     "The same of a file; its rows are of two parts, with a picture and without."
     processor = build_processor(CLIPImageProcessorPil(), AutoTokenizer.from_pretrained(resolve(llm).path), tokens=1, template=template)
-    lengths, pictures = [], []
+    lengths, images = [], []
     for n, (row, _) in enumerate(tqdm(read_rows(file), desc="lengths", unit=" rows")):
         try: marks, _ = check_turns(row.get("conversations"))
         except ValueError as e: raise ValueError(f"row {n} of {file}: {e}") from e
         lengths.append(len(processor.tokenizer(processor.apply_chat_template(as_messages(training_turns(row["conversations"])))).input_ids) - marks)
-        pictures.append(marks > 0)
-    pictures = np.array(pictures)
-    return np.array(lengths), pictures, np.where(pictures, "with a picture", "text alone")
+        images.append(marks > 0)
+    images = np.array(images)
+    return np.array(lengths), images, np.where(images, "with a picture", "text alone")
 
 
 def in_batches(lengths, size, grouped, seed) -> Iterator[list[int]]:
@@ -84,7 +84,7 @@ def count(lengths, size, seed, max_length):
         padded = packed = 0
         for batch in in_batches(lengths, size, grouped, seed):
             one = [lengths[i] for i in batch]
-            shared = pack(one, max_length)
+            shared = pack_rows(one, max_length)
             padded += len(one)*max(one)
             packed += len(shared)*max(sum(one[i] for i in s) for s in shared)
         found |= {"grouped" if grouped else "padded": padded, "grouped, packed" if grouped else "packed": packed}
@@ -96,7 +96,7 @@ class Lengths(ProcessorMixin):
     "A processor whose conversations are numbers: so many tokens."
     questions, placeholders, tokenizer = False, None, SimpleNamespace(pad_token_id=0)
     def __init__(self): pass
-    def supervised(self, n, **_):
+    def encode_conversation(self, n, **_):
         ids = [1 + i % 500 for i in range(n)]
         return dict(input_ids=ids, labels=[-100, *ids[1:]])  # a row's first word is never an answer
 
@@ -121,7 +121,7 @@ def one_pass(llm, batch):
     return seconds, loss.item()
 
 
-def spread(padded, packed, seed):
+def median_and_quartiles(padded, packed, seed):
     "Ratio of the sums over all batches, its 90 % interval from drawing the batches again, and the ratios of single batches."
     padded, packed, rng = np.array(padded), np.array(packed), np.random.default_rng(seed)
     draws = rng.integers(len(padded), size=(4000, len(padded)))
@@ -148,8 +148,8 @@ class Packing:
 
     def __call__(self):
         if min(self.rows, self.batches, self.scale) < 1 or self.batch_size < 2: raise ValueError(f"rows={self.rows}, batches={self.batches}, scale={self.scale} must be at least 1, batch_size={self.batch_size} 2.")
-        text, picture, part = real(self.data, self.llm, self.template) if self.data else assumed(self.rows, self.seed)
-        full = lambda v: np.minimum(text + v*picture, self.max_length)
+        text, image, part = real(self.data, self.llm, self.template) if self.data else assumed(self.rows, self.seed)
+        full = lambda v: np.minimum(text + v*image, self.max_length)
         quantiles = {name: dict(rows=int((part == name).sum()), **self.quantiles(np.minimum(text, self.max_length)[part == name])) for name in dict.fromkeys(part.tolist())}
         quantiles["all"] = dict(rows=len(text), **self.quantiles(np.minimum(text, self.max_length)))
         print("text tokens of a row, " + ("as in the file" if self.data else "ASSUMED, not measured"))
@@ -193,7 +193,7 @@ class Packing:
                 seconds[way].append(done[way][0])
                 tokens[way] += made[way]["input_ids"].numel()
         torch.set_num_threads(threads)
-        found = dict(visual_tokens=v, seconds={k: round(sum(s), 2) for k, s in seconds.items()}, token_ratio=round(tokens["padded"]/tokens["packed"], 3), **spread(**seconds, seed=self.seed))
+        found = dict(visual_tokens=v, seconds={k: round(sum(s), 2) for k, s in seconds.items()}, token_ratio=round(tokens["padded"]/tokens["packed"], 3), **median_and_quartiles(**seconds, seed=self.seed))
         tqdm.write(f"V={v}: packed passes are {found['ratio']:.2f}× as fast as padded ones [90 %: {found['interval'][0]:.2f}–{found['interval'][1]:.2f}], with {found['token_ratio']:.2f}× fewer tokens")
         return found
 

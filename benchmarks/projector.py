@@ -34,7 +34,7 @@ from delta_llava.config import ProjectorConfig
 from delta_llava.grid import sincos_2d
 from delta_llava.launch import SavedBytes
 from delta_llava.projector import DeltaProjector, WindowAttention
-from delta_llava.speed import spread
+from delta_llava.speed import median_and_quartiles
 from delta_llava.train import write_record
 
 
@@ -155,7 +155,7 @@ class ProjectorTimes:
             for n in names[i % len(names):] + names[:i % len(names)]: found[n].append(1e3*self.seconds(calls[n]))
         return found
 
-    def measure(self, batch, dtype, tokens):
+    def fit_statistics(self, batch, dtype, tokens):
         "One cell of the table: times and ratios, forward and training."
         torch.manual_seed(self.seed)
         config = ProjectorConfig(d_vision=self.d_vision, d_llm=self.d_llm)
@@ -172,7 +172,7 @@ class ProjectorTimes:
             with Products() as floor: folded(x, tokens=tokens)
             forward = self.rotate(calls | dict(floor=floor.replay))
         train, kept = self.training(dict(straightforward=straight, tokenpacker=packer, module=module), calls, close if dtype == "float32" else None)
-        middle = lambda values: dict(zip(("median", "low", "high"), spread(values)))
+        middle = lambda values: dict(zip(("median", "low", "high"), median_and_quartiles(values)))
         against = lambda times, name: {other: middle([a/b for a, b in zip(times[other], times[name])]) for other in times if other != name}
         return dict(batch=batch, dtype=dtype, tokens=tokens, forward_ms={n: middle(t) for n, t in forward.items()}, forward_over_module=against(forward, "module"), forward_over_folded=against(forward, "folded"),
                     folded_over_floor=middle([a/b for a, b in zip(forward["folded"], forward["floor"])]), training_ms={n: middle(t) for n, t in train.items()}, training_over_module=against(train, "module"), kept_mib=kept)
@@ -196,7 +196,7 @@ class ProjectorTimes:
         show = lambda r: f"{r['median']:5.2f} [{r['low']:.2f}–{r['high']:.2f}]"
         rows = []
         for batch, dtype, tokens in tqdm([(b, d, t) for b in self.batch for d in self.dtype for t in self.tokens]):
-            rows.append(row := self.measure(batch, dtype, tokens))
+            rows.append(row := self.fit_statistics(batch, dtype, tokens))
             f, t = row["forward_over_module"], row["training_over_module"]
             tqdm.write(f"{batch:3} {dtype:8} V={tokens:3}  forward: straightforward ÷ module {show(f['straightforward'])}, ÷ folded {show(row['forward_over_folded']['straightforward'])}, tokenpacker ÷ module {show(f['tokenpacker'])}, "
                        f"folded ÷ floor {show(row['folded_over_floor'])};  training: straightforward ÷ module {show(t['straightforward'])}, tokenpacker {show(t['tokenpacker'])}, kept {row['kept_mib']}")

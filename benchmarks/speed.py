@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from delta_llava.speed import Sweep, report
+from delta_llava.speed import Sweep, speed_report
 from delta_llava.train import write_record
 
 FULL = dict(tower="hub:openai/clip-vit-large-patch14-336", llm="hub:lmsys/vicuna-7b-v1.5", random_weights=True, dtype="bfloat16", batch=(1, 32), caches=("dynamic", "static"), warm_up=2)
@@ -27,7 +27,7 @@ class RecordedSweep(Sweep):
         if self.full: told |= {k: v for k, v in FULL.items() if told[k] == getattr(Sweep, k)}
         sweep = Sweep(**told)
         limit, rows = sweep()
-        print(report(rows))
+        print(speed_report(rows))
         clock = "CUDA events" if sweep.device != "cpu" else "CPU time of the process, one thread" if sweep.threads == 1 else "wall"
         settings = {k: v for k, v in asdict(sweep).items() if k not in ("seed", "device")} | dict(tower=sweep.setup(sweep.tokens[0]).tower, llm=sweep.setup(sweep.tokens[0]).llm)
         record = self.record or Path("runs")/f"speed{'_full' if self.full else ''}.json"

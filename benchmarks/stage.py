@@ -25,10 +25,10 @@ from transformers import AutoModelForImageTextToText
 from delta_llava.assets import default_llm, default_tower
 from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.data import Collator, load_conversations, write_scenes
-from delta_llava.launch import PAPER_TIMES, ROWS, Rows, picture_side, row_flops, shape_of, skeleton
-from delta_llava.speed import measured_device, spread
+from delta_llava.launch import PAPER_TIMES, ROWS, Rows, image_side, row_flops, shape_of, skeleton
+from delta_llava.speed import measured_device, median_and_quartiles
 from delta_llava.tower import open_image
-from delta_llava.train import Finetune, Pretrain, freeze, prepare_stage, write_record
+from delta_llava.train import Finetune, Pretrain, freeze, build_stage_model, write_record
 
 
 def seconds_of(written):
@@ -64,7 +64,7 @@ class StageSteps:
         self.tower = self.tower or ("hub:openai/clip-vit-large-patch14-336" if self.full else default_tower())
         self.llm = self.llm or ("hub:lmsys/vicuna-7b-v1.5" if self.full else default_llm())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.all = (picture_side(self.stage("pretrain", 1))//shape_of(self.tower).patch_size)**2
+        self.all = (image_side(self.stage("pretrain", 1))//shape_of(self.tower).patch_size)**2
         if self.repeats < 1 or len(self.tokens) < 2: raise ValueError(f"repeats={self.repeats} must be at least 1, and tokens={self.tokens} two budgets or more: ratios are to the first.")
 
     def size(self, kind): return self.batch_size or ({"pretrain": 32, "finetune": 16}[kind] if self.full else 4)
@@ -83,14 +83,14 @@ class StageSteps:
             with self.device: model = AutoModelForImageTextToText.from_config(skeleton(first).config, dtype=torch.bfloat16)
             make = lambda kind, v: self.random_rows(model.config, kind, v)
         else:
-            model, processor = prepare_stage(first)
+            model, processor = build_stage_model(first)
             rows = self.scenes()
             make = lambda kind, v: Collator(processor=processor, tokens=v)(rows[kind])
-        delta = model.model.multi_modal_projector
+        delta = model.multi_modal_projector
         projectors = dict(delta=delta, mlp=build_compressor("mlp", compressor_config("mlp", delta.config, tokens=self.all)))
-        for v in self.tokens: projectors[self.name(v)].config.check(v, delta.config.grid)
+        for v in self.tokens: projectors[self.name(v)].config.check_budget(v, delta.config.grid)
         if self.bf16:
-            for part in (model.model.vision_tower, model.model.language_model, model.lm_head): part.to(torch.bfloat16)
+            for part in (model.vision_tower, model.get_decoder(), model.lm_head): part.to(torch.bfloat16)
         for projector in projectors.values(): projector.to(self.device, torch.float32).train()
         if self.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
         batches = {(kind, v): {k: b.to(self.device) if isinstance(b, torch.Tensor) else b for k, b in make(kind, v).items()} for kind in self.stages for v in self.tokens}
@@ -140,7 +140,7 @@ class StageSteps:
         flops = n*sum(row_flops(settings, skeleton(settings), rows).values())
         middle, paper = statistics.median(seconds), PAPER_TIMES.get(v)
         paper = round(seconds_of(paper[kind == "finetune"])/seconds_of(PAPER_TIMES[self.tokens[0]][kind == "finetune"]), 3) if paper and self.tokens[0] in PAPER_TIMES else None
-        return dict(stage=kind, tokens=v, projector=self.name(v), batch=n, text=rows.text, answer=rows.answer, seconds=spread(seconds), ratio=spread([s/b for s, b in zip(seconds, base)]), paper_ratio=paper,
+        return dict(stage=kind, tokens=v, projector=self.name(v), batch=n, text=rows.text, answer=rows.answer, seconds=median_and_quartiles(seconds), ratio=median_and_quartiles([s/b for s, b in zip(seconds, base)]), paper_ratio=paper,
                     tokens_per_second=round(length/middle, 1), peak_gib=gib and round(gib, 2), flops=flops, of_ceiling=float(f"{flops/middle/limit:.3g}"))
 
     def __call__(self):
@@ -151,14 +151,14 @@ class StageSteps:
         for kind in self.stages:
             seconds, gib = {v: [] for v in self.tokens}, {v: None for v in self.tokens}
             for p in projectors.values(): p.requires_grad_(True)
-            model.model.multi_modal_projector = projectors["delta"]
+            model.multi_modal_projector = projectors["delta"]
             freeze(model, kind)
             trained = list(dict.fromkeys(p for m in (model, *projectors.values()) for p in m.parameters() if p.requires_grad))
             optimizer = torch.optim.AdamW(trained, lr=0., weight_decay=0., fused=True)  # what has no gradient in a step is left alone
             for repeat in tqdm(range(self.repeats + 1), desc=kind):  # the first one warms up
                 turn = repeat % len(self.tokens)
                 for v in self.tokens[turn:] + self.tokens[:turn]:
-                    model.model.multi_modal_projector = projectors[self.name(v)]
+                    model.multi_modal_projector = projectors[self.name(v)]
                     took, peak = self.step(model, optimizer, batches[kind, v])
                     if repeat: seconds[v].append(took)
                     gib[v] = peak

@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, Ge
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .assets import TOWERS, resolve
-from .compressors.base import VARIANTS, build_compressor, compressor_class, compressor_name, from_reference, read_config, to_reference
+from .compressors.base import VARIANTS, build_compressor, compressor_class, compressor_name, from_reference, config_from_dict, to_reference
 from .compressors.mlp import MLP
 from .config import CompressorConfig, ProjectorConfig
 from .processor import build_processor
@@ -625,10 +625,10 @@ def _write_processor(
     if where is None:
         tokenizer.save_pretrained(folder)
         return "tokenizer"
-    projector,needs = config.projector_config(),compressor_class(config.compressor).needs
+    projector,requires = config.projector_config(),compressor_class(config.compressor).requires
     images = AutoImageProcessor.from_pretrained(where, backend="pil", local_files_only=True)
-    placeholders = projector.placeholders(projector.tokens) if "decoder" in needs else None
-    build_processor(images, tokenizer, projector.tokens, "chat" if tokenizer.chat_template else "v1", "text" in needs, placeholders).save_pretrained(folder)
+    placeholders = projector.placeholders(projector.tokens) if "decoder" in requires else None
+    build_processor(images, tokenizer, projector.tokens, "chat" if tokenizer.chat_template else "v1", "text" in requires, placeholders).save_pretrained(folder)
     return "processor"
 
 # %% ../nbs/24_checkpoints.ipynb #89e4499f
@@ -681,7 +681,7 @@ def from_ours(
     else:
         if to == "llava-hf": raise ValueError(f"{source.path} is a projector alone, and llava-hf has no file for it; convert the whole model, or use --to authors.")
         name,config,dropped = source.config.get("compressor", "delta"), None, []
-        projector_config = read_config(name, source.config["projector"])
+        projector_config = config_from_dict(name, source.config["projector"])
         check_exportable(name, projector_config, to)
         with torch.device("meta"): frame = build_compressor(name, projector_config)
         compare_names(str(source.path), source.weights.shapes, {k: tuple(v.shape) for k,v in frame.state_dict().items()}, "Save it again with save_projector.")

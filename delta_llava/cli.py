@@ -27,7 +27,7 @@ from .checkpoints import convert
 from .compare import compare, plan, table
 from .compressors.base import compressor_class
 from .doctor import examine
-from .evaluate import missing, paper_table, spread
+from .evaluate import unavailable_benchmarks, paper_table, mean_and_range
 from .flops import DEVICES, Setup, as_table, report as cost_report
 from .launch import ROWS, estimate, report, torchrun_cmd, write_launch
 from .quickstart import Recipe, answer, fit, load_trained, run, score_trained
@@ -84,20 +84,20 @@ class Compare:
     starts:tuple[bool,...]=(True, False)  # Calibrated, and the reference's own
     steps:int=240  # Optimizer steps of each training
     batch_size:int=8  # Pictures in a step
-    train_pictures:int=1600  # Half with one thing, half with two or three
-    test_pictures:int=64  # In each of the four held-out sets
+    train_images:int=1600  # Half with one thing, half with two or three
+    test_images:int=64  # In each of the four held-out sets
     llm_dtype:Literal["float32", "bfloat16"]="float32"  # Of the frozen LLM; bfloat16 is faster where the processor computes in it
     jobs:int=1  # Trainings at a time
     folder:Path=Path("runs/compare")  # Gets a file for each training, and the record
 
     def __call__(self):
-        like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_pictures", "test_pictures", "llm_dtype")})
+        like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_images", "test_images", "llm_dtype")})
         path = compare(plan(self.compressors, self.budgets, self.seeds, self.starts, like), self.folder, self.jobs)
         lines = {}
         for row in table(json.loads(path.read_text())):
             line = lines.setdefault((row["label"], row["calibrated"], row["tokens"]), dict(system=row["label"], start="calibrated" if row["calibrated"] else "own", tokens=row["tokens"], seeds=len(row["values"])))
             line[row["pictures"].replace("heldout_", "").replace(" things", "").replace(" thing", "")] = f"{sum(row['values'])/len(row['values']):.0%}"
-        print(f"Naming among sixteen (chance 6%), {self.test_pictures} held-out pictures in each column:\n{as_table([*lines.values()])}\n{path}")
+        print(f"Naming among sixteen (chance 6%), {self.test_images} held-out pictures in each column:\n{as_table([*lines.values()])}\n{path}")
 
 # %% ../nbs/52_cli.ipynb #d79705e9
 def _check_budgets(tokens:Sequence[int], folder:Path):
@@ -105,13 +105,13 @@ def _check_budgets(tokens:Sequence[int], folder:Path):
     if not (about := folder/"projector.json").exists(): return
     saved = json.loads(about.read_text())
     config = compressor_class(saved.get("compressor", "delta")).Config.from_dict(saved["projector"])
-    for t in tokens: config.check(t, config.grid)
+    for t in tokens: config.check_budget(t, config.grid)
 
 def _checked_image(path:Path, tokens:Sequence[int], folder:Path):
     "The picture, the model and its processor; bad input fails before the model is loaded."
-    picture = open_image(path)
+    image = open_image(path)
     _check_budgets(tokens, folder)
-    return picture, *load_trained(folder)
+    return image, *load_trained(folder)
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -122,10 +122,10 @@ class Chat:
     folder:Path=Path("runs/quickstart")  # What `delta-llava quickstart` trained
 
     def __call__(self):
-        picture,model,processor,_ = _checked_image(self.image, () if self.tokens is None else (self.tokens,), self.folder)
-        if self.ask is not None: return print(answer(model, processor, picture, self.ask, self.tokens))
+        image,model,processor,_ = _checked_image(self.image, () if self.tokens is None else (self.tokens,), self.folder)
+        if self.ask is not None: return print(answer(model, processor, image, self.ask, self.tokens))
         print("Ask about the picture; an empty line ends. The quickstart's model has learned one question: What is in the picture?")
-        while question := input("> ").strip(): print(answer(model, processor, picture, question, self.tokens))
+        while question := input("> ").strip(): print(answer(model, processor, image, question, self.tokens))
 
 # %% ../nbs/52_cli.ipynb #7f78cbac
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +140,12 @@ class Gradcam:
 
     def __call__(self):
         if not self.out.absolute().parent.is_dir(): raise ValueError(f"out={self.out} lies in a folder that does not exist; make it first.")
-        picture,model,processor,recipe = _checked_image(self.image, self.tokens or (), self.folder)
+        image,model,processor,recipe = _checked_image(self.image, self.tokens or (), self.folder)
         budgets = self.tokens or tuple(t for t in recipe.test_budgets if t > 1)
         if not budgets: raise ValueError(f"{self.folder} was tested at one token only, and a map over a single token shows nothing; name budgets: --tokens 4 16.")
-        said = answer(model, processor, picture, self.ask, recipe.tokens)
+        said = answer(model, processor, image, self.ask, recipe.tokens)
         words = self.word or (max(said.strip(".").split(), key=len, default=""),)
-        results = {t: word_cams(model, processor, picture, self.ask, list(words), answer=said, tokens=t) for t in budgets}
+        results = {t: word_cams(model, processor, image, self.ask, list(words), answer=said, tokens=t) for t in budgets}
         draw_answer(results).savefig(self.out, dpi=120)
         print(f"{said}\n{', '.join(words)}: {self.out}")
 
@@ -216,7 +216,7 @@ class Evaluate:
     "Score what was trained on every held-out set: losses, naming, captions; and say what cannot run here, and how it would."
     folders:tyro.conf.Positional[tuple[Path,...]]=()  # What `delta-llava quickstart` or `train` trained; several are seeds of one recipe
     tokens:tuple[int,...]=()  # Budgets V; without them those of the recipe
-    pictures:int|None=None  # In each of the four held-out sets; without it as in the recipe
+    images:int|None=None  # In each of the four held-out sets; without it as in the recipe
     out:Path|None=None  # The record; without it evaluation.json in the first folder
     tables:bool=False  # Print the paper's Tables 1 to 6 with ours beside
     runs:Path=Path("runs")  # Records for the tables
@@ -229,7 +229,7 @@ class Evaluate:
 
     def checked(self)->Path:
         "The file of the record, after all that can be known before a model is loaded."
-        if self.pictures is not None and self.pictures < 2: raise ValueError(f"pictures={self.pictures} must be at least 2: captions are compared with another picture.")
+        if self.images is not None and self.images < 2: raise ValueError(f"pictures={self.images} must be at least 2: captions are compared with another picture.")
         recipes = []
         for folder in self.folders:
             for part in ("recipe.json", "projector.safetensors"):
@@ -245,14 +245,14 @@ class Evaluate:
     def score(self):
         "Score the folders, write the record, print a table and what is missing."
         out = self.checked()
-        rows = [row for folder in self.folders for row in score_trained(folder, self.tokens, self.pictures)]
-        write_record(out, sorted({r["seed"] for r in rows}), rows, folders=list(map(str, self.folders)), pictures=self.pictures)
+        rows = [row for folder in self.folders for row in score_trained(folder, self.tokens, self.images)]
+        write_record(out, sorted({r["seed"] for r in rows}), rows, folders=list(map(str, self.folders)), images=self.images)
         cells = {}
         for r in rows: cells.setdefault((r["set"], r["tokens"]), []).append(r)
-        shown = lambda c,k,form: spread(v, form) if len(v := [r[k] for r in c if r[k] is not None]) > 1 else f"{v[0]:{form}}" if v else "not run"
+        shown = lambda c,k,form: mean_and_range(v, form) if len(v := [r[k] for r in c if r[k] is not None]) > 1 else f"{v[0]:{form}}" if v else "not run"
         forms = dict(right=".2f", shuffled=".2f", p=".0e", naming=".0%", cider=".0f", cider_truth=".0f", f1=".2f", all_right=".0%")
-        print("\n" + as_table([dict(pictures=name.replace("_", " "), tokens=t) | {k: shown(c, k, form) for k,form in forms.items()} for (name,t),c in cells.items()]))
-        print(f"\nThe record, with all captions: {out}\n\n{missing(self.folders[0], self.tokens or sorted({r['tokens'] for r in rows}, reverse=True))}")
+        print("\n" + as_table([dict(images=name.replace("_", " "), tokens=t) | {k: shown(c, k, form) for k,form in forms.items()} for (name,t),c in cells.items()]))
+        print(f"\nThe record, with all captions: {out}\n\n{unavailable_benchmarks(self.folders[0], self.tokens or sorted({r['tokens'] for r in rows}, reverse=True))}")
 
 # %% ../nbs/52_cli.ipynb #5279e920
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from .compressors.base import compressor_class, compressor_config
 from .config import CompressorConfig
 from .data import Collator
 from .flops import counted, model_config
-from .quickstart import Recipe, build, held_out_pictures, read_features, score, train, training_pictures
+from .quickstart import Recipe, build, held_out_images, read_features, score, train, training_images
 from .train import write_record
 
 # %% ../nbs/51_compare.ipynb #9f0966fd
@@ -97,14 +97,14 @@ def run_cell(
     if torch.cuda.is_available(): torch.set_float32_matmul_precision("high")
     disable_progress_bar()
     model,processor = build(recipe)
-    rows = training_pictures(recipe, Path(folder)/f"scenes-seed{recipe.seed}")
+    rows = training_images(recipe, Path(folder)/f"scenes-seed{recipe.seed}")
     log = train(recipe, model, processor, rows, read_features(model, processor, rows), Path(folder)/"tmp"/cell_name(recipe), save_strategy="no", disable_tqdm=multiprocessing.parent_process() is not None)
     scores,flops = {},{}
-    for name,part in tqdm(held_out_pictures(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}").items(), desc=f"scoring {cell_name(recipe)}", disable=multiprocessing.parent_process() is not None, leave=False):
+    for name,part in tqdm(held_out_images(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}").items(), desc=f"scoring {cell_name(recipe)}", disable=multiprocessing.parent_process() is not None, leave=False):
         seen = read_features(model, processor, part)
         scores[name] = {str(t): score(model, processor, part, seen, t, point=0) for t in recipe.test_budgets}
         flops = flops or {str(t): flops_of(model, processor, part[0], seen, t) for t in recipe.test_budgets}
-    parameters = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    parameters = sum(p.numel() for p in model.multi_modal_projector.parameters())
     result = dict(scores=scores, flops=flops, parameters=parameters, losses=[e["loss"] for e in log if "loss" in e])
     return write_record(path, [recipe.seed], result, label=label(recipe), recipe=asdict(recipe), matmul=torch.get_float32_matmul_precision())
 
@@ -122,10 +122,10 @@ def prepare(
 ):
     "Write the pictures and pass them through the tower, before the cells share them."
     disable_progress_bar()
-    for recipe in {compressor_class(c.compressor).needs: c for c in cells}.values():
+    for recipe in {compressor_class(c.compressor).requires: c for c in cells}.values():
         model,processor = build(recipe)
-        held = held_out_pictures(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}")  # the same for each seed, but seeds are prepared side by side
-        for rows in (training_pictures(recipe, Path(folder)/f"scenes-seed{recipe.seed}"), *held.values()): read_features(model, processor, rows)
+        held = held_out_images(recipe, Path(folder)/f"held-out-for-seed{recipe.seed}")  # the same for each seed, but seeds are prepared side by side
+        for rows in (training_images(recipe, Path(folder)/f"scenes-seed{recipe.seed}"), *held.values()): read_features(model, processor, rows)
 
 def collect(
     cells:Sequence[Recipe],  # From `plan`
@@ -188,6 +188,6 @@ def table(
         for name,budgets in r["scores"].items():
             for t,s in budgets.items():
                 key = (r["label"], r["calibrated"], int(t), name)
-                row = rows.setdefault(key, dict(label=r["label"], calibrated=r["calibrated"], tokens=int(t), pictures=name, flops=r["flops"][t], parameters=r["parameters"], values=[]))
+                row = rows.setdefault(key, dict(label=r["label"], calibrated=r["calibrated"], tokens=int(t), images=name, flops=r["flops"][t], parameters=r["parameters"], values=[]))
                 row["values"].append(s[score])
     return list(rows.values())

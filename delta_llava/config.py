@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_tokens', 'CompressorConfig', 'ProjectorConfig', 'relative_levels', 'clip_l14_336', 'clip_l14_224',
-           'clip_b32_224', 'clip_b32_384', 'siglip_so400m_384', 'dinov2_s14', 'paper', 'ablated']
+           'clip_b32_224', 'clip_b32_384', 'siglip_so400m_384', 'dinov2_s14', 'paper_text_config', 'ablation_config']
 
 # %% ../nbs/01_config.ipynb #6c592c68
 import math
@@ -38,7 +38,7 @@ class CompressorConfig:
         self._positive("grid", "d_vision", "d_llm")
         if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels):
             raise ValueError(f"levels={self.levels} must be distinct indices of hidden states, 0 or more; relative_levels(depth) gives sensible ones.")
-        self.check(self.tokens, self.grid)
+        self.check_budget(self.tokens, self.grid)
 
     def _positive(self, *names:str):
         for name in names:
@@ -50,7 +50,7 @@ class CompressorConfig:
         "Budgets that a call may ask for: the squares, unless a compressor says otherwise."
         return [g*g for g in range(1, grid+1)]
 
-    def check(self,
+    def check_budget(self,
         tokens:int,  # Budget $V$
         grid:int,  # Patches per side
     )->int:  # The budget
@@ -122,7 +122,7 @@ class ProjectorConfig(CompressorConfig):
         if self.share_base and self.projection == "tokenpacker":
             raise ValueError("share_base=True needs a base to share, and projection='tokenpacker' has none; use 'delta', 'base' or 'linear'.")
 
-    def check(self, tokens:int, grid:int)->int:
+    def check_budget(self, tokens:int, grid:int)->int:
         "As every compressor's; the error also says which budgets cut the grid evenly."
         return check_tokens(tokens, grid)**2
 
@@ -194,7 +194,7 @@ def dinov2_s14(
     return ProjectorConfig(grid=image_size//14, tokens=tokens, levels=(4, 6, 8, 10), d_vision=384, d_llm=d_llm, standardize=True)
 
 # %% ../nbs/01_config.ipynb #5dec964a
-def paper(
+def paper_text_config(
     config:ProjectorConfig=ProjectorConfig(),  # Where the sizes come from
 )->ProjectorConfig:
     "`config` with every switch set to the paper's text instead of the authors' code (§4, Eq. 3–11)."
@@ -206,7 +206,7 @@ _ABLATIONS = {"EMHSA": {"emhsa": dict(mixing="no_emhsa")},
               "TB": {"block": dict(mixing="none"), "mhca": dict(mixing="no_mhca")},
               "DeltaProj": {"linear": dict(projection="linear"), "base": dict(projection="base"), "tokenpacker": dict(projection="tokenpacker")}}
 
-def ablated(
+def ablation_config(
     config:ProjectorConfig,  # The full projector
     part:str,  # Row of Table 3: `"EMHSA"`, `"TB"` or `"DeltaProj"`
     reading:str|None=None,  # What taking it away means; `None` takes the default of the table above

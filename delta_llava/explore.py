@@ -32,20 +32,20 @@ class Explorer:
     "Models and pictures, and the answers that were given before."
     def __init__(self,
         models:Mapping[str, tuple],  # Name to model and processor
-        pictures:Mapping[str, str|Path|Image.Image],  # Name to picture
+        images:Mapping[str, str|Path|Image.Image],  # Name to picture
         max_new_tokens:int=16,  # Length of a model's own answer, tokens
     ):
-        spatial = {name: model.model.multi_modal_projector.spatial for name,(model,_) in models.items()}
+        spatial = {name: model.multi_modal_projector.spatial for name,(model,_) in models.items()}
         self.models,self.set_aside = {n: m for n,m in models.items() if spatial[n]},[n for n in models if not spatial[n]]
         if not self.models: raise ValueError(f"models={[*models]} holds no compressor whose tokens have a place in the picture, so there is no map to draw; add one, e.g. 'delta'.")
-        if not pictures: raise ValueError("pictures is empty: give at least one, e.g. {'cat': 'cat.jpg'}.")
-        self.pictures,self.max_new_tokens,self.answers = {n: open_image(p) for n,p in pictures.items()},max_new_tokens,{}
+        if not images: raise ValueError("pictures is empty: give at least one, e.g. {'cat': 'cat.jpg'}.")
+        self.images,self.max_new_tokens,self.answers = {n: open_image(p) for n,p in images.items()},max_new_tokens,{}
 
     def budgets(self,
         compressor:str,  # Name of a model
     )->list[int]:  # Rising; without 1, whose map is even
         "Budgets that a compressor can have, and whose maps can show something."
-        config = self.models[compressor][0].model.multi_modal_projector.config
+        config = self.models[compressor][0].multi_modal_projector.config
         return [t for t in config.budgets(config.grid) if t > 1]
 
     def add(self,
@@ -53,7 +53,7 @@ class Explorer:
         content:bytes,  # Of its file
     ):
         "Take in a picture from outside."
-        try: self.pictures[name] = open_image(io.BytesIO(content))
+        try: self.images[name] = open_image(io.BytesIO(content))
         except ValueError as e:
             why = "this is no picture" if isinstance(e.__cause__, UnidentifiedImageError) else e.__cause__
             raise ValueError(f"{name} cannot be used: {why}. Readable are {', '.join(FORMATS)}.") from e
@@ -63,7 +63,7 @@ class Explorer:
     )->AnswerCams:  # The answer, and the maps of all its words
         "Ask, or remember."
         if not query.question.strip(): raise ValueError("The question is empty: ask something about the picture.")
-        picture,(model,processor) = self.pictures[query.picture],self.models[query.compressor]
+        picture,(model,processor) = self.images[query.picture],self.models[query.compressor]
         key = image_sha256(picture),query.question.strip(),query.compressor,query.tokens,query.answer.strip()
         if key not in self.answers:
             self.answers[key] = word_cams(model, processor, picture, key[1], answer=key[4] or None, tokens=query.tokens, max_new_tokens=self.max_new_tokens)
@@ -110,8 +110,8 @@ class Panel:
     ):
         import ipywidgets as w
         self.explorer,self.result,self.resting = explorer,None,False
-        name,at,wide = next(iter(explorer.models)),next(iter(explorer.pictures)),dict(layout=w.Layout(width="20rem"), style=dict(description_width="6rem"))
-        self.picture = w.Dropdown(options=[*explorer.pictures], value=at, description="Picture", **wide)
+        name,at,wide = next(iter(explorer.models)),next(iter(explorer.images)),dict(layout=w.Layout(width="20rem"), style=dict(description_width="6rem"))
+        self.picture = w.Dropdown(options=[*explorer.images], value=at, description="Picture", **wide)
         self.upload = w.FileUpload(accept="image/*", description="Your own picture", layout=w.Layout(width="13.6rem", margin="2px 2px 2px 6.4rem"))
         self.question = w.Text(question, description="Question", continuous_update=False, **wide)
         self.answer = w.Text(description="Answer", placeholder="the model's own", continuous_update=False, **wide)
@@ -172,7 +172,7 @@ class Panel:
         "Offer a picture that was uploaded, and ask about it."
         (file,),self.upload.value = self.upload.value,()
         self.explorer.add(file["name"], bytes(file["content"]))
-        self.picture.options,self.picture.value = [*self.explorer.pictures],file["name"]
+        self.picture.options,self.picture.value = [*self.explorer.images],file["name"]
         return self.ask()
 
     def _repr_mimebundle_(self, **kwargs):
@@ -182,9 +182,9 @@ class Panel:
 # %% ../nbs/44_explore.ipynb #0d937156
 def explore(
     models:Mapping[str, tuple],  # Name to model and processor
-    pictures:Mapping[str, str|Path|Image.Image],  # Name to picture; more can be uploaded
+    images:Mapping[str, str|Path|Image.Image],  # Name to picture; more can be uploaded
     question:str="What is in the picture?",  # The first one
     max_new_tokens:int=16,  # Length of a model's own answer, tokens
 )->Panel:  # Show it as the last value of a cell
     "Pick a picture, a question, a compressor, a budget; click a word, see its map."
-    return Panel(Explorer(models, pictures, max_new_tokens), question)
+    return Panel(Explorer(models, images, max_new_tokens), question)

@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'Seen', 'PAPER_FIGURES', 'DEVICES', 'shape_of', 'model_config', 'numel', 'counted', 'zeros', 'tower_flops',
            'counted_tower', 'projector_terms', 'project', 'attention_widths', 'block_weights', 'prefill_flops',
            'decode_flops', 'counted_llm', 'Cost', 'Setup', 'cost', 'counted_cost', 'authors_cost', 'at_budget', 'met',
-           'paper_figures', 'as_table', 'cache_bytes', 'traffic', 'Device', 'roofline', 'report']
+           'paper_figures', 'as_table', 'cache_bytes', 'traffic', 'Device', 'roofline', 'cost_report']
 
 # %% ../nbs/26_flops.ipynb #0b8e8034
 import math
@@ -27,7 +27,7 @@ from .grid import VisionFeatures
 from .mixing import split_channels
 from .projector import Compressor
 from .tower import vision_features
-from .vlm import DeltaLlavaConfig, cut_tower_config
+from .vlm import DeltaLlavaConfig, truncated_tower_config
 
 # %% ../nbs/26_flops.ipynb #72d2276d
 SHAPES = {  # What the paper's parts look like
@@ -115,7 +115,7 @@ def counted_tower(
     attention:bool=False,  # Also the attention of CLS
 )->int:
     "The same, counted."
-    with torch.device("meta"): tower = AutoModel.from_config(cut_tower_config(config, max(*levels, levels[-1] + attention)))
+    with torch.device("meta"): tower = AutoModel.from_config(truncated_tower_config(config, max(*levels, levels[-1] + attention)))
     return counted(lambda: vision_features(tower, zeros(3, image_size, image_size), levels, attention).levels)
 
 # %% ../nbs/26_flops.ipynb #f7997f94
@@ -198,7 +198,7 @@ def projector_terms(
 )->dict[str, int]:  # Part -> FLOPs
     "FLOPs of one picture through a projector, part by part (@eq-delta-flops and the table above)."
     compressor_class(compressor)  # an unknown name is an error
-    v = config.check(config.tokens if tokens is None else tokens, config.grid)
+    v = config.check_budget(config.tokens if tokens is None else tokens, config.grid)
     return _TERMS[VARIANTS.get(compressor, (compressor,))[0]](config, config.grid**2, v, reference)
 
 # %% ../nbs/26_flops.ipynb #bc7399ae
@@ -207,8 +207,8 @@ def project(
 )->Callable:  # Without arguments
     "The projector over one picture, ready to be counted."
     c,n = projector.config,projector.config.grid**2
-    seen = dict(cls_attention=zeros(n), keys=zeros(n, c.d_vision)) if "attention" in projector.needs else {}
-    features,text = VisionFeatures(zeros(n, c.d_levels), c.grid, **seen),zeros(1, c.d_llm) if "text" in projector.needs else None
+    seen = dict(cls_attention=zeros(n), keys=zeros(n, c.d_vision)) if "attention" in projector.requires else {}
+    features,text = VisionFeatures(zeros(n, c.d_levels), c.grid, **seen),zeros(1, c.d_llm) if "text" in projector.requires else None
     return lambda: projector(features, text=text)
 
 # %% ../nbs/26_flops.ipynb #f9cc86d6
@@ -316,14 +316,14 @@ class Setup:
         return _config(self.tower, self.llm, self.compressor, self.tokens, self.image_size)
 
     @property
-    def picture(self)->int:
+    def image(self)->int:
         "Side of the picture, px."
         return self.image_size or shape_of(self.tower).image_size
 
     @property
     def asked(self)->int|float:
         "Tokens that the LLM reads before the projector may work: the question, if the projector reads it."
-        if "text" not in compressor_class(self.compressor).needs: return 0
+        if "text" not in compressor_class(self.compressor).requires: return 0
         return self.text if self.question is None else self.question
 
     @property
@@ -350,7 +350,7 @@ def cost(
     _check_llm(setup.llm)
     config,c,llm = setup.config,setup.config.projector_config(),shape_of(setup.llm)
     asked = prefill_flops(llm, ((llm.num_hidden_layers, setup.asked),), causal) - 2*llm.hidden_size*llm.vocab_size if setup.asked else 0  # without the head
-    return Cost(tower=tower_flops(config.vision_config, max(c.levels), setup.picture, "attention" in compressor_class(setup.compressor).needs),
+    return Cost(tower=tower_flops(config.vision_config, max(c.levels), setup.image, "attention" in compressor_class(setup.compressor).requires),
                 projector=sum(projector_terms(setup.compressor, c, reference=reference).values()), question=asked,
                 prefill=prefill_flops(llm, setup.seen, causal), decode=decode_flops(llm, setup.seen, setup.answer))
 
@@ -360,12 +360,12 @@ def counted_cost(
 )->Cost:  # FLOPs
     "The same, counted over the real modules on the meta device; attention is counted in full."
     if bad := [name for name in ("text", "answer", "question") if (getattr(setup, name) or 0) % 1]: raise ValueError(f"{bad[0]}={getattr(setup, bad[0])} must be whole to be counted; `cost` takes means.")
-    config,attention = setup.config,"attention" in compressor_class(setup.compressor).needs
+    config,attention = setup.config,"attention" in compressor_class(setup.compressor).requires
     with torch.device("meta"): projector = build_compressor(setup.compressor, config.projector)
     llm = _meta_llm(setup.llm, shape_of(setup.llm).num_hidden_layers).base_model
     asked = counted(lambda: llm(inputs_embeds=zeros(setup.asked, projector.config.d_llm), past_key_values=DynamicCache())) if setup.asked else 0
     prefill,decode = counted_llm(setup.llm, setup.seen, setup.answer)
-    return Cost(tower=counted_tower(config.vision_config, projector.config.levels, setup.picture, attention), projector=counted(project(projector)), question=asked, prefill=prefill, decode=decode)
+    return Cost(tower=counted_tower(config.vision_config, projector.config.levels, setup.image, attention), projector=counted(project(projector)), question=asked, prefill=prefill, decode=decode)
 
 # %% ../nbs/26_flops.ipynb #b70b8b25
 def authors_cost(
@@ -377,7 +377,7 @@ def authors_cost(
     L,d,f,C,G = llm.num_hidden_layers,llm.hidden_size,llm.intermediate_size,c.d_vision,setup.answer
     K = setup.tokens + (setup.compressor == "mlp")
     S,token = setup.text + K,8*d*d + 4*d*f
-    return Cost(tower=tower_flops(tower, tower.num_hidden_layers, setup.picture), projector=_mlp_flops(K, C, d) if setup.compressor == "mlp" else 2*K*(C*C + c.d_levels*C),
+    return Cost(tower=tower_flops(tower, tower.num_hidden_layers, setup.image), projector=_mlp_flops(K, C, d) if setup.compressor == "mlp" else 2*K*(C*C + c.d_levels*C),
                 prefill=L*(S*token + 4*S*S*d), decode=L*(G*token + 4*d*(G*S + G*(G - 1)/2)))
 
 def at_budget(
@@ -462,13 +462,13 @@ def traffic(
 )->Cost:  # Bytes
     "Bytes that each stage cannot but move: weights once for each pass, inputs, outputs, keys and values."
     if batch < 1: raise ValueError(f"batch={batch} must be at least 1.")
-    c,llm,needs,(tower,projector) = setup.config.projector_config(),shape_of(setup.llm),compressor_class(setup.compressor).needs,_weights(setup)
+    c,llm,requires,(tower,projector) = setup.config.projector_config(),shape_of(setup.llm),compressor_class(setup.compressor).requires,_weights(setup)
     n,d,steps,model = c.grid**2,c.d_llm,setup.answer - 1,_meta_llm(setup.llm, llm.num_hidden_layers)
     weights = numel(model) - (0 if llm.tie_word_embeddings else llm.vocab_size*d)
-    features = n*c.d_levels + (n*c.d_vision + n if "attention" in needs else 0)
+    features = n*c.d_levels + (n*c.d_vision + n if "attention" in requires else 0)
     row = 2*attention_widths(llm)[1]*llm.num_hidden_layers  # one token in the cache
     read = cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache
-    cost = Cost(tower=tower + batch*(3*setup.picture**2 + features), projector=projector + batch*(features + c.placeholders(setup.tokens)*d),
+    cost = Cost(tower=tower + batch*(3*setup.image**2 + features), projector=projector + batch*(features + c.placeholders(setup.tokens)*d),
                 question=numel(model.base_model) - llm.vocab_size*d + batch*(setup.asked*d + d) if setup.asked else 0,
                 prefill=weights + batch*(setup.seen[0][1]*d + read + llm.vocab_size),
                 decode=steps*(weights + batch*(d + llm.vocab_size + row + read)) + batch*row*steps*(steps - 1)/2)  # each step writes one and reads all before it
@@ -502,7 +502,7 @@ def roofline(
     return rows
 
 # %% ../nbs/26_flops.ipynb #4234b7f8
-def report(
+def cost_report(
     setup:Setup,  # What is run
     device:Device=DEVICES["h100"],  # On what
     batch:int=1,  # Rows with a picture each

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORD', 'grad_cam', 'infer_grid', 'upsample', 'minmax', 'relative', 'leaf_output', 'undisturbed', 'answer_cam', 'Word',
-           'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'outline',
-           'draw_cams', 'PointingGame', 'pointing_game', 'blurred', 'Erasure', 'erase', 'attention_map',
-           'shuffled_weights', 'seen_picture', 'AnswerCams', 'word_cams', 'draw_answer']
+           'words_of', 'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_box',
+           'draw_cams', 'PointingGame', 'pointing_game', 'blurred', 'DeletionInsertion', 'deletion_insertion',
+           'attention_map', 'shuffled_weights', 'denormalize_pixels', 'AnswerCams', 'word_cams', 'draw_answer']
 
 # %% ../nbs/40_gradcam.ipynb #49bc35b7
 import re
@@ -107,7 +107,7 @@ def answer_cam(
 )->Float[Tensor, "w p v"]:  # One map per word and picture
     "Grad-CAM of each word by the projector's output (Fig. 1): one forward pass, one backward pass per word."
     at = _spoken_at(inputs["input_ids"], words)
-    projector = model.model.multi_modal_projector if projector is None else projector
+    projector = model.multi_modal_projector if projector is None else projector
     with undisturbed(model), leaf_output(projector) as caught, torch.enable_grad():
         z = _said_scores(model, inputs, at, log_prob)
         if len(caught) != 1: raise ValueError(f"the projector ran {len(caught)} times, not once: give the picture(s) with the inputs.")
@@ -220,7 +220,7 @@ def library_cam(
 )->Float[Tensor, "b v"]:  # The library's map before its min-max and resize
     "The map of one word by pytorch-grad-cam (`pip install delta-llava[gradcam]`)."
     from pytorch_grad_cam import GradCAM
-    projector = model.model.multi_modal_projector if projector is None else projector
+    projector = model.multi_modal_projector if projector is None else projector
     targets = [WordTarget(tuple(w.nonzero().flatten().tolist()), tuple(i[w].tolist())) for w,i in zip(word, inputs["input_ids"])]
     with undisturbed(model), leaf_output(projector), torch.enable_grad():  # our hook first: the library then sees the leaf
         cam = GradCAM(_Logits(model, inputs), [projector], reshape_transform)
@@ -232,7 +232,7 @@ def library_cam(
     return rearrange(torch.from_numpy(raw), "b h w -> b (h w)").relu()
 
 # %% ../nbs/40_gradcam.ipynb #a455f803
-def outline(
+def draw_box(
     ax,  # Matplotlib's axes
     box:Sequence[float|int],  # x0, y0, x1, y1, px
 ):
@@ -242,7 +242,7 @@ def outline(
     for style in (dict(ec="0.2", lw=1.8), dict(ec="white", lw=1.2, ls=":")): ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, **style))
 
 def draw_cams(
-    picture:Image.Image,  # The picture as the tower saw it, `seen_picture`
+    image:Image.Image,  # The picture as the tower saw it, `denormalize_pixels`
     cams:Mapping[str|int, Tensor],  # Label or budget to map over visual tokens [v]; one row each
     *,
     raw:bool=False,  # `False`: values relative to the even share; `True`: values as they are
@@ -253,18 +253,18 @@ def draw_cams(
     import matplotlib.pyplot as plt
     maps = {k:(m if raw else relative(m)).detach().cpu().float() for k,m in cams.items()}
     top = max(m.max().item() for m in maps.values()) or 1.
-    tall,wide = picture.height,picture.width
+    tall,wide = image.height,image.width
     fig,axes = plt.subplots(len(maps), 3, figsize=(7, 2.25*len(maps)*tall/wide), squeeze=False, layout="constrained")
     for row,(label,m) in zip(axes, maps.items()):
         frame = dict(extent=(0, wide, tall, 0), vmin=0, vmax=top, cmap="viridis")
-        row[0].imshow(picture, extent=frame["extent"])
+        row[0].imshow(image, extent=frame["extent"])
         row[1].imshow(m.reshape(infer_grid(len(m))).numpy(), interpolation="nearest", **frame)
-        row[2].imshow(picture.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
+        row[2].imshow(image.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
         shown = row[2].imshow(upsample(m, (tall, wide), "bilinear").numpy(), alpha=.6, **frame)
         row[0].set_ylabel(f"{label} tokens" if isinstance(label, int) else label)
         for ax in row:
             ax.set(xticks=[], yticks=[])
-            for box in boxes: outline(ax, box)
+            for box in boxes: draw_box(ax, box)
     for ax,title in zip(axes[0], ("picture", "visual tokens", "overlay")): ax.set_title(title)
     bar = fig.colorbar(shown, ax=axes, label="Grad-CAM" if raw else "Grad-CAM, times the even share", fraction=.03)
     bar.solids.set_alpha(1)
@@ -327,7 +327,7 @@ def blurred(
     return torch.from_numpy(gaussian_filter(pixels.float().cpu().numpy(), (0, 0, sigma, sigma), mode="nearest")).to(pixels)
 
 @dataclass(frozen=True)
-class Erasure:
+class DeletionInsertion:
     "How the word's log-probability falls and rises with the cells of the picture."
     share:Float[Tensor, "k"]  # Of the cells that are gone, or given back
     deletion:Float[Tensor, "b k"]  # Without the first cells of the map, nats
@@ -339,7 +339,7 @@ class Erasure:
 
 # %% ../nbs/40_gradcam.ipynb #07446d0a
 @torch.no_grad()
-def erase(
+def deletion_insertion(
     model:nn.Module,  # As in `answer_cam`
     inputs:Mapping,  # As in `answer_cam`, with `pixel_values`
     word:Bool[Tensor, "b t"],  # Positions of one word in each row
@@ -348,7 +348,7 @@ def erase(
     steps:int=8,  # Points of a curve, but the first; at most one for each cell
     blur:float=1/8,  # As in `blurred`
     seed:int=0,  # Of the order among equal cells
-)->Erasure:
+)->DeletionInsertion:
     "Deletion and insertion curves of the word (@eq-erase): two forward passes for each step."
     if inputs.get("pixel_values") is None: raise ValueError("inputs hold no pixel_values: cells are erased in the picture, before the tower.")
     (b,v),pixels,at = cams.shape, inputs["pixel_values"], _spoken_at(inputs["input_ids"], word[None])
@@ -360,7 +360,7 @@ def erase(
     counts = torch.linspace(0, v, min(v, steps) + 1).round()
     cells = [upsample((rank < k).float(), tuple(pixels.shape[-2:])).bool()[:, None] for k in counts.tolist()]
     with undisturbed(model): without,alone = [says(~c) for c in cells], [says(c) for c in cells[1:-1]]
-    return Erasure(counts/v, torch.stack(without, 1), torch.stack([without[-1], *alone, without[0]], 1))
+    return DeletionInsertion(counts/v, torch.stack(without, 1), torch.stack([without[-1], *alone, without[0]], 1))
 
 # %% ../nbs/40_gradcam.ipynb #1413a1cb
 @torch.no_grad()
@@ -399,7 +399,7 @@ def shuffled_weights(
             for p,old in zip(module.parameters(), kept): p.copy_(old)
 
 # %% ../nbs/40_gradcam.ipynb #4f5831d4
-def seen_picture(
+def denormalize_pixels(
     pixel_values:Float[Tensor, "3 h w"],  # One picture as it enters the tower
     image_processor,  # The tower's, for its mean and standard deviation
 )->Image.Image:  # RGB
@@ -416,7 +416,7 @@ class AnswerCams:
     answer:str  # As it reads
     words:tuple[Word,...]  # The words or phrases that have maps
     cams:Float[Tensor, "w v"]  # One map for each
-    picture:Image.Image  # As the tower saw it
+    image:Image.Image  # As the tower saw it
 
     def __getitem__(self,
         phrase:str,  # One of `words`; case does not matter
@@ -429,7 +429,7 @@ class AnswerCams:
 def word_cams(
     model:nn.Module,  # A `DeltaLlavaForConditionalGeneration`
     processor,  # Its `DeltaLlavaProcessor`
-    picture:Image.Image,  # Any RGB picture
+    image:Image.Image,  # Any RGB picture
     question:str,  # What to ask about it
     phrases:Sequence[str]|None=None,  # What to map; `None`: every word of the answer
     *,
@@ -439,16 +439,16 @@ def word_cams(
     log_prob:bool=False,  # As in `answer_cam`
 )->AnswerCams:
     "Ask, answer, and map the words of the answer over the visual tokens (Fig. 1)."
-    kind = model.model.multi_modal_projector
+    kind = model.multi_modal_projector
     if not kind.spatial: raise ValueError(f"the tokens of {type(kind).__name__} have no place in the picture, so a map over them cannot be drawn on it; use a projector whose tokens form a grid.")
     turns = [dict(role="user", content=f"<image>\n{question}")]
     asked = dict(questions=[question]) if processor.questions else {}
-    inputs = processor(picture, processor.apply_chat_template(turns, add_generation_prompt=True), tokens=tokens, **asked).to(model.device)
+    inputs = processor(image, processor.apply_chat_template(turns, add_generation_prompt=True), tokens=tokens, **asked).to(model.device)
     if answer is None:
         with undisturbed(model): ids = model.generate(**inputs, tokens=tokens, max_new_tokens=max_new_tokens, do_sample=False)
         start = inputs["input_ids"].shape[1]
     else:
-        row = processor.supervised([*turns, dict(role="assistant", content=answer)], tokens)
+        row = processor.encode_conversation([*turns, dict(role="assistant", content=answer)], tokens)
         ids = torch.tensor([row["input_ids"]], device=model.device)
         start = next(i for i,label in enumerate(row["labels"]) if label >= 0)
     words = words_of(ids[0, start:].tolist(), processor.tokenizer)
@@ -459,7 +459,7 @@ def word_cams(
     for mark,w in zip(marks, words): mark[0, start+w.start:start+w.stop] = True
     inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tokens": tokens}
     cams = answer_cam(model, inputs, marks, log_prob=log_prob)[:, 0]
-    return AnswerCams(answer, tuple(words), cams, seen_picture(inputs["pixel_values"][0], processor.image_processor))
+    return AnswerCams(answer, tuple(words), cams, denormalize_pixels(inputs["pixel_values"][0], processor.image_processor))
 
 # %% ../nbs/40_gradcam.ipynb #bff7dd3a
 def draw_answer(
@@ -472,19 +472,19 @@ def draw_answer(
     first = next(iter(results.values()))
     if any((r.answer, r.words) != (first.answer, first.words) for r in results.values()):
         raise ValueError("results hold different answers or words; give word_cams the same answer and phrases at each budget.")
-    picture,tall,wide = first.picture, first.picture.height, first.picture.width
+    image,tall,wide = first.image, first.image.height, first.image.width
     maps = [[relative(r.cams[i].detach().cpu().float()) for r in results.values()] for i in range(len(first.words))]
     frame = dict(extent=(0, wide, tall, 0), vmin=0, vmax=max(m.max().item() for row in maps for m in row) or 1., cmap="viridis")
     fig,axes = plt.subplots(len(maps), 1 + len(results), figsize=(1.9*(1 + len(results)) + .6, 2*len(maps)*tall/wide), squeeze=False, layout="constrained")
     for row,word,cells in zip(axes, first.words, maps):
-        row[0].imshow(picture, extent=frame["extent"])
+        row[0].imshow(image, extent=frame["extent"])
         row[0].set_ylabel(word.text)
         for ax,m in zip(row[1:], cells):
-            ax.imshow(picture.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
+            ax.imshow(image.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
             shown = ax.imshow(upsample(m, (tall, wide), "bilinear").numpy(), alpha=.6, **frame)
         for ax in row:
             ax.set(xticks=[], yticks=[])
-            if word.text in (boxes or {}): outline(ax, boxes[word.text])
+            if word.text in (boxes or {}): draw_box(ax, boxes[word.text])
     for ax,title in zip(axes[0], ["picture", *(f"{v} tokens" for v in results)]): ax.set_title(title)
     fig.colorbar(shown, ax=axes, label="in even shares", fraction=.03).solids.set_alpha(1)
     return fig

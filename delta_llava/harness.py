@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ask', 'SAMPLING', 'log', 'TASKS', 'load_any', 'image_aspect', 'with_aspect', 'Answerer', 'HarnessModel',
            'package_version', 'manifest', 'pope_facts', 'gqa_facts', 'caption_facts', 'choice_facts', 'write_tasks',
-           'scene_picture', 'scene_prompt', 'pope_scores', 'pope_accuracy', 'pope_precision', 'pope_recall', 'pope_f1',
+           'scene_image', 'scene_prompt', 'pope_scores', 'pope_accuracy', 'pope_precision', 'pope_recall', 'pope_f1',
            'pope_yes_ratio', 'gqa_scores', 'choice_scores', 'caption_scores', 'caption_cider', 'harness_cmd',
            'read_result']
 
@@ -34,11 +34,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BaseImagePr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .assets import file_sha256, resolve
-from .data import PHRASINGS, Scene, absent_names, ask, draw_scene, plan_scene, with_article
-from .evaluate import cider, missing, named_things, plain, references
+from .data import PHRASINGS, Scene, absent_names, make_conversation, draw_scene, plan_scene, with_article
+from .evaluate import cider, unavailable_benchmarks, mentioned_objects, normalize_text, references
 from .processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor
 from .tower import open_image
-from .train import Finetune, Pretrain, commit, prepare_stage
+from .train import Finetune, Pretrain, commit, build_stage_model
 from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/45_harness.ipynb #49644a85
@@ -61,7 +61,7 @@ def load_any(
         said = json.loads((folder/"stage.json").read_text())
         kind = Finetune if said["stage"] == "finetune" else Pretrain
         told = {f.name: said[f.name] for f in fields(kind) if f.name in said} | dict(projector=folder, data=Path(said["data"]), images=None, folder=folder, budgets=tuple(said["budgets"]), sharding="none")
-        model,processor = prepare_stage(stage := kind(**told))
+        model,processor = build_stage_model(stage := kind(**told))
     else: raise ValueError(f"pretrained={pretrained} holds no config.json (a whole model), stage.json (delta-llava pretrain) or recipe.json (delta-llava quickstart); name a folder that one of them wrote.")
     parts = {name: dict(name=name, sha256=resolve(name).sha256) for name in (stage.tower, stage.llm)}
     return model.eval(), processor, origin | dict(tower=parts[stage.tower], llm=parts[stage.llm])
@@ -99,7 +99,7 @@ class Answerer:
         system_prompt:str="",  # Stands before each question, where the template has a place for it
     ):
         config = model.config.projector_config()
-        if tokens is not None: config.check(tokens, config.grid)
+        if tokens is not None: config.check_budget(tokens, config.grid)
         if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(f"batch_size={batch_size!r} must be a whole number, 1 or more.")
         self.model,self.processor,self.tokens,self.batch_size,self.system_prompt = model,processor,tokens,batch_size,system_prompt
         if system_prompt and system_prompt not in self.prompt("?", 0): raise ValueError(f"system_prompt={system_prompt!r} has no place in this model's chat template; leave it out, or take another template.")
@@ -161,9 +161,9 @@ class Answerer:
                 said[i] = text[:min(ends, default=None)].strip()
         return said
 
-    def _spoken(self, ask:Ask, answer:str)->tuple[list[int], list[int]]:
+    def _spoken(self, make_conversation:Ask, answer:str)->tuple[list[int], list[int]]:
         "Token ids of the prompt, and of the answer without the end of its turn."
-        row = self.processor.supervised([*self.messages(ask[0], len(ask[1])), dict(role="assistant", content=answer.strip())], tokens=self.tokens)
+        row = self.processor.encode_conversation([*self.messages(make_conversation[0], len(make_conversation[1])), dict(role="assistant", content=answer.strip())], tokens=self.tokens)
         start = next(i for i,label in enumerate(row["labels"]) if label != -100)
         spoken = [label for label in row["labels"][start:] if label != -100]
         while len(spoken) > 1 and not self.processor.tokenizer.decode(spoken[-1:], skip_special_tokens=True).strip(): spoken.pop()
@@ -209,7 +209,7 @@ class HarnessModel:
         batch_size:int|str=1,  # Requests in one pass
         device:str|None=None,  # `None` takes a GPU if there is one, with several processes each its own
         dtype:str="auto",  # Of all weights, such as `"bfloat16"`; `"auto"` leaves them as they were saved
-        template:str|None=None,  # `"plain"`, `"v1"` or `"chatml"`; `None` takes the one that the model was trained with
+        template:str|None=None,  # `"normalize_text"`, `"v1"` or `"chatml"`; `None` takes the one that the model was trained with
         system_prompt:str="",  # Before each question
         image_aspect:str|None=None,  # `"pad"` or `"original"`; `None` takes the one that the model was trained with
         **unknown,
@@ -237,7 +237,7 @@ class HarnessModel:
         "All of the model that moves a score."
         from delta_llava import __version__  # here: no notebook makes it
         a,model = self.answerer,self.answerer.model
-        config,parts = model.config.projector_config(),dict(tower=model.model.vision_tower, projector=model.model.multi_modal_projector, llm=model.model.language_model)
+        config,parts = model.config.projector_config(),dict(tower=model.vision_tower, projector=model.multi_modal_projector, llm=model.get_decoder())
         template = next((k for k,v in TEMPLATES.items() if a.processor.chat_template == JOIN_PARTS + v), "the LLM's own")
         packages = dict(lmms_eval="lmms-eval", transformers="transformers", torch="torch", datasets="datasets", pillow="pillow")
         return dict(checkpoint=self.origin, compressor=model.config.compressor, visual_tokens=config.tokens if a.tokens is None else a.tokens, dtype={k: str(m.dtype if hasattr(m, "dtype") else next(m.parameters()).dtype) for k,m in parts.items()},
@@ -251,14 +251,14 @@ class HarnessModel:
             context,kwargs,to_visual,_,name,split = request.args
             task = getattr(to_visual, "__self__", None)
             if task is None or name in self.asked: continue
-            told,pictures = getattr(task, "lmms_eval_specific_kwargs", None) or {},len(self._pictures(request))
+            told,pictures = getattr(task, "lmms_eval_specific_kwargs", None) or {},len(self._open_images(request))
             self.asked[name] = dict(split=split, pre_prompt=told.get("pre_prompt"), post_prompt=told.get("post_prompt"), prompt=told.get("prompt"), ocr=told.get("ocr"), num_fewshot=task.config.num_fewshot, output=task.config.output_type,
                                     generation_kwargs=kwargs if isinstance(kwargs, dict) else None, metadata=task.config.metadata, first_prompt=self.answerer.prompt(context, pictures), pictures=pictures)
             if isinstance(kwargs, dict) and "image_aspect_ratio" in kwargs: self.asked[name]["image_aspect"] = kwargs["image_aspect_ratio"]
             if getattr(task, "args", None) is not None: task.args.delta_llava = dict(self.settings(), tasks=self.asked)
             else: log.warning("lmms-eval was not started from its command line, and so cannot write the model's settings into its result; keep model.settings() and model.asked beside it.")
 
-    def _pictures(self, request)->list:
+    def _open_images(self, request)->list:
         _,_,to_visual,doc,task,split = request.args
         return list(to_visual(self.task_dict[task][split][doc]) or []) if to_visual else []
 
@@ -273,7 +273,7 @@ class HarnessModel:
             until,aspect = told.pop("until", None) or [],told.pop("image_aspect_ratio", None)
             before = self.answerer.processor.image_processor
             if aspect is not None: self.answerer.processor.image_processor = with_aspect(self.own, aspect)
-            try: answers = self.answerer.generate([(requests[i].args[0], self._pictures(requests[i])) for i in mine], until=[until] if isinstance(until, str) else until, **told)
+            try: answers = self.answerer.generate([(requests[i].args[0], self._open_images(requests[i])) for i in mine], until=[until] if isinstance(until, str) else until, **told)
             finally: self.answerer.processor.image_processor = before
             for i,text in zip(mine, answers):
                 said[i] = text
@@ -287,7 +287,7 @@ class HarnessModel:
         self._note(requests)
         docs = [self.task_dict[task][split][doc] for _,_,_,doc,task,split in (r.args for r in requests)]
         answers = [r.args[1] if isinstance(r.args[1], str) else r.args[1](d) for r,d in zip(requests, docs)]
-        return [(-score, greedy) for score,greedy in self.answerer.likelihood([(r.args[0], self._pictures(r)) for r in requests], answers)]
+        return [(-score, greedy) for score,greedy in self.answerer.likelihood([(r.args[0], self._open_images(r)) for r in requests], answers)]
 
     def generate_until_multi_round(self,
         requests,  # Of lmms-eval
@@ -356,7 +356,7 @@ def gqa_facts(
 )->Iterator[dict]:  # With `question`, `answer` and `kind`
     "What the boxes of a scene decide."
     for kind in ("count", "relation"):
-        for question,answer in ask(scene, kind, paraphrase=False): yield dict(question=question, answer=answer.lower(), kind=kind)
+        for question,answer in make_conversation(scene, kind, paraphrase=False): yield dict(question=question, answer=answer.lower(), kind=kind)
     first,*others = scene.objects
     if not others:
         yield dict(question="What thing is in the picture?", answer=first.name, kind="what")
@@ -383,7 +383,7 @@ def choice_facts(
     scene:Scene,  # The plan
 )->Iterator[dict]:  # With `question`, the letter as `answer`, its `index`
     "One thing that is there among three that are not."
-    for question,answer in ask(scene, "choice", paraphrase=False):
+    for question,answer in make_conversation(scene, "choice", paraphrase=False):
         yield dict(question="\n".join(question.split("\n")[:5]), answer=answer, index="ABCD".index(answer))
 
 # %% ../nbs/45_harness.ipynb #fc795b8f
@@ -419,7 +419,7 @@ def write_tasks(
     return {task: dict(Counter(fact.get("kind", "all") for _,fact in facts[task.split("_")[1]])) for task in TASKS}
 
 # %% ../nbs/45_harness.ipynb #aa4d75e9
-def scene_picture(
+def scene_image(
     doc:dict,  # A row of an offline task
 )->list[Image.Image]:
     "Its picture, for `doc_to_visual`."
@@ -438,7 +438,7 @@ def pope_scores(
     results:list[str],  # What the model said
 )->dict:  # Metric -> what was said and what is true
     "For `process_results`."
-    pair = dict(said=plain(results[0]), answer=doc["answer"])
+    pair = dict(said=normalize_text(results[0]), answer=doc["answer"])
     return {f"pope_{m}": pair for m in ("accuracy", "precision", "recall", "f1", "yes_ratio", f"accuracy_{doc['kind']}")}
 
 def pope_accuracy(
@@ -481,7 +481,7 @@ def gqa_scores(
     results:list[str],  # What the model said
 )->dict[str, float]:
     "Exact match but for case and punctuation, for `process_results`."
-    right = float(plain(results[0]) == plain(doc["answer"]))
+    right = float(normalize_text(results[0]) == normalize_text(doc["answer"]))
     return {"exact_match": right, f"exact_match_{doc['kind']}": right}
 
 def choice_scores(
@@ -497,7 +497,7 @@ def caption_scores(
     results:list[str],  # What the model said
 )->dict:
     "For `process_results`: `caption_things` is 1 if the caption names all that is there and nothing else."
-    return dict(caption_cider=dict(said=results[0], references=doc["references"]), caption_things=float(named_things(results[0]) == set(doc["things"])))
+    return dict(caption_cider=dict(said=results[0], references=doc["references"]), caption_things=float(mentioned_objects(results[0]) == set(doc["things"])))
 
 def caption_cider(
     items:list[dict],  # Of `caption_scores`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ZERO3', 'logger', 'FREE', 'ElasticCollator', 'freeze', 'merge_lora', 'last_checkpoint', 'Intervals', 'WithIds',
-           'StageTrainer', 'stage_arguments', 'check_space', 'fit_stage', 'hardware', 'commit', 'write_record', 'Stage',
-           'Pretrain', 'Finetune', 'write_card', 'sharding_fields', 'stage_collator', 'take_projector', 'prepare_stage',
-           'measure_first', 'with_lengths', 'claim_folder', 'run_stage']
+           'StageTrainer', 'stage_arguments', 'check_space', 'train_stage', 'hardware', 'commit', 'write_record',
+           'Stage', 'Pretrain', 'Finetune', 'write_card', 'sharding_fields', 'stage_collator', 'load_stage_projector',
+           'build_stage_model', 'fit_feature_statistics', 'add_lengths', 'check_run_dir', 'run_stage']
 
 # %% ../nbs/31_train.ipynb #b90e3ca9
 import json
@@ -39,7 +39,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .compressors.base import compressor_class
 from .data import Collator, load_conversations
-from .processor import DeltaLlavaProcessor, assemble
+from .processor import DeltaLlavaProcessor, build_pretrained
 from .tower import cache_features
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
@@ -72,7 +72,7 @@ def freeze(
 )->dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "The plan of a stage (§6): which parts learn."
     if lora < 0 or lora and stage == "pretrain": raise ValueError(f"lora={lora} in stage {stage!r}; LoRA changes the LLM, which stage 'finetune' alone trains: take lora=0, or a rank such as 128 there.")
-    parts = dict(tower=model.model.vision_tower, projector=model.model.multi_modal_projector, llm=model.model.language_model)
+    parts = dict(tower=model.vision_tower, projector=model.multi_modal_projector, llm=model.get_decoder())
     adapted = any(isinstance(m, BaseTunerLayer) for m in model.modules())
     if lora and not adapted:
         names = [f"model.language_model.{name}" for name,m in parts["llm"].named_modules() if isinstance(m, nn.Linear)]
@@ -160,7 +160,7 @@ class StageTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save: return
         model,folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir)
-        if any(p.requires_grad and "lora_" not in n for n,p in model.model.language_model.named_parameters()): return super()._save(output_dir, state_dict)
+        if any(p.requires_grad and "lora_" not in n for n,p in model.get_decoder().named_parameters()): return super()._save(output_dir, state_dict)
         prefix = "model.multi_modal_projector."
         save_projector(model, folder, None if state_dict is None else {k.removeprefix(prefix): v for k,v in state_dict.items() if k.startswith(prefix)})
         lora = {k: v.contiguous() for k,v in (state_dict or model.state_dict()).items() if "lora_" in k}
@@ -170,7 +170,7 @@ class StageTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled or not (folder/"projector.safetensors").exists(): return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(model or self.model)
-        model.model.multi_modal_projector.load_state_dict(load_projector(folder).state_dict())
+        model.multi_modal_projector.load_state_dict(load_projector(folder).state_dict())
         if (folder/"lora.safetensors").exists():
             wrong = model.load_state_dict(load_file(folder/"lora.safetensors"), strict=False)
             assert not wrong.unexpected_keys and not any("lora_" in k for k in wrong.missing_keys)
@@ -217,13 +217,13 @@ def check_space(
     one = (sum(p.numel()*p.element_size() for p in model.parameters()) if whole else 4*trained) + 8*trained
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     kept = sum(f.stat().st_size for f in folder.glob("checkpoint-*/**/*") if f.is_file())
-    tuned = any(p.requires_grad for p in model.model.language_model.parameters())
+    tuned = any(p.requires_grad for p in model.get_decoder().parameters())
     result = sum(p.numel()*(4 if p.dtype == torch.uint8 else p.element_size()) for p in model.parameters()) if tuned else 0  # one byte holds two weights of four bits, which are written in two bytes each
     if (free := shutil.disk_usage(folder).free) + kept < 3*one + result:
         raise OSError(f"{folder} has {free/2**30:.1f} GiB free, but three checkpoints of {one/2**30:.1f} GiB and a model of {result/2**30:.1f} GiB must fit; make room, or name a folder on another disk.")
 
 # %% ../nbs/31_train.ipynb #15087f9e
-def fit_stage(
+def train_stage(
     model:DeltaLlavaForConditionalGeneration,  # Its projector is trained, and in stage 2 its LLM
     rows,  # Training rows of `load_conversations`
     collator,  # `Collator` or `ElasticCollator`
@@ -326,7 +326,7 @@ class Stage:
     resume:bool=True  # Go on from the last complete checkpoint
 
     @property
-    def trains(self)->Literal["pretrain", "finetune"]:
+    def stage(self)->Literal["pretrain", "finetune"]:
         "Which stage it is."
         return "finetune" if isinstance(self, Finetune) else "pretrain"
 
@@ -335,11 +335,11 @@ class Stage:
             if (v := getattr(self, name)) < 1: raise ValueError(f"{name}={v} must be at least 1.")
         if self.steps < 0 or self.epochs <= 0: raise ValueError(f"steps={self.steps} must not be negative and epochs={self.epochs} must be above 0.")
         if self.batch_size % self.device_batch_size: raise ValueError(f"batch_size={self.batch_size} must be a multiple of device_batch_size={self.device_batch_size}.")
-        if self.lora and self.trains == "pretrain": raise ValueError(f"lora={self.lora}, but stage 1 leaves the LLM as it is; use it in stage 2.")
+        if self.lora and self.stage == "pretrain": raise ValueError(f"lora={self.lora}, but stage 1 leaves the LLM as it is; use it in stage 2.")
         if self.four_bit and not self.lora: raise ValueError(f"four_bit=True with lora={self.lora}: weights of four bits cannot be trained themselves; take a rank such as lora=128.")
         if self.lora and self.sharding != "none": raise ValueError(f"lora={self.lora} with sharding={self.sharding!r}: updates that are spread over processes cannot be merged at the end; take sharding='none', since a frozen LLM is small enough for each GPU.")
-        needs = compressor_class(self.compressor).needs  # an unknown name fails here
-        if self.packed and "decoder" in needs: raise ValueError(f"packed=True, but compressor={self.compressor!r} drops tokens inside the LLM, row by row; take packed=False.")
+        requires = compressor_class(self.compressor).requires  # an unknown name fails here
+        if self.packed and "decoder" in requires: raise ValueError(f"packed=True, but compressor={self.compressor!r} drops tokens inside the LLM, row by row; take packed=False.")
 
     def accumulate(self,
         processes:int,  # Devices on all nodes
@@ -424,7 +424,7 @@ def sharding_fields(
 
 def stage_collator(
     stage:Stage,  # Budgets, packing, longest row
-    processor:DeltaLlavaProcessor,  # From `assemble`
+    processor:DeltaLlavaProcessor,  # From `build_pretrained`
 )->ElasticCollator:  # Batches of pixels
     "How rows become batches in this stage."
     collator = Collator(processor=processor, max_length=stage.max_length, packed=stage.packed)
@@ -433,7 +433,7 @@ def stage_collator(
 # %% ../nbs/31_train.ipynb #2b0f3dcf
 logger = logging.getLogger(__name__)
 
-def take_projector(
+def load_stage_projector(
     stage:Stage,  # Its projector is trained
     model:DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
 ):
@@ -443,27 +443,27 @@ def take_projector(
         if theirs != getattr(stage, name): raise ValueError(f"projector={stage.projector} was trained with {name}={theirs!r}, but here {name}={getattr(stage, name)!r}; take {name}={theirs!r}, or another projector.")
     load_projector(stage.projector, model)
     config = model.config.projector_config()
-    config.check(stage.tokens, config.grid)
-    model.model.multi_modal_projector.config = config = replace(config, tokens=stage.tokens)
+    config.check_budget(stage.tokens, config.grid)
+    model.multi_modal_projector.config = config = replace(config, tokens=stage.tokens)
     model.config.projector,model.config.image_seq_length = config.to_dict(), config.placeholders(stage.tokens)
 
 # %% ../nbs/31_train.ipynb #518130ce
-def prepare_stage(
+def build_stage_model(
     stage:Stage,  # What to train
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `fit_stage`
+)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `train_stage`
     "The model of a stage: pretrained parts, the projector of the stage before, the right precision for each part."
     if stage.projector is not None and not (stage.projector/"projector.safetensors").exists():
         raise ValueError(f"projector={stage.projector} holds no projector.safetensors; name the folder that stage 1 wrote, or begin with a fresh one: projector=None.")
     half = stage.bf16 and stage.sharding == "none"  # sharded parts share one precision
-    model,processor = assemble(stage.tower, stage.llm, stage.compressor, tokens=stage.tokens, budgets=stage.budgets, image_size=stage.image_size, pad=stage.pad, template=stage.template,
-                               standardize=stage.standardize, llm_dtype=torch.bfloat16 if half and (stage.trains == "pretrain" or stage.lora) else torch.float32, four_bit=stage.four_bit, seed=stage.seed)
-    if stage.projector is not None: take_projector(stage, model)
+    model,processor = build_pretrained(stage.tower, stage.llm, stage.compressor, tokens=stage.tokens, budgets=stage.budgets, image_size=stage.image_size, pad=stage.pad, template=stage.template,
+                               standardize=stage.standardize, llm_dtype=torch.bfloat16 if half and (stage.stage == "pretrain" or stage.lora) else torch.float32, four_bit=stage.four_bit, seed=stage.seed)
+    if stage.projector is not None: load_stage_projector(stage, model)
     model.set_attn_implementation({"text_config": stage.attention})
-    if half: model.model.vision_tower.to(torch.bfloat16)
+    if half: model.vision_tower.to(torch.bfloat16)
     return model, processor
 
 @torch.no_grad()
-def measure_first(
+def fit_feature_statistics(
     model:DeltaLlavaForConditionalGeneration,  # Holds tower and projector
     processor:DeltaLlavaProcessor,  # Makes its pixels
     rows,  # Training rows
@@ -471,27 +471,27 @@ def measure_first(
 ):
     "Give the projector the means and spreads of the first pictures' features."
     paths = list(dict.fromkeys(p for p in rows["image"][:8*n] if p is not None))[:n]
-    needs = "attention" in model.model.multi_modal_projector.needs
-    model.model.multi_modal_projector.measure(cache_features(paths, model.model.vision_tower, processor.image_processor, model.config.vision_feature_layer, attention=needs))
+    requires = "attention" in model.multi_modal_projector.requires
+    model.multi_modal_projector.fit_statistics(cache_features(paths, model.vision_tower, processor.image_processor, model.config.vision_feature_layer, attention=requires))
 
-def with_lengths(
+def add_lengths(
     rows,  # Training rows
     processor:DeltaLlavaProcessor,  # Counts their tokens
     stage:Stage,  # Budget, longest row
 ):
     "The rows with a column `length`, their tokens at the main budget."
-    count = lambda row: dict(length=len(processor.supervised(row["conversations"], tokens=stage.tokens, max_length=stage.max_length)["input_ids"]))
+    count = lambda row: dict(length=len(processor.encode_conversation(row["conversations"], tokens=stage.tokens, max_length=stage.max_length)["input_ids"]))
     return rows.map(count, desc="lengths", num_proc=max(1, stage.workers) if len(rows) > 10_000 else None)
 
 # %% ../nbs/31_train.ipynb #8811744f
 FREE = {"data", "images", "folder", "device_batch_size", "gradient_checkpointing", "attention", "workers", "save_steps", "resume"}  # where and how, not what is learned
 
-def claim_folder(
+def check_run_dir(
     stage:Stage,  # Its folder may hold a broken run
     rows:int,  # In the data
 )->dict:  # The settings, JSON-safe; they lie in `stage.json` from now on
     "Error if the folder holds another run than this one."
-    settings = json.loads(json.dumps(asdict(stage) | dict(stage=stage.trains, rows=rows), default=str))
+    settings = json.loads(json.dumps(asdict(stage) | dict(stage=stage.stage, rows=rows), default=str))
     said = stage.folder/"stage.json"
     if last_checkpoint(stage.folder) or (stage.folder/"record.json").exists():
         if not stage.resume: raise ValueError(f"resume=False, but {stage.folder} holds a run; name another folder, or delete this one.")
@@ -514,22 +514,22 @@ def run_stage(
     accumulation = stage.accumulate(processes)
     record = stage.folder/"record.json"
     rows = load_conversations(stage.data, stage.images, text_rows=True)
-    settings = claim_folder(stage, len(rows))
+    settings = check_run_dir(stage, len(rows))
     if record.exists(): return record  # nothing is left to do
     resumed = last_checkpoint(stage.folder) is not None
-    model,processor = prepare_stage(stage)
-    if stage.standardize and stage.projector is None: measure_first(model, processor, rows)
-    if stage.group_by_length: rows = with_lengths(rows, processor, stage)
+    model,processor = build_stage_model(stage)
+    if stage.standardize and stage.projector is None: fit_feature_statistics(model, processor, rows)
+    if stage.group_by_length: rows = add_lengths(rows, processor, stage)
     args = stage_arguments(stage.folder, steps=stage.n_steps(len(rows)), batch_size=stage.device_batch_size, lr=stage.lr, warmup=stage.warmup, seed=stage.seed, save_steps=stage.save_steps,
                            gradient_accumulation_steps=accumulation, bf16=stage.bf16, use_cpu=not torch.accelerator.is_available(), dataloader_num_workers=stage.workers,
                            **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)) if stage.gradient_checkpointing else {}),
-                           **(dict(train_sampling_strategy="group_by_length") if stage.group_by_length else {}), **sharding_fields(stage, model.model.language_model._no_split_modules or []))
-    plan = freeze(model, stage.trains, stage.lora)
+                           **(dict(train_sampling_strategy="group_by_length") if stage.group_by_length else {}), **sharding_fields(stage, model.get_decoder()._no_split_modules or []))
+    plan = freeze(model, stage.stage, stage.lora)
     if first: logger.info("\n".join(f"{part}: {trained:,} of {every:,} parameters are trained" for part,(trained,every) in plan.items()))
-    entries = fit_stage(model, rows, stage_collator(stage, processor), args, stage=stage.trains, lora=stage.lora, resume=stage.resume, callbacks=callbacks, into=stage.folder)
+    entries = train_stage(model, rows, stage_collator(stage, processor), args, stage=stage.stage, lora=stage.lora, resume=stage.resume, callbacks=callbacks, into=stage.folder)
     if not first: return record
     processor.save_pretrained(stage.folder)
     losses = [e["loss"] for e in entries if "loss" in e]
-    write_record(record, [stage.seed], dict(losses=losses), stage=stage.trains, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start, resumed=resumed)
+    write_record(record, [stage.seed], dict(losses=losses), stage=stage.stage, settings=settings, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start, resumed=resumed)
     write_card(stage.folder)
     return record

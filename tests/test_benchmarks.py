@@ -31,11 +31,11 @@ def test_counted_tokens_are_those_of_the_batches():
 
 def test_assumed_lengths_have_the_parts_of_the_mix():
     packing = runpy.run_path(str(BENCHMARKS/"packing.py"))
-    text, picture, part = packing["assumed"](40_000, 0)
+    text, image, part = packing["assumed"](40_000, 0)
     assert sum(n for n, _, _ in packing["PARTS"].values()) == 624  # thousands: all rows but those of text alone
-    assert abs((~picture).mean() - packing["TEXT_ONLY"]/packing["ROWS"]) < .005 and text.min() > packing["PROMPT"]
+    assert abs((~image).mean() - packing["TEXT_ONLY"]/packing["ROWS"]) < .005 and text.min() > packing["PROMPT"]
     for name, (n, median, _) in packing["PARTS"].items():
-        assert abs((part == name).sum() - 40_000*picture.mean()*n/624) < 5*(40_000*n/624)**.5
+        assert abs((part == name).sum() - 40_000*image.mean()*n/624) < 5*(40_000*n/624)**.5
         assert abs(np.median(text[part == name]) - packing["PROMPT"] - median) < .1*median
 
 
@@ -65,7 +65,7 @@ def test_scores_of_a_map_that_knows_the_box(tmp_path):
     module = runpy.run_path(str(BENCHMARKS/"gradcam.py"))
     model, processor = tiny("clip_b32_224"), build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=16, template="v1")
     rows = list(load_conversations(write_scenes(tmp_path, 6, "heldout_scenes", 0, (2, 3), 168, tasks=("caption",), paraphrase=False, min_side=56)))
-    truth, before = module["Truth"](pictures=6, erased=4), {k: v.clone() for k, v in model.state_dict().items()}
+    truth, before = module["Truth"](images=6, erased=4), {k: v.clone() for k, v in model.state_dict().items()}
     found = sum((truth.batch(model, processor, rows[i:i + 3], 16, i, Recipe()) for i in (0, 3)), [])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the shuffled parts are whole again
     assert [r["picture"] for r in found] == list(range(6)) and ["deletion" in r["scores"]["box"] for r in found] == [True]*4 + [False]*2

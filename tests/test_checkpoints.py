@@ -330,7 +330,7 @@ def test_whole_model_computes_what_its_parts_do(tmp_path):
     pixels = torch.randn(1, 3, SIDE, SIDE)
     hidden = tower(pixels, output_hidden_states=True).hidden_states
     levels = torch.cat([hidden[1][:, 1:], hidden[3][:, 1:]], dim=-1)
-    visual = ours.model.multi_modal_projector(levels)
+    visual = ours.multi_modal_projector(levels)
     before, after = torch.tensor([[5, 6]]), torch.tensor([[7, 8, 9]])
     words = llm.get_input_embeddings()
     wanted = llm(inputs_embeds=torch.cat([words(before), visual, words(after)], dim=1)).logits
@@ -348,7 +348,7 @@ def test_tower_from_a_folder_when_the_checkpoint_lacks_it(tmp_path):
     tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=C, intermediate_size=64, num_attention_heads=2, num_hidden_layers=BLOCKS, image_size=SIDE, patch_size=PATCH))
     tower.save_pretrained(tmp_path/"clip")
     convert(folder, tmp_path/"ours", tower=tmp_path/"clip", **DELTA)
-    ours = load(tmp_path/"ours").model.vision_tower.state_dict()
+    ours = load(tmp_path/"ours").vision_tower.state_dict()
     same(ours, tower.state_dict(), names=list(ours))
     done = convert(folder, tmp_path/"part", projector_only=True, grid=4, **DELTA)
     assert "load_projector" in done.wrote and load_projector(tmp_path/"part").config.grid == 4
@@ -540,7 +540,7 @@ def test_a_llava_hf_model_starts_a_delta_model(tmp_path):
     llm.model, llm.lm_head = theirs.model.language_model, theirs.lm_head
     config = compressor_class("delta").Config(grid=4, tokens=4, levels=(1, 3), d_vision=C, d_llm=D, heads=4)
     model = build_vlm(theirs.model.vision_tower, llm, byte_tokenizer(), config)
-    assert model.model.language_model is theirs.model.language_model
+    assert model.get_decoder() is theirs.model.language_model
     ids = torch.tensor([[5, *[model.config.image_token_id]*4, 7]])
     assert model(input_ids=ids, pixel_values=torch.randn(1, 3, SIDE, SIDE)).logits.isfinite().all()
 

@@ -30,7 +30,7 @@ def loaded(monkeypatch):
     return stub
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path/"a.png")
     return tmp_path/"a.png"
 
@@ -70,7 +70,7 @@ def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, ca
     for word in words: assert word in text, word
 
 @pytest.mark.parametrize("command", ["chat", "gradcam"])
-def test_pictures_that_cannot_be_read(command, tmp_path, picture, trained, loaded, capsys):
+def test_pictures_that_cannot_be_read(command, tmp_path, image, trained, loaded, capsys):
     half,text = tmp_path/"half.png",tmp_path/"text.png"
     noise = Image.effect_noise((200, 200), 90)
     noise.save(buffer := io.BytesIO(), "PNG")
@@ -83,20 +83,20 @@ def test_pictures_that_cannot_be_read(command, tmp_path, picture, trained, loade
     assert not loaded.called
 
 @pytest.mark.parametrize("command", ["chat", "gradcam"])
-def test_folders_without_a_trained_projector(command, tmp_path, picture, trained, loaded, capsys):
-    assert "holds no trained projector" in refused(command, "--image", picture, "--folder", tmp_path/"none", capsys=capsys)
+def test_folders_without_a_trained_projector(command, tmp_path, image, trained, loaded, capsys):
+    assert "holds no trained projector" in refused(command, "--image", image, "--folder", tmp_path/"none", capsys=capsys)
     (trained/"projector.safetensors").unlink()  # a run that was stopped before its end
-    assert "holds no trained projector" in refused(command, "--image", picture, "--folder", trained, capsys=capsys)
+    assert "holds no trained projector" in refused(command, "--image", image, "--folder", trained, capsys=capsys)
     assert not loaded.called
 
 @pytest.mark.parametrize("command", ["chat", "gradcam"])
 @pytest.mark.parametrize("tokens", [5, 0, 169])
-def test_budgets_that_cannot_be(command, tokens, picture, trained, loaded, capsys):
-    assert f"tokens={tokens} must be the square" in refused(command, "--image", picture, "--tokens", tokens, "--folder", trained, capsys=capsys)
+def test_budgets_that_cannot_be(command, tokens, image, trained, loaded, capsys):
+    assert f"tokens={tokens} must be the square" in refused(command, "--image", image, "--tokens", tokens, "--folder", trained, capsys=capsys)
     assert not loaded.called
 
-def test_figure_needs_a_folder(tmp_path, picture, trained, loaded, capsys):
-    assert "does not exist" in refused("gradcam", "--image", picture, "--out", tmp_path/"no"/"a.png", "--folder", trained, capsys=capsys)
+def test_figure_needs_a_folder(tmp_path, image, trained, loaded, capsys):
+    assert "does not exist" in refused("gradcam", "--image", image, "--out", tmp_path/"no"/"a.png", "--folder", trained, capsys=capsys)
     assert not loaded.called
 
 @pytest.mark.parametrize("args", [["--steps", "0"], ["--tokens", "4"], ["--test-pictures", "1"]])
@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
 
 def test_quickstart_passes_every_field(tmp_path, monkeypatch, capsys):
     scores = {"some": {"16": dict(right=1., shuffled=2., p=1e-5, naming=.5, pointing=.4, pointing_chance=.1)}}
-    run = Mock(return_value=dict(result=dict(scores=scores), picture="p.png", example="A fox."))
+    run = Mock(return_value=dict(result=dict(scores=scores), image="p.png", example="A fox."))
     monkeypatch.setattr(cli, "run", run)
     cli.main(["quickstart", "--seed", "7", "--steps", "3", "--train-budgets", "4", "16", "--no-calibrated", "--folder", str(tmp_path)])
     recipe,folder = run.call_args.args
@@ -125,7 +125,7 @@ def rows(folder, *images):
     (folder/"set.json").write_text(json.dumps([{"id": str(i), "image": image, "conversations": turns} for i,image in enumerate(images)]))
     return str(folder/"set.json")
 
-def test_doctor_ends_with_1_if_rows_are_left_out(tmp_path, picture, capsys, monkeypatch):
+def test_doctor_ends_with_1_if_rows_are_left_out(tmp_path, image, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli.main(["doctor", rows(tmp_path, "a.png"), "--workers", "1"])
     assert "1 rows, 1 kept, 0 repaired, 0 left out" in capsys.readouterr().out and (tmp_path/"runs"/"doctor-set"/"report.txt").is_file()
@@ -142,7 +142,7 @@ def test_doctor_passes_every_field(tmp_path, monkeypatch, capsys):
     cli.main(["doctor", rows(tmp_path), "--images", "pictures", "--out", "o", "--no-text-rows", "--max-length", "99", "--workers", "3"])
     assert seen.call_args.args == (tmp_path/"set.json", Path("pictures"), Path("o"), False, None, 99, 3)
 
-def test_doctor_measures_with_the_llms_tokenizer(tmp_path, picture, capsys):
+def test_doctor_measures_with_the_llms_tokenizer(tmp_path, image, capsys):
     byte_tokenizer().save_pretrained(tmp_path/"llm")
     (tmp_path/"llm"/"config.json").write_text('{"model_type": "llama"}'); (tmp_path/"llm"/"model.safetensors").touch()  # never read
     cli.main(["doctor", rows(tmp_path, "a.png"), "--out", str(tmp_path/"o"), "--llm", str(tmp_path/"llm"), "--tokens", "9", "--max-length", "200"])  # of 201
@@ -214,7 +214,7 @@ def test_evaluate_scores_every_seed_and_says_what_is_missing(tmp_path, trained, 
     other = tmp_path/"seed1"
     shutil.copytree(trained, other)
     (other/"recipe.json").write_text(json.dumps(asdict(Recipe(seed=1))))
-    score = Mock(side_effect=lambda folder, tokens, pictures: [scored(int(folder == other), t) for t in tokens])
+    score = Mock(side_effect=lambda folder, tokens, images: [scored(int(folder == other), t) for t in tokens])
     monkeypatch.setattr(cli, "score_trained", score)
     cli.main(["evaluate", str(trained), str(other), "--tokens", "16", "4", "--pictures", "8"])
     assert [c.args for c in score.call_args_list] == [(trained, (16, 4), 8), (other, (16, 4), 8)]

@@ -9,7 +9,7 @@ from delta_llava.compare import cell_name, label, plan, table
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS
 from delta_llava.quickstart import Recipe
 
-TINY = Recipe(steps=2, batch_size=2, train_pictures=8, test_pictures=2)
+TINY = Recipe(steps=2, batch_size=2, train_images=8, test_images=2)
 
 
 def test_plan_trains_each_system_as_its_authors_do():
@@ -63,7 +63,7 @@ def test_cells_that_have_a_file_are_not_run_again(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS, "delta-elastic"])
 def test_every_compressor_trains_and_is_scored(name, tmp_path):
-    cell, = plan([name], (16, 4) if name == "delta-elastic" else (16,), (0,), (True,), replace(TINY, steps=4, train_pictures=16))
+    cell, = plan([name], (16, 4) if name == "delta-elastic" else (16,), (0,), (True,), replace(TINY, steps=4, train_images=16))
     record = json.loads(compare.compare([cell], tmp_path).read_text())
     r, = record["result"]
     assert all(0 < loss < 20 for loss in r["losses"]) and r["parameters"] > 1e5

@@ -8,25 +8,25 @@ import pytest
 import torch
 from PIL import Image
 
-from delta_llava.data import (SPLITS, TASKS, Collator, ask, concept_names, cut_out, draw_scene, group_of, load_conversations, paint_background,
-                              picture_index, plan_scene, read_rows, write_scenes)
+from delta_llava.data import (SPLITS, TASKS, Collator, make_conversation, concept_names, load_cutout, draw_scene, group_of, load_conversations, paint_background,
+                              image_index, plan_scene, read_rows, write_scenes)
 
 PICTURES = Path(__file__).parents[1]/"delta_llava"/"pictures"
 
 # ---------------------------------------------------------------- pictures
 
 def test_sheets_are_those_of_the_index_and_small():
-    for artist, entry in picture_index()["artists"].items():
+    for artist, entry in image_index()["artists"].items():
         assert hashlib.sha256((PICTURES/f"{artist}.webp").read_bytes()).hexdigest() == entry["sha256"]
         assert (PICTURES/f"LICENSE-{artist}.txt").stat().st_size > 1000 and entry["credit"] in (PICTURES/"ATTRIBUTION.md").read_text()
     assert sum(f.stat().st_size for f in PICTURES.iterdir()) < 2.5e6
 
 def test_every_artist_drew_every_thing_to_its_outline():
     assert len(set(concept_names())) == 64
-    for artist, entry in picture_index()["artists"].items():
+    for artist, entry in image_index()["artists"].items():
         assert tuple(entry["boxes"]) == concept_names()
         for name in concept_names():
-            alpha = np.asarray(cut_out(name, artist).getchannel("A"))
+            alpha = np.asarray(load_cutout(name, artist).getchannel("A"))
             assert max(alpha.shape) >= 44 and 0.1 < (alpha > 127).mean() <= 1
             for edge in (alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]): assert edge.max() >= 32, (name, artist)
 
@@ -41,7 +41,7 @@ def test_plans_keep_their_promises(split, size, min_side):
         centres = [o.box[0] + o.box[2] for o in scene.objects]
         assert centres == sorted(centres)
         for o in scene.objects:
-            (x0, y0, x1, y1), (w, h) = o.box, cut_out(o.name, o.artist).size
+            (x0, y0, x1, y1), (w, h) = o.box, load_cutout(o.name, o.artist).size
             assert o.artist in SPLITS[split] and 0 < x0 < x1 < size and 0 < y0 < y1 < size
             assert max(x1 - x0, y1 - y0) >= min_side and abs((x1 - x0)*h - (y1 - y0)*w) <= max(w, h)  # the shape is kept
         for a, b in combinations(scene.objects, 2):
@@ -80,15 +80,15 @@ def test_answers_are_true():
         for index in range(150):
             scene = plan_scene(index, split)
             boxes, shown = {o.name: o.box for o in scene.objects}, {o.name for o in scene.objects}
-            [(_, caption)] = ask(scene, "caption")
+            [(_, caption)] = make_conversation(scene, "caption")
             assert [w for w in re.findall(r"\w+", caption.lower()) if w in concept_names()] == [o.name for o in scene.objects]
-            yes, no = ask(scene, "existence")
+            yes, no = make_conversation(scene, "existence")
             assert yes[1] == "Yes" and _mentioned(yes[0]) <= shown and no[1] == "No" and not _mentioned(no[0]) & shown
-            assert ask(scene, "count")[0][1] == str(len(scene.objects))
-            [(question, letter)] = ask(scene, "choice")
+            assert make_conversation(scene, "count")[0][1] == str(len(scene.objects))
+            [(question, letter)] = make_conversation(scene, "choice")
             offered = dict(re.findall(r"^([A-D])\. (\w+)$", question, re.M))
             assert len(set(offered.values())) == 4 and [k for k, v in offered.items() if v in shown] == [letter]
-            for question, answer in ask(scene, "relation"):
+            for question, answer in make_conversation(scene, "relation"):
                 a, how, b = re.fullmatch(r"Is the (\w+) (left or right of|above or below) the (\w+)\?", question).groups()
                 (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = boxes[a], boxes[b]
                 assert {"Left": ax1 < bx0, "Right": bx1 < ax0, "Above": ay1 < by0, "Below": by1 < ay0}[answer] and answer.lower() in how
@@ -97,13 +97,13 @@ def test_training_rows_never_join_a_held_out_pair():
     for index in range(300):
         scene = plan_scene(index)
         shown = {o.name for o in scene.objects}
-        spoken = _mentioned(*(t for task in TASKS for pair in ask(scene, task) for t in pair))
+        spoken = _mentioned(*(t for task in TASKS for pair in make_conversation(scene, task) for t in pair))
         assert len(spoken - shown) >= 3  # absent things are spoken of
         assert not any(group_of(a) == group_of(b) for a in shown for b in (shown | spoken) - {a})
 
 def test_without_paraphrase_there_is_one_question():
-    assert {q for i in range(30) for q, _ in ask(plan_scene(i), "caption", paraphrase=False)} == {"What is in the picture?"}
-    assert len({q for i in range(30) for q, _ in ask(plan_scene(i), "caption")}) == 3
+    assert {q for i in range(30) for q, _ in make_conversation(plan_scene(i), "caption", paraphrase=False)} == {"What is in the picture?"}
+    assert len({q for i in range(30) for q, _ in make_conversation(plan_scene(i), "caption")}) == 3
 
 # ---------------------------------------------------------------- writing and reading
 
@@ -111,8 +111,8 @@ def test_written_scenes_are_the_same_bytes_and_come_back(tmp_path):
     files = [write_scenes(tmp_path/name, n, "heldout_scenes", seed=5) for name, n in (("a", 12), ("b", 12), ("c", 4))]
     a, b, c = (json.loads(file.read_text()) for file in files)
     assert files[0].read_bytes() == files[1].read_bytes() and a[:len(c)] == c
-    for picture in (tmp_path/"a"/"images").iterdir(): assert picture.read_bytes() == (tmp_path/"b"/"images"/picture.name).read_bytes()
-    rows = load_conversations(files[0], open_pictures=True)
+    for image in (tmp_path/"a"/"images").iterdir(): assert image.read_bytes() == (tmp_path/"b"/"images"/image.name).read_bytes()
+    rows = load_conversations(files[0], open_images=True)
     for row, kept in zip(a, rows, strict=True):
         assert {**kept, "image": None} == {**row, "image": None} and Path(kept["image"]) == (tmp_path/"a"/row["image"]).resolve()
         assert Image.open(kept["image"]).size == (168, 168)
@@ -196,7 +196,7 @@ def test_truncated_picture_is_found_when_asked(tmp_path):
     Image.effect_noise((64, 64), 90).save(tmp_path/"whole.png"); (tmp_path/"half.png").write_bytes((tmp_path/"whole.png").read_bytes()[:900])
     row = _row("<image>", "A fox.", image="half.png")
     assert len(_load(tmp_path, row)) == 2
-    with pytest.raises(ValueError, match="row 1 .*half.png"): _load(tmp_path, row, open_pictures=True)
+    with pytest.raises(ValueError, match="row 1 .*half.png"): _load(tmp_path, row, open_images=True)
 
 def test_error_says_how_to_find_all(tmp_path):
     with pytest.raises(ValueError, match="delta-llava doctor .*rows.json --images "): _load(tmp_path, "fox")
@@ -308,7 +308,7 @@ def test_second_reading_checks_nothing_and_change_is_noticed(tmp_path, monkeypat
     (tmp_path/"rows.json").write_text(text.replace("A fox.", "A cat."))  # of the same length, and within the clock's grain
     assert _cached(tmp_path)["conversations"][0][1]["value"] == "A cat." and checked == [1]
     assert len(_cached(tmp_path, text_rows=True)) == 1 and checked == [1, 1]  # another question, another table
-    _cached(tmp_path, open_pictures=True)
+    _cached(tmp_path, open_images=True)
     assert checked == [1, 1, 1]  # asked for: done
 
 def test_failed_readings_leave_no_table(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from delta_llava import doctor
 from delta_llava.data import load_conversations, read_rows
-from delta_llava.doctor import PROBLEMS, REPAIRS, Problem, examine, examine_picture, examine_row, repair
+from delta_llava.doctor import PROBLEMS, REPAIRS, Problem, examine, examine_image, examine_row, repair
 from delta_llava.processor import build_processor
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
@@ -111,7 +111,7 @@ def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_pat
     assert report.outcomes == Counter(["kept"]*3 + [outcome])
     index = list(read_rows(tmp_path/"out"/"index.json"))
     assert [r for r, _ in index if r["id"] != "d"] == [r for r in rows if r is not damaged]
-    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_pictures=True)) == 4 - (outcome == "left out")
+    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_images=True)) == 4 - (outcome == "left out")
     if outcome == "kept": assert (tmp_path/"out"/"index.json").read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 def test_every_kind_is_planted_somewhere():
@@ -125,8 +125,8 @@ def test_errors_are_what_training_refuses(images, tmp_path):
         if {"cut-away", "over-long"} & set(kinds): continue
         file = written(tmp_path/"rows.json", [damaged])
         if any(p.is_error for p in examine_row(damaged, images)):
-            with pytest.raises(ValueError, match="1 of 1 rows"): load_conversations(file, images, text_rows=True, open_pictures=True)
-        else: assert len(load_conversations(file, images, text_rows=True, open_pictures=True)) == 1, name
+            with pytest.raises(ValueError, match="1 of 1 rows"): load_conversations(file, images, text_rows=True, open_images=True)
+        else: assert len(load_conversations(file, images, text_rows=True, open_images=True)) == 1, name
 
 def test_repairs_lose_nothing(images):
     for damaged, *_ in DAMAGE.values():
@@ -159,21 +159,21 @@ def test_duplicates(images, tmp_path):
 def test_cut_pictures_of_every_format(form, ending, tmp_path):
     content = encoded(form)
     (tmp_path/f"a.{ending}").write_bytes(content)
-    assert examine_picture(f"a.{ending}", tmp_path) == []
+    assert examine_image(f"a.{ending}", tmp_path) == []
     for share in (.4, .9):
         (tmp_path/f"b.{ending}").write_bytes(content[:int(len(content)*share)])
-        assert [p.kind for p in examine_picture(f"b.{ending}", tmp_path)] == ["truncated"], share
+        assert [p.kind for p in examine_image(f"b.{ending}", tmp_path)] == ["truncated"], share
 
 def test_a_decoder_may_raise_anything(images, monkeypatch):
     def broken(*args): raise RuntimeError("decoder error -2")
     monkeypatch.setattr(doctor, "open_image", broken)
-    [problem] = examine_picture("good0.png", images)
+    [problem] = examine_image("good0.png", images)
     assert problem.kind == "unreadable" and "decoder error -2 (RuntimeError)" in problem.says
 
 def test_camera_jpegs_with_a_preview_are_jpegs(tmp_path):
-    picture = Image.fromarray(NOISE)
-    picture.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[picture.resize((40, 32))])
-    assert Image.open(tmp_path/"a.jpg").format == "MPO" and examine_picture("a.jpg", tmp_path) == []
+    image = Image.fromarray(NOISE)
+    image.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[image.resize((40, 32))])
+    assert Image.open(tmp_path/"a.jpg").format == "MPO" and examine_image("a.jpg", tmp_path) == []
 
 # ---------------------------------------------------------------- any damage
 
@@ -200,7 +200,7 @@ def test_whatever_the_damage_the_index_loads(seed, images, tmp_path):
     rows = [spoiled(rng, {**shown(f"good{i % 3}.png"), "id": i} if i % 4 else {"id": i, **row("Hi?", "Hello.", image=None)}) for i in range(150)]
     report = examine(written(tmp_path/"rows.json", rows), images, tmp_path/"out")
     index = [(r, text) for r, text in read_rows(tmp_path/"out"/"index.json")]
-    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_pictures=True)) == len(index) == report.outcomes["kept"] + report.outcomes["repaired"]
+    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_images=True)) == len(index) == report.outcomes["kept"] + report.outcomes["repaired"]
     assert {"kept", "repaired", "left out"} == set(report.outcomes) and report.rows == 150
     again = examine(tmp_path/"out"/"index.json", images, tmp_path/"again")
     assert again.outcomes == {"kept": len(index)} and (tmp_path/"again"/"index.json").read_bytes() == (tmp_path/"out"/"index.json").read_bytes()

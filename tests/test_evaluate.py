@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import tiny_vlm
 from delta_llava import evaluate
-from delta_llava.data import ask, concept_names, load_conversations, plan_scene, with_article, write_scenes
-from delta_llava.evaluate import another, answer_losses, naming, right_and_shuffled, see
+from delta_llava.data import make_conversation, concept_names, load_conversations, plan_scene, with_article, write_scenes
+from delta_llava.evaluate import derangement, answer_losses, forced_choice_accuracy, matched_mismatched_loss, encode_images
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import answer
 from delta_llava.tower import open_image
@@ -73,29 +73,29 @@ def words_seen(rows, processor, seeing=True):
 def test_a_model_that_sees_passes(processor, count):
     rows = scenes(48, count)
     visual = words_seen(rows, processor)
-    scores = right_and_shuffled(Reader().eval(), processor, rows, visual)
+    scores = matched_mismatched_loss(Reader().eval(), processor, rows, visual)
     assert scores["p"] < 1e-6 and scores["right"] + 1 < scores["shuffled"]
-    assert naming(Reader().eval(), processor, rows, visual) == 1
+    assert forced_choice_accuracy(Reader().eval(), processor, rows, visual) == 1
 
 def test_a_model_that_sees_fails_on_other_pictures(processor):
     rows = scenes(48)
     visual = words_seen(rows, processor)
-    moved = [rows[j] for j in another(48).tolist()]
-    assert right_and_shuffled(Reader().eval(), processor, moved, visual)["p"] > .99  # this shuffle brings the right ones back
-    assert naming(Reader().eval(), processor, moved, visual) < .3
+    moved = [rows[j] for j in derangement(48).tolist()]
+    assert matched_mismatched_loss(Reader().eval(), processor, moved, visual)["p"] > .99  # this shuffle brings the right ones back
+    assert forced_choice_accuracy(Reader().eval(), processor, moved, visual) < .3
 
 @pytest.mark.parametrize("value", [1., float("nan")])
 def test_a_model_that_says_the_same_of_everything_names_nothing(processor, value):
     rows = scenes(6)
-    assert naming(Reader().eval(), processor, rows, torch.full((6, 4, len(processor.tokenizer)), value)) == 0
+    assert forced_choice_accuracy(Reader().eval(), processor, rows, torch.full((6, 4, len(processor.tokenizer)), value)) == 0
 
 def test_random_tokens_stand_at_chance(processor):
     rows = scenes(96)
     g = torch.Generator().manual_seed(0)
     noise = words_seen(rows, processor, seeing=False) + torch.randn(96, 1, len(processor.tokenizer), generator=g)
-    scores = right_and_shuffled(Reader().eval(), processor, rows, noise)
+    scores = matched_mismatched_loss(Reader().eval(), processor, rows, noise)
     assert scores["p"] > .01 and abs(scores["right"] - scores["shuffled"]) < .3
-    assert .0 <= naming(Reader().eval(), processor, rows, noise) < .2  # chance is 1/16
+    assert .0 <= forced_choice_accuracy(Reader().eval(), processor, rows, noise) < .2  # chance is 1/16
 
 def test_scores_do_not_depend_on_the_batch(processor):
     rows = scenes(11, (1, 3))
@@ -103,7 +103,7 @@ def test_scores_do_not_depend_on_the_batch(processor):
     whole = answer_losses(Reader().eval(), processor, rows, visual, batch_size=11)
     torch.testing.assert_close(answer_losses(Reader().eval(), processor, rows, visual, batch_size=3), whole)
     torch.testing.assert_close(answer_losses(Reader().eval(), processor, rows[::-1], visual.flip(0), batch_size=2), whole.flip(0))
-    assert naming(Reader().eval(), processor, rows, visual, batch_size=2) == naming(Reader().eval(), processor, rows, visual, batch_size=11)
+    assert forced_choice_accuracy(Reader().eval(), processor, rows, visual, batch_size=2) == forced_choice_accuracy(Reader().eval(), processor, rows, visual, batch_size=11)
 
 # ---------------------------------------------------------------- the parts
 
@@ -120,40 +120,40 @@ def test_candidates_one_shown_the_others_absent(count):
 @pytest.mark.parametrize("n", [2, 3, 64])
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_another_is_never_the_same_picture(n, seed):
-    order = another(n, seed)
+    order = derangement(n, seed)
     assert sorted(order.tolist()) == list(range(n)) and not (order == torch.arange(n)).any()
-    assert order.equal(another(n, seed))
-    assert n < 64 or not order.equal(another(n, seed + 1))
+    assert order.equal(derangement(n, seed))
+    assert n < 64 or not order.equal(derangement(n, seed + 1))
 
 def test_one_picture_has_no_other(processor):
     for n in (0, 1):
-        with pytest.raises(ValueError, match=f"n={n} must be at least 2"): another(n)
+        with pytest.raises(ValueError, match=f"n={n} must be at least 2"): derangement(n)
     rows = scenes(1)
-    with pytest.raises(ValueError, match="must be at least 2"): right_and_shuffled(Reader().eval(), processor, rows, words_seen(rows, processor))
+    with pytest.raises(ValueError, match="must be at least 2"): matched_mismatched_loss(Reader().eval(), processor, rows, words_seen(rows, processor))
 
 def test_seeing_is_the_projector_in_batches_at_any_budget():
     model = tiny_vlm.tiny()
     config = tiny_vlm.projector_config()
     features = torch.randn(5, config.grid**2, config.d_levels, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 4, config.tokens):
-        visual = see(model, features, tokens, batch_size=2)
-        torch.testing.assert_close(visual, model.model.multi_modal_projector(features, tokens=tokens).detach())
+        visual = encode_images(model, features, tokens, batch_size=2)
+        torch.testing.assert_close(visual, model.multi_modal_projector(features, tokens=tokens).detach())
         assert visual.shape == (5, tokens, 64) and not visual.requires_grad
-    torch.testing.assert_close(see(model, list(features)), see(model, features, config.tokens))
-    with pytest.raises(ValueError, match="training mode"): see(model.train(), features)
+    torch.testing.assert_close(encode_images(model, list(features)), encode_images(model, features, config.tokens))
+    with pytest.raises(ValueError, match="training mode"): encode_images(model.train(), features)
 
 def test_scores_refuse(processor):
     rows = scenes(3)
     visual = words_seen(rows, processor)
-    for score in (answer_losses, naming):
+    for score in (answer_losses, forced_choice_accuracy):
         with pytest.raises(ValueError, match="0 pictures for 0 rows"): score(Reader().eval(), processor, [], visual[:0])
     with pytest.raises(ValueError, match="0 captions for 0 rows"): evaluate.object_scores([], [])
-    with pytest.raises(ValueError, match="features hold no picture"): see(tiny_vlm.tiny(), [])
+    with pytest.raises(ValueError, match="features hold no picture"): encode_images(tiny_vlm.tiny(), [])
     with pytest.raises(ValueError, match="visual holds no picture"): evaluate.captions(Reader().eval(), processor, visual[:0])
-    for score in (answer_losses, naming):
+    for score in (answer_losses, forced_choice_accuracy):
         with pytest.raises(ValueError, match="3 pictures for 2 rows"): score(Reader().eval(), processor, rows[:2], visual)
     for candidates in (1, 62):
-        with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..61"): naming(Reader().eval(), processor, rows, visual, candidates=candidates)
+        with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..61"): forced_choice_accuracy(Reader().eval(), processor, rows, visual, candidates=candidates)
 
 # ---------------------------------------------------------------- captions
 
@@ -182,7 +182,7 @@ def test_references_are_the_datas_own_phrasings():
     for i in range(12):
         scene = plan_scene(i, "train", seed=5, n_objects=(1, 4))
         true = evaluate.references(dict(objects=[dict(name=o.name) for o in scene.objects]))
-        assert len(true) == 3 and ask(scene, "caption")[0][1].lower() in [t.lower() for t in true] and true[0].lower() == ask(scene, "caption", paraphrase=False)[0][1].lower()
+        assert len(true) == 3 and make_conversation(scene, "caption")[0][1].lower() in [t.lower() for t in true] and true[0].lower() == make_conversation(scene, "caption", paraphrase=False)[0][1].lower()
 
 def test_cider_by_hand():
     "Two pictures, one reference each, so a run of words that only one has weighs ln 2 and one that both have weighs nothing."
@@ -209,7 +209,7 @@ def test_the_true_caption_is_the_best_that_the_model_was_taught():
     said = [evaluate.references(r)[0] for r in rows]
     best = evaluate.caption_scores(said, rows)
     assert best["cider"] == best["cider_truth"] and best["all_right"] == 1
-    worse = evaluate.caption_scores([said[i] for i in another(24).tolist()], rows)
+    worse = evaluate.caption_scores([said[i] for i in derangement(24).tolist()], rows)
     assert worse["cider"] < .3*best["cider"] and worse["cider_truth"] == best["cider_truth"]
 
 # ---------------------------------------------------------------- the paper's tables
@@ -281,7 +281,7 @@ def test_warnings_sit_on_the_cells_they_concern():
     assert {c[1:] for c in concerned(6, "≥ 85")} == {k for k,v in kept.items() if v < .85}
     own = {k: value(6, system="Ours", llm="LLaVA-1.5-7B", tokens="576", column=k) for k in ("Nocaps", "Flickr30k")}
     assert {c[1:] for c in concerned(6, "lies below")} == {k for k,(a,_) in pairs.items() if k[0] == llms[0] and a > own[k[2]]}
-    table = evaluate.paper()["tables"]["1"]
+    table = evaluate.paper_tables()["tables"]["1"]
     budgets = [dict(zip(table["columns"], row)) for row in table["rows"]]
     other = next(letter for letter,w in zip("abcdefghij", table["warnings"]) if w["says"].startswith("Another budget"))
     assert [(r["system"], r["tokens"]) for r in budgets if other in evaluate._warned(table, r, "tokens")] == [("PruMerge", "~32"), ("Matryoshka Query", "2")]
@@ -299,14 +299,14 @@ def test_every_warning_is_shown_at_a_cell_and_in_words():
     for number in range(1, 7):
         text = evaluate.paper_table(number, "none")
         table,_,below = text.partition("\n\n- ⚠a")
-        for letter,w in zip("abcdefghij", evaluate.paper()["tables"][str(number)]["warnings"]):
+        for letter,w in zip("abcdefghij", evaluate.paper_tables()["tables"][str(number)]["warnings"]):
             assert any(letter in mark for mark in re.findall(r"⚠([a-j]+)", table)), (number, letter)
             assert w["says"] in text and w["evidence"] in text
-        assert table.count("not run") == len(evaluate.paper()["tables"][str(number)]["rows"])
+        assert table.count("not run") == len(evaluate.paper_tables()["tables"][str(number)]["rows"])
     with pytest.raises(ValueError, match="number=7 must be one of 1..6"): evaluate.paper_table(7)
 
 def test_selectors_name_rows_and_columns_that_exist():
-    for table in evaluate.paper()["tables"].values():
+    for table in evaluate.paper_tables()["tables"].values():
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
         for w in table["warnings"]:
             for where in w["cells"]:
@@ -319,13 +319,13 @@ def test_ours_stand_beside_with_their_spread(tmp_path):
     (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[
         dict(label="mlp", calibrated=True, scores=dict(a={"64": dict(naming=.5)}, b={"64": dict(naming=1.)})), dict(label="delta", calibrated=False, scores=dict(a={"4": dict(naming=.1)}))])))
     columns = evaluate.own_columns(6, tmp_path)
-    rows = evaluate.paper()["tables"]["6"]["rows"]
+    rows = evaluate.paper_tables()["tables"]["6"]["rows"]
     of = lambda heading,*row: columns[heading][[r[:3] for r in rows].index(list(row))]
     assert of("here: F1 of the things", "Ours", "LLaVA-1.5-7B", "4") == "0.50 (0.30–0.70, n=2)"  # first the mean over the sets of a seed
     assert of("here: CIDEr, own scenes", "FastV", "LLaVA-1.5-7B", "576") == of("here: CIDEr, own scenes", "Ours", "LLaVA-1.5-7B", "576") == "90 (90–90, n=1)"
     assert {of("here: F1 of the things", "Ours", llm, t) for llm,t in (("LLaVA-1.5-13B", "4"), ("LLaVA-1.5-13B", "576"), ("LLaVA-1.5-7B", "64"), ("LLaVA-1.5-7B", "1"))} == {"not run"}
-    naming, = evaluate.own_columns(1, tmp_path).values()
-    assert naming[0] == "75% (75%–75%, n=1)" and set(naming[1:]) == {"not run"}
+    forced_choice_accuracy, = evaluate.own_columns(1, tmp_path).values()
+    assert forced_choice_accuracy[0] == "75% (75%–75%, n=1)" and set(forced_choice_accuracy[1:]) == {"not run"}
     pruned = dict(label="prumerge", calibrated=True, scores=dict(a={"36": dict(naming=.25)}))
     (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[pruned])))
     assert [t for t in next(iter(evaluate.own_columns(1, tmp_path).values())) if t != "not run"] == ["25% (25%–25%, n=1) at 36 tokens"]  # stands at "~32"

@@ -27,7 +27,7 @@ def tiny(compressor, tokens=16):
                               text_config=llm_config(vocab_size=len(tokenizer)), compressor=compressor, projector=compressor_config(compressor, sizes).to_dict(),
                               image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     model = DeltaLlavaForConditionalGeneration(config).eval()
-    for p in model.model.language_model.parameters():
+    for p in model.get_decoder().parameters():
         if p.ndim > 1: torch.nn.init.normal_(p, std=p.shape[1]**-.5)
     return model, build_processor(CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56), tokenizer, tokens, template="v1")
 
@@ -36,7 +36,7 @@ def tiny(compressor, tokens=16):
 def models(): return {name: tiny(name) for name in ("delta", "m3", "mqt")}
 
 @pytest.fixture
-def pictures(): return {"up": Image.linear_gradient("L").resize((56, 56)), "round": Image.radial_gradient("L").resize((56, 56))}
+def images(): return {"up": Image.linear_gradient("L").resize((56, 56)), "round": Image.radial_gradient("L").resize((56, 56))}
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -46,8 +46,8 @@ def calls(monkeypatch):
     return seen
 
 @pytest.fixture
-def panel(models, pictures, calls, monkeypatch):
-    panel = explore(models, pictures, QUESTION)  # random weights may answer without a word
+def panel(models, images, calls, monkeypatch):
+    panel = explore(models, images, QUESTION)  # random weights may answer without a word
     panel.answer.value = ANSWER
     assert said(panel.status) == "" and panel.result.answer == ANSWER
     calls.clear()
@@ -61,36 +61,36 @@ def png_of(picture):
 
 # --- without widgets ---------------------------------------------------------------------------------------------------
 
-def test_budgets_are_those_that_work(models, pictures):
-    explorer = Explorer(models, pictures)
+def test_budgets_are_those_that_work(models, images):
+    explorer = Explorer(models, images)
     assert explorer.budgets("delta") == [4, 9, 16] and explorer.budgets("m3") == [4, 16]
     for name in explorer.models:
         for t in explorer.budgets(name): assert explorer.ask(Query("up", QUESTION, name, t, ANSWER)).cams.shape == (3, t)
 
-def test_a_compressor_without_places_is_set_aside(models, pictures):
-    explorer = Explorer(models, pictures)
+def test_a_compressor_without_places_is_set_aside(models, images):
+    explorer = Explorer(models, images)
     assert [*explorer.models] == ["delta", "m3"] and explorer.set_aside == ["mqt"]
-    with pytest.raises(ValueError, match=r"\['mqt'\] holds no compressor"): Explorer({"mqt": models["mqt"]}, pictures)
+    with pytest.raises(ValueError, match=r"\['mqt'\] holds no compressor"): Explorer({"mqt": models["mqt"]}, images)
 
-def test_the_same_question_is_asked_once(models, pictures, calls):
-    explorer, query = Explorer(models, pictures), Query("up", QUESTION, "delta", 4, ANSWER)
+def test_the_same_question_is_asked_once(models, images, calls):
+    explorer, query = Explorer(models, images), Query("up", QUESTION, "delta", 4, ANSWER)
     first = explorer.ask(query)
     assert explorer.ask(Query("up", f" {QUESTION} ", "delta", 4, ANSWER + " ")) is first and len(calls) == 1
     others = [Query("round", QUESTION, "delta", 4, ANSWER), Query("up", "Who?", "delta", 4, ANSWER), Query("up", QUESTION, "m3", 4, ANSWER),
               Query("up", QUESTION, "delta", 9, ANSWER), Query("up", QUESTION, "delta", 4, "A fox.")]
     for i, other in enumerate(others): assert explorer.ask(other) is not first and len(calls) == 2 + i
 
-def test_another_picture_of_the_same_name_is_asked_anew(models, pictures):
-    explorer, query = Explorer(models, pictures), Query("up", QUESTION, "delta", 16, ANSWER)
+def test_another_picture_of_the_same_name_is_asked_anew(models, images):
+    explorer, query = Explorer(models, images), Query("up", QUESTION, "delta", 16, ANSWER)
     before = explorer.ask(query)
-    explorer.add("up", png_of(pictures["round"]))
+    explorer.add("up", png_of(images["round"]))
     assert (explorer.ask(query).cams - before.cams).abs().max() > 0
     assert explorer.ask(query) is explorer.ask(Query("round", QUESTION, "delta", 16, ANSWER))  # the bytes count, not the name
 
 @pytest.mark.parametrize("content, why", [(b"", "no picture"), (b"words", "no picture"), (None, "truncated")])
-def test_a_file_that_is_no_picture(models, pictures, content, why):
+def test_a_file_that_is_no_picture(models, images, content, why):
     content = png_of(Image.effect_noise((99, 99), 50))[:3000] if content is None else content
-    with pytest.raises(ValueError, match=f"^mine.png cannot be used: .*{why}.*Readable are JPEG"): Explorer(models, pictures).add("mine.png", content)
+    with pytest.raises(ValueError, match=f"^mine.png cannot be used: .*{why}.*Readable are JPEG"): Explorer(models, images).add("mine.png", content)
 
 def test_one_colour_scale_whatever_is_drawn():
     "A word of even share has the same colour beside any other; a map of zeros has another one."
@@ -100,18 +100,18 @@ def test_one_colour_scale_whatever_is_drawn():
     def colour(fig, row=0): return [image.to_rgba(image.get_array(), alpha=1)[0, 0].tolist() for image in (fig.axes[3*row + 1].images[0], fig.axes[3*row + 2].images[1])]
     assert colour(figures[0]) == colour(figures[1]) and colour(figures[0]) != colour(figures[2])
     assert figures[1].axes[4].images[0].get_clim() == (0, TOP)
-    pictures = {png(fig) for fig in figures}
-    assert len(pictures) == 3 and plt.get_fignums() == before  # none is left open
+    images = {png(fig) for fig in figures}
+    assert len(images) == 3 and plt.get_fignums() == before  # none is left open
 
 
 # --- with widgets ------------------------------------------------------------------------------------------------------
 
 def test_a_click_on_a_word_asks_nothing(panel, calls):
-    pictures = {}
+    images = {}
     for i in (2, 1, 0, 2):
         panel.words.index = i
-        pictures.setdefault(panel.shown.value, i)
-    assert len(pictures) == 3 and not calls and [text for text, _ in panel.words.options] == ["A", "red", "fox"]
+        images.setdefault(panel.shown.value, i)
+    assert len(images) == 3 and not calls and [text for text, _ in panel.words.options] == ["A", "red", "fox"]
 
 def test_the_slider_asks_and_keeps_the_word(panel, calls):
     panel.words.index = 1

@@ -10,9 +10,9 @@ from transformers import CLIPVisionConfig, Dinov2Config, GPT2Config, LlamaConfig
 
 from delta_llava import cli
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS, build_compressor, compressor_config
-from delta_llava.config import ProjectorConfig, paper, relative_levels
+from delta_llava.config import ProjectorConfig, paper_text_config, relative_levels
 from delta_llava.flops import (DEVICES, PAPER_FIGURES, SHAPES, Cost, Setup, at_budget, authors_cost, cache_bytes, cost, counted, counted_cost, counted_llm, counted_tower, decode_flops, met, model_config,
-                               numel, paper_figures, prefill_flops, project, projector_terms, report, roofline, shape_of, tower_flops, traffic)
+                               numel, paper_figures, prefill_flops, project, projector_terms, cost_report, roofline, shape_of, tower_flops, traffic)
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration
 
 REFERENCE = json.loads((Path(__file__).parent/"data"/"flops.json").read_text())
@@ -58,7 +58,7 @@ def test_budgets_are_those_that_the_systems_have():
         delta=list(BUDGETS), mlp=[576], mqt=list(BUDGETS[1:]), prumerge=list(BUDGETS[:-1]))
 
 @pytest.mark.parametrize("name,tokens,options", [
-    *(("delta", v, {k: getattr(paper(), k) for k in ("order", "activate", "share_base", "residual_mlp", "query_pool", "kv_pool", "kv_reduction")}) for v in (576, 144, 25, 1)),
+    *(("delta", v, {k: getattr(paper_text_config(), k) for k in ("order", "activate", "share_base", "residual_mlp", "query_pool", "kv_pool", "kv_reduction")}) for v in (576, 144, 25, 1)),
     ("delta", 49, dict(kv_reduction=3)), ("delta", 49, dict(kv_reduction=3, kv_pool="square")), ("delta", 100, dict(rank=4, mix_ratio=.5, mlp_ratio=3, head_dim=64)),
     ("cabstractor", 36, dict(hidden=512, depth=2, mlp_depth=3)), ("cabstractor", 38, dict(eos=2, depth=0)), ("qwen", 64, dict(post=False)), ("mlp", 576, dict(depth=1)), ("mqt", 256, {})])
 def test_every_switch_is_in_the_equation(name, tokens, options):
@@ -184,10 +184,10 @@ def test_weights_are_the_modules_own():
     setup = at_budget(144, answer=2)
     with torch.device("meta"): model = DeltaLlavaForConditionalGeneration(setup.config)
     vicuna,V,d = 6_738_415_616,32000,4096
-    assert numel(model.model.language_model, model.lm_head) == vicuna + 2*d
+    assert numel(model.get_decoder(), model.lm_head) == vicuna + 2*d
     moved = traffic(setup)
-    assert moved.tower == 2*(numel(model.model.vision_tower) + 3*336**2 + 576*4096)
-    assert moved.projector == 2*(numel(model.model.multi_modal_projector) + 576*4096 + 144*d)
+    assert moved.tower == 2*(numel(model.vision_tower) + 3*336**2 + 576*4096)
+    assert moved.projector == 2*(numel(model.multi_modal_projector) + 576*4096 + 144*d)
     assert moved.prefill == 2*(vicuna - V*d + 212.5*d + 2*32*d*212.5 + V)
     assert moved.decode == 2*(vicuna - V*d + d + 2*32*d*(212.5 + 1) + V)
 
@@ -214,7 +214,7 @@ def test_what_bounds_a_stage():
 def test_program_prints_the_stages(capsys):
     cli.main(["flops", "--compressor", "quecc", "--tokens", "36", "--question", "12", "--device", "h200", "--batch", "4"])
     said = capsys.readouterr().out
-    assert said.strip() == report(Setup(compressor="quecc", tokens=36, question=12), DEVICES["h200"], 4).strip() and "question" in said and "authors' formula" not in said
+    assert said.strip() == cost_report(Setup(compressor="quecc", tokens=36, question=12), DEVICES["h200"], 4).strip() and "question" in said and "authors' formula" not in said
     cli.main(["flops"])
     assert f"| total     | {cost(Setup()).total/1e12:.4f} " in (said := capsys.readouterr().out) and "| 2.8416 " in said
 

@@ -15,8 +15,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 
 from delta_llava.config import ProjectorConfig
 from delta_llava.data import Collator
-from delta_llava.gradcam import (Word, answer_cam, attention_map, blurred, draw_answer, draw_cams, erase, find_phrase, grad_cam, infer_grid, leaf_output, library_cam, mark_phrases, minmax,
-                                 pointing_game, relative, seen_picture, shuffled_weights, undisturbed, upsample, word_cams, words_of)
+from delta_llava.gradcam import (Word, answer_cam, attention_map, blurred, draw_answer, draw_cams, deletion_insertion, find_phrase, grad_cam, infer_grid, leaf_output, library_cam, mark_phrases, minmax,
+                                 pointing_game, relative, denormalize_pixels, shuffled_weights, undisturbed, upsample, word_cams, words_of)
 from delta_llava.processor import build_processor
 from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -98,7 +98,7 @@ def by_hand(model, inputs, score):
     A.requires_grad_()
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     embeds = embeds.masked_scatter((inputs["input_ids"] == IMAGE)[..., None], A)
-    out = model.lm_head(model.model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state)
+    out = model.lm_head(model.get_decoder()(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state)
     grads, = torch.autograd.grad(score(out), A)
     model.train()
     return torch.einsum("bvd,bd->bv", A, grads.mean(1)).relu().detach()
@@ -190,7 +190,7 @@ def test_equals_pytorch_grad_cam(model, positions):
 def test_library_keeps_a_one_token_map():
     "The library's own result would be min-max stretched to 0; the bridge returns what was before."
     model = tiny_llava()
-    model.model.multi_modal_projector = nn.Sequential(model.model.multi_modal_projector, Mean())
+    model.multi_modal_projector = nn.Sequential(model.multi_modal_projector, Mean())
     ids = torch.tensor([[1, IMAGE, 20, 21, 22]])
     for seed in range(4):  # a negative map is 0 by its ReLU: one of these is not
         inputs = dict(input_ids=ids, pixel_values=sample(seed=seed)["pixel_values"])
@@ -212,7 +212,7 @@ def test_no_trace(look):
     model,inputs = tiny_llava(),sample()
     words = mark(inputs["input_ids"], 21)
     model(**inputs)  # transformers puts hooks of its own on the first pass
-    model.model.vision_tower.eval().requires_grad_(False)  # a model in the middle of stage 1
+    model.vision_tower.eval().requires_grad_(False)  # a model in the middle of stage 1
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = hooks(model),[m.training for m in model.modules()],[p.requires_grad for p in model.parameters()]
     look(model, inputs, words)
@@ -232,7 +232,7 @@ def test_no_trace_after_an_error(look):
 def test_dropout_is_off():
     "Two maps of one word are equal even if the model is training with dropout."
     model,inputs = tiny_llava(),sample()
-    model.model.multi_modal_projector = nn.Sequential(model.model.multi_modal_projector, nn.Dropout(.5))
+    model.multi_modal_projector = nn.Sequential(model.multi_modal_projector, nn.Dropout(.5))
     words = mark(inputs["input_ids"], 21)
     assert_close(answer_cam(model, inputs, words), answer_cam(model, inputs, words), rtol=0, atol=0)
 
@@ -250,9 +250,9 @@ class Reader(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Module()
-        self.model.multi_modal_projector = nn.Identity()
+        self.multi_modal_projector = nn.Identity()
     def forward(self, input_ids, features, logits_to_keep, use_cache):
-        score = self.model.multi_modal_projector(features).mean(1, keepdim=True)
+        score = self.multi_modal_projector(features).mean(1, keepdim=True)
         logits = torch.cat([torch.zeros(len(score), 1, 5), score], -1)
         return SimpleNamespace(logits=logits.expand(-1, len(logits_to_keep), -1))
 
@@ -314,10 +314,10 @@ def test_relative_has_mean_one():
 def test_one_colour_scale():
     import matplotlib
     matplotlib.use("Agg")
-    picture = Image.new("RGB", (60, 60), "gray")
+    image = Image.new("RGB", (60, 60), "gray")
     cams = {144:torch.rand(144), 16:torch.rand(16), 1:torch.rand(1), "word":torch.rand(64)}
     for raw in (False, True):
-        fig = draw_cams(picture, cams, raw=raw, boxes=[(1, 2, 30, 40)])
+        fig = draw_cams(image, cams, raw=raw, boxes=[(1, 2, 30, 40)])
         maps = [im for ax in fig.axes[:-1] for im in ax.images if im.get_cmap().name == "viridis" and im.get_array().ndim == 2]
         top = max((m if raw else relative(m)).max().item() for m in cams.values())
         assert len(maps) == 8 and {im.get_clim() for im in maps} == {(0, top)}
@@ -437,7 +437,7 @@ def delta():
     tok = letters()
     text = LlamaConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1, pad_token_id=1)
     model = DeltaLlavaForConditionalGeneration(DeltaLlavaConfig(vision_config=vision, text_config=text, projector=projector.to_dict(), image_token_id=2))
-    for p in model.model.language_model.parameters():
+    for p in model.get_decoder().parameters():
         if p.ndim > 1: nn.init.normal_(p, std=p[0].numel()**-.5)
     return model, build_processor(CLIPImageProcessorPil(), tok, tokens=16, template="v1")
 
@@ -449,10 +449,10 @@ def test_delta_at_every_budget(delta, tokens):
     model,processor = delta
     result = word_cams(model, processor, PICTURE, "What?", answer="A red fox.", tokens=tokens)
     assert [w.text for w in result.words] == ["A", "red", "fox"] and result.answer == "A red fox." and result.cams.shape == (3, tokens)
-    row = processor.supervised([dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")], tokens)
+    row = processor.encode_conversation([dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")], tokens)
     ids = torch.tensor([row["input_ids"]])
     pixels = processor.image_processor(PICTURE, return_tensors="pt").pixel_values
-    with torch.no_grad(): features = vision_features(model.model.vision_tower, pixels, tuple(model.config.vision_feature_layer)).levels
+    with torch.no_grad(): features = vision_features(model.vision_tower, pixels, tuple(model.config.vision_feature_layer)).levels
     fox = mark_phrases(ids, ["fox"], processor.tokenizer)
     assert processor.tokenizer.decode(ids[fox]) == "fox"
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), vision_features=features, tokens=tokens)
@@ -464,13 +464,13 @@ def test_delta_in_training_leaves_no_trace(delta):
     model,processor = delta
     model.train()
     result = word_cams(model, processor, PICTURE, "What?", answer="A red fox.")
-    assert model.model.multi_modal_projector.training and not model.model.vision_tower.training
-    assert not model.model.multi_modal_projector._forward_hooks
+    assert model.multi_modal_projector.training and not model.vision_tower.training
+    assert not model.multi_modal_projector._forward_hooks
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.requires_grad for p in model.model.multi_modal_projector.parameters())
+    assert all(p.requires_grad for p in model.multi_modal_projector.parameters())
     assert_close(word_cams(model, processor, PICTURE, "What?", answer="A red fox.").cams, result.cams, rtol=0, atol=0)  # DropPath was off
     modes = []
-    handle = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    handle = model.multi_modal_projector.register_forward_hook(lambda module, args, output: modes.append(module.training))
     try: word_cams(model, processor, PICTURE, "Tell me.", max_new_tokens=12)
     except ValueError: pass  # random weights may answer without a letter
     finally: handle.remove()
@@ -498,7 +498,7 @@ def test_seen_picture(delta):
     "The picture that is drawn is the crop that entered the tower."
     processor = delta[1].image_processor
     wide = Image.effect_noise((448, 224), 60).convert("RGB")
-    seen = seen_picture(processor(wide, return_tensors="pt").pixel_values[0], processor)
+    seen = denormalize_pixels(processor(wide, return_tensors="pt").pixel_values[0], processor)
     assert seen.tobytes() == wide.crop((112, 0, 336, 224)).tobytes()
 
 def test_what_word_cams_refuses(delta):
@@ -527,7 +527,7 @@ def test_erasing_by_hand(model):
     "Each point of both curves, with the cells painted one by one."
     inputs,cams = sample(2),distinct()
     word = mark(inputs["input_ids"], 20, 21)[0]
-    curve = erase(model, inputs, word, cams, steps=4)
+    curve = deletion_insertion(model, inputs, word, cams, steps=4)
     assert curve.share.tolist() == [0, .25, .5, .75, 1]
     gone = blurred(inputs["pixel_values"])
     for j,k in enumerate((0, 4, 8, 12, 16)):
@@ -551,16 +551,16 @@ def test_erasing_is_the_librarys(model):
     remove = RemoveMostRelevantFirst(75, lambda p, keep: torch.where(keep.bool(), p, of[p.numpy().tobytes()]))
     model.eval()
     theirs = PerturbationConfidenceMetric(remove)(inputs["pixel_values"], upsample(cams, (32, 32)).numpy(), [lambda out: out]*2, lambda p: says(model, inputs | dict(pixel_values=p), word), return_diff=False)
-    assert_close(erase(model, inputs, word, cams, steps=4).deletion[:, 1], torch.from_numpy(theirs))
+    assert_close(deletion_insertion(model, inputs, word, cams, steps=4).deletion[:, 1], torch.from_numpy(theirs))
 
 def test_equal_cells_are_erased_at_random(model):
     "A constant map is chance: its order depends on the seed alone, and is not the order of the cells."
     inputs = sample(1)
     word = mark(inputs["input_ids"], 20)[0]
-    orders = [erase(model, inputs, word, torch.full((1, 16), c), seed=s).deletion for c,s in ((0., 1), (.3, 1), (.3, 2))]
+    orders = [deletion_insertion(model, inputs, word, torch.full((1, 16), c), seed=s).deletion for c,s in ((0., 1), (.3, 1), (.3, 2))]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
-    assert not torch.equal(orders[1], erase(model, inputs, word, -torch.arange(16.)[None]).deletion)
-    one = erase(model, inputs, word, torch.ones(1, 1))
+    assert not torch.equal(orders[1], deletion_insertion(model, inputs, word, -torch.arange(16.)[None]).deletion)
+    one = deletion_insertion(model, inputs, word, torch.ones(1, 1))
     assert one.share.tolist() == [0, 1] and torch.equal(one.deletion.flip(-1), one.insertion)  # one cell is the whole picture
 
 def test_blurred_shows_no_things():
@@ -585,7 +585,7 @@ def test_attention_map(model):
 
 def test_shuffled_weights_come_back(model):
     before = {k: v.clone() for k,v in model.state_dict().items()}
-    part = model.model.multi_modal_projector
+    part = model.multi_modal_projector
     with pytest.raises(KeyError), shuffled_weights(part):
         inside = {k: v.clone() for k,v in model.state_dict().items()}
         raise KeyError
@@ -603,7 +603,7 @@ def test_truth_of_delta_at_every_budget(delta, tokens, tmp_path):
     batch = Collator(processor=processor, tokens=tokens)([dict(id="a", image=str(tmp_path/"a.png"), conversations=[dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")])]*2)
     fox = mark_phrases(batch["input_ids"], ["fox"]*2, processor.tokenizer)
     assert answer_cam(model, batch, fox[None]).shape == attention_map(model, batch, fox[None]).shape == (1, 2, tokens)
-    curve = erase(model, batch, fox, torch.rand(2, tokens))
+    curve = deletion_insertion(model, batch, fox, torch.rand(2, tokens))
     assert curve.deletion.shape == (2, 1 + min(8, tokens)) and torch.equal(curve.deletion[:, 0], curve.insertion[:, -1])
 
 def test_draw_answer(delta):

@@ -29,10 +29,10 @@ def parts(name="delta"):
     "A tiny model of one compressor with its processor, pictures of 384 px."
     model = tiny(name)
     with torch.no_grad():
-        for p in model.model.language_model.layers.parameters(): p.mul_(12 if p.ndim == 2 else 1)  # else it would say the same of everything
-    config, needs = model.config.projector_config(), model.model.multi_modal_projector.needs
+        for p in model.get_decoder().layers.parameters(): p.mul_(12 if p.ndim == 2 else 1)  # else it would say the same of everything
+    config, requires = model.config.projector_config(), model.multi_modal_projector.requires
     images = CLIPImageProcessorPil(size=dict(shortest_edge=384), crop_size=dict(height=384, width=384))
-    return model, build_processor(images, byte_tokenizer(), config.tokens, "v1", questions="text" in needs, placeholders=config.placeholders(config.tokens) if "decoder" in needs else None)
+    return model, build_processor(images, byte_tokenizer(), config.tokens, "v1", questions="text" in requires, placeholders=config.placeholders(config.tokens) if "decoder" in requires else None)
 
 
 def asks(): return [(q, [draw_scene(plan_scene(i, seed=3))]) for i, q in enumerate(QUESTIONS)]
@@ -57,7 +57,7 @@ def test_the_budget_of_the_call_reaches_the_model(name):
         with pytest.raises(ValueError, match="tokens=4 .* use"): Answerer(model, processor, tokens=4)
         return
     logged = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda m, a, k: logged.append(k.get("tokens")), with_kwargs=True)
+    hook = model.multi_modal_projector.register_forward_pre_hook(lambda m, a, k: logged.append(k.get("tokens")), with_kwargs=True)
     Answerer(model, processor, tokens=4).generate(asks()[:1], max_new_tokens=2)
     hook.remove()
     assert logged == [4]

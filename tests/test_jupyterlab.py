@@ -99,15 +99,15 @@ def test_explorer(page, lab, tmp_path):
     "A person moves the slider, clicks a word, brings a file that is no picture."
     run_all(page, lab)
     shots = Path(os.environ.get("DELTA_LLAVA_SCREENSHOTS", tmp_path))
-    words, picture, slider = page.locator(".widget-toggle-buttons button"), page.locator(".jp-OutputArea-output img.widget-image"), page.locator(".widget-slider .noUi-handle")
+    words, image, slider = page.locator(".widget-toggle-buttons button"), page.locator(".jp-OutputArea-output img.widget-image"), page.locator(".widget-slider .noUi-handle")
 
     def settled():
         page.wait_for_timeout(1000)  # the change reaches the kernel
-        wait(lambda: "computing …" not in page.locator(".widget-html").all_inner_texts() and picture.evaluate("i => i.complete && i.naturalWidth > 0"), 120, lambda: page.locator(".widget-html").all_inner_texts())
+        wait(lambda: "computing …" not in page.locator(".widget-html").all_inner_texts() and image.evaluate("i => i.complete && i.naturalWidth > 0"), 120, lambda: page.locator(".widget-html").all_inner_texts())
     def seen(name):
-        picture.scroll_into_view_if_needed()
+        image.scroll_into_view_if_needed()
         page.screenshot(path=shots/f"{name}.png")
-        return picture.get_attribute("src"), picture.screenshot()
+        return image.get_attribute("src"), image.screenshot()
 
     settled()
     first, budget = seen("1-start"), page.locator(".widget-slider .widget-readout").inner_text()

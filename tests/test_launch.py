@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import get_module_class_from_name
 from delta_llava import flops
 from delta_llava.flops import numel, shape_of
 from delta_llava.launch import (ROWS, Rows, SavedBytes, accelerate_cmd, accelerate_config, block_bytes, deepspeed_config, disk, estimate, gathered_bytes, llm_flops, memory, paper_table, parameters,
-                                report, row_flops, skeleton, slurm_script, step_seconds, torchrun_cmd, write_launch)
+                                estimate_report, row_flops, skeleton, slurm_script, step_seconds, torchrun_cmd, write_launch)
 from delta_llava.train import Finetune, Pretrain, sharding_fields
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def small_stage(kind, **kwargs):
 def real(stage, dtype=torch.float32):
     torch.manual_seed(0)
     model = type(skeleton(stage))(skeleton(stage).config).to(dtype).train()
-    model.requires_grad_(stage.trains == "finetune")
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
+    model.requires_grad_(stage.stage == "finetune")
+    model.vision_tower.requires_grad_(False)
+    model.multi_modal_projector.requires_grad_(True)
     return model
 
 def batch(model, stage, length, answer, rows=1):
@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_modules(one, compressor, tokens):
     assert all(p.is_meta for p in model.parameters())
     parts = parameters(stage, model)
     assert sum(n for _,n in parts.values()) == sum(p.numel() for p in model.parameters())
-    assert sum(t for t,_ in parts.values()) == numel(model.model.multi_modal_projector)
+    assert sum(t for t,_ in parts.values()) == numel(model.multi_modal_projector)
 
 def test_vicuna_and_clip_have_their_sizes(one, full):
     parts = parameters(one, full)
@@ -94,7 +94,7 @@ def test_real_model_has_the_skeletons_parameters(small):
 def test_flops_of_a_row_are_those_that_run(small, stage, again):
     stage = small_stage(stage, gradient_checkpointing=again)
     model = real(stage)
-    if again: model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    if again: model.get_decoder().activation_checkpointing_enable({"use_reentrant": False})
     with FlopCounterMode(display=False) as counter: model(**batch(model, stage, 48, 10)).loss.backward()
     expected = sum(row_flops(stage, skeleton(stage), Rows(count=1, text=48 - 16, answer=10)).values())
     assert counter.get_total_flops() == pytest.approx(expected, rel=.002)
@@ -192,11 +192,11 @@ def test_stage_two_needs_sharding_and_stage_one_does_not(one, two):
     assert estimate(one)["fits"]
     assert estimate(two)["fits"]
     assert not estimate(replace(two, sharding="none"))["fits_mean"]
-    assert "does NOT fit" in report(estimate(replace(two, sharding="none")))
+    assert "does NOT fit" in estimate_report(estimate(replace(two, sharding="none")))
 
 def test_gathered_weights_are_three_blocks_and_the_rest(full):
-    block = numel(full.model.language_model.layers[0])
-    outside = 2*32001*4096 + 4096 + numel(full.model.vision_tower, full.model.multi_modal_projector)
+    block = numel(full.get_decoder().layers[0])
+    outside = 2*32001*4096 + 4096 + numel(full.vision_tower, full.multi_modal_projector)
     assert gathered_bytes(full) == 2*(3*block + outside)
 
 # Time
@@ -214,7 +214,7 @@ def test_the_papers_table_stands_beside_ours_and_nothing_is_claimed_to_have_run(
     assert [(r["tokens"], r["paper"]) for r in table] == [(576, "1:24:01"), (144, "0:33:32"), (64, "0:23:24"), (16, "0:18:36"), (4, "0:16:32"), (1, "0:16:00")]
     assert {r["run"] for r in table} == {"not run"}
     assert paper_table(one, measured={144: 1.5})[1]["run"] == "1:30:00"
-    assert "run of ours: not run." in report(estimate(one)) and "run of ours: 2:00:00." in report(estimate(one), 2.)
+    assert "run of ours: not run." in estimate_report(estimate(one)) and "run of ours: 2:00:00." in estimate_report(estimate(one), 2.)
 
 def test_estimate_is_json(one): assert json.loads(json.dumps(estimate(one)))["steps"] == 2181
 

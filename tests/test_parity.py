@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from delta_llava.config import ProjectorConfig
 from delta_llava.delta import DeltaProjection
-from delta_llava.grid import VisionFeatures, interpolate, positions, sincos_2d, to_grid, to_windows
+from delta_llava.grid import VisionFeatures, interpolate, pos_embed, sincos_2d, to_grid, to_windows
 from delta_llava.mixing import EMHSA, MHCA, NTB, round_channels
 from delta_llava.projector import AUTHORS_NAMES, DeltaProjector, from_authors_state, names_under, to_authors_state
 
@@ -182,7 +182,7 @@ def table(key: str) -> torch.Tensor:
     kind, _, rest = key.removeprefix("out.").replace("abs_pos", "abspos").partition("_")
     words = rest.split("_")
     channels, grid = int(words[0]), int(words[1])
-    out = positions(grid, int(words[3]), channels) if kind == "abspos" else sincos_2d(grid, channels)
+    out = pos_embed(grid, int(words[3]), channels) if kind == "abspos" else sincos_2d(grid, channels)
     if "cls" in words: out = torch.cat([torch.zeros(1, channels), out])
     if "rows" in rest: out = out[[int(r) for r in rest.partition("rows")[2].partition("_cols")[0].split("_")]]
     if "first_last" in rest: out = out[[0, -1]]

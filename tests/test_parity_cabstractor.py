@@ -94,7 +94,7 @@ def shaken(config=SMALL) -> CAbstractor:
     module = CAbstractor(config).eval()
     with torch.no_grad():
         for p in module.parameters(): p.add_(torch.randn_like(p)*.1)
-    if config.standardize: module.measure(torch.randn(8, config.grid**2, config.d_levels)*2 + 1)
+    if config.standardize: module.fit_statistics(torch.randn(8, config.grid**2, config.d_levels)*2 + 1)
     return module
 
 

@@ -12,7 +12,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from delta_llava.compressors.base import build_compressor, from_reference, to_reference
-from delta_llava.compressors.fastv import FastV, FastVConfig, PrunedLayer, check_decoder, prune, survivors
+from delta_llava.compressors.fastv import FastV, FastVConfig, PrunedLayer, check_decoder, fastv_context, select_tokens
 from delta_llava.compressors.mlp import MLP, MLPConfig
 
 IMAGE, PAD = 7, 0
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc):
 def select(folder, name, case, times=1.):
     heard = tensors(folder, name)[f"in.{case['name']}.attn_last_row"][:, :, 0].mean(1) * times
     places = torch.arange(case["seq"])[None]
-    return survivors(heard, (places >= case["sys_length"]) & (places < case["sys_length"] + case["image_tokens"]), case["rank"])
+    return select_tokens(heard, (places >= case["sys_length"]) & (places < case["sys_length"] + case["image_tokens"]), case["rank"])
 
 
 def test_selection(selection_case):
@@ -77,7 +77,7 @@ def run_llama(folder, name, case, times=1.):
     places = torch.arange(embeds.shape[1])[None]
     first, layer = settings["fast_v_sys_length"], settings["fast_v_agg_layer"]
     images = (places >= first) & (places < first + settings["fast_v_image_token_length"])
-    with prune(model, images, keep=settings["fast_v_attention_rank"], layer=layer) as pruned: out = model(inputs_embeds=embeds, output_hidden_states=True)
+    with fastv_context(model, images, keep=settings["fast_v_attention_rank"], layer=layer) as pruned: out = model(inputs_embeds=embeds, output_hidden_states=True)
     if settings["fast_v_inplace"]: return out
     gone = torch.ones_like(images).scatter(1, pruned.index, False)
     hidden = hide(model, embeds, gone, layer, output_hidden_states=True)
@@ -118,7 +118,7 @@ def test_all_patches_come_out_at_every_budget(grid):
 
 def test_compressor_in_the_registry():
     model = build_compressor("fastv", small().config.to_dict())
-    assert type(model) is FastV and model.needs == ("decoder",) and model.config.layer == 2 and model.config.placeholders(9) == 36
+    assert type(model) is FastV and model.requires == ("decoder",) and model.config.layer == 2 and model.config.placeholders(9) == 36
     with torch.device("meta"): assert sum(p.numel() for p in FastV().parameters()) == 20_979_712
     state = model.state_dict()
     theirs = to_reference(state, FastV.names, FastV.outer)
@@ -148,7 +148,7 @@ def test_survivors_equal_a_loop(seed):
     images = torch.rand(b, t, generator=g) < .5
     visible = torch.arange(t) >= torch.tensor([0, 3, 6, 2])[:, None]
     images &= visible
-    index, shown = survivors(heard, images, keep, visible)
+    index, shown = select_tokens(heard, images, keep, visible)
     for row in range(b):
         best = sorted((j for j in range(t) if images[row, j]), key=lambda j: -heard[row, j])[:keep]
         want = sorted(best + [j for j in range(t) if visible[row, j] and not images[row, j]])
@@ -195,7 +195,7 @@ ONE, PADDED, MIXED = [row(3, 5)], [row(3, 5), row(2, 3)], [row(3, 5), [*range(10
 def test_row_is_the_models_own_attention(kind, layer):
     lm = causal_lm(kind, "eager")
     ids, mask = batch(*PADDED)
-    with prune(lm.base_model, ids == IMAGE, keep=4, layer=layer) as pruned: out = lm(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    with fastv_context(lm.base_model, ids == IMAGE, keep=4, layer=layer) as pruned: out = lm(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
     assert_close(pruned.heard, out.attentions[layer-1][:, :, -1].mean(1), rtol=0, atol=1e-6)
     assert [h.shape[1] for h in out.hidden_states] == [20]*(layer+1) + [12]*(5-layer) and out.attentions[layer].shape[2:] == (12, 12)
 
@@ -207,7 +207,7 @@ def test_dropped_equals_hidden(kind, attention):
     lm, plain = causal_lm(kind, attention), causal_lm(kind)
     ids, mask = batch(*MIXED)
     embeds = lm.get_input_embeddings()(ids)
-    with prune(lm.base_model, ids == IMAGE, keep=4, layer=2) as pruned: out = lm.base_model(ids, attention_mask=mask).last_hidden_state
+    with fastv_context(lm.base_model, ids == IMAGE, keep=4, layer=2) as pruned: out = lm.base_model(ids, attention_mask=mask).last_hidden_state
     gone = torch.ones_like(mask, dtype=torch.bool).scatter(1, pruned.index, False) | ((ids == IMAGE) & ~chosen(pruned, ids, mask, 4))
     slow = pruned.take(hide(plain.base_model, embeds, gone, 2, mask).last_hidden_state)
     real = pruned.take(mask.bool() & ~gone)
@@ -229,7 +229,7 @@ def chosen(pruned, ids, mask, keep):
 def test_all_kept_equals_unpruned(kind):
     lm = causal_lm(kind)
     ids, mask = batch(*PADDED)
-    with prune(lm.base_model, ids == IMAGE, keep=12): out = lm(ids, attention_mask=mask).logits
+    with fastv_context(lm.base_model, ids == IMAGE, keep=12): out = lm(ids, attention_mask=mask).logits
     close(out[mask.bool()], lm(ids, attention_mask=mask).logits[mask.bool()], "logits")
 
 
@@ -238,10 +238,10 @@ def test_all_kept_equals_unpruned(kind):
 def test_rows_do_not_know_of_each_other(side):
     lm = causal_lm()
     ids, mask = batch(*MIXED, side=side)
-    with prune(lm.model, ids == IMAGE, keep=4) as pruned: out = lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state
+    with fastv_context(lm.model, ids == IMAGE, keep=4) as pruned: out = lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state
     for r, tokens in enumerate(MIXED):
         alone = torch.tensor([tokens])
-        with prune(lm.model, alone == IMAGE, keep=4) as single: want = lm.model(alone).last_hidden_state[0]
+        with fastv_context(lm.model, alone == IMAGE, keep=4) as single: want = lm.model(alone).last_hidden_state[0]
         start = ids.shape[1] - len(tokens) if side == "left" else 0
         where = [pruned.index[r].tolist().index(start + i) for i in single.index[0].tolist()]
         close(out[r, where], want, f"row {r}")
@@ -251,7 +251,7 @@ def test_rows_do_not_know_of_each_other(side):
 def test_the_token_that_asks_is_never_dropped():
     lm = causal_lm()
     ids = torch.tensor([[10, 11, *[IMAGE]*8]])
-    with prune(lm.model, ids == IMAGE, keep=2) as pruned: lm(ids)
+    with fastv_context(lm.model, ids == IMAGE, keep=2) as pruned: lm(ids)
     assert pruned.index.shape[1] == 2 + 2 + 1 and pruned.index[0, -1] == 9
 
 
@@ -268,7 +268,7 @@ def test_decoding_with_the_cache_equals_no_cache(attention, rows, prompt, kept, 
     lm, plain = causal_lm(attention=attention), causal_lm()
     ids, mask = batch(*rows)
     cache = DynamicCache(config=lm.config)
-    with prune(lm.model, ids == IMAGE, keep=4, layer=2) as pruned: lm(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    with fastv_context(lm.model, ids == IMAGE, keep=4, layer=2) as pruned: lm(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
     assert lengths(cache) == [prompt]*2 + [kept]*3
     gone = (ids == IMAGE) & ~chosen(pruned, ids, mask, 4)
     new = torch.randint(40, 60, (len(rows), sum(steps)), generator=torch.Generator().manual_seed(1))
@@ -277,7 +277,7 @@ def test_decoding_with_the_cache_equals_no_cache(attention, rows, prompt, kept, 
         step, mask, gone = new[:, seen:seen+n], F.pad(mask, (0, n), value=1), F.pad(gone, (0, n))
         seen += n
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with prune(lm.model, None, keep=4, layer=2): out = lm.model(step, attention_mask=mask, position_ids=positions[:, -n:], past_key_values=cache).last_hidden_state
+        with fastv_context(lm.model, None, keep=4, layer=2): out = lm.model(step, attention_mask=mask, position_ids=positions[:, -n:], past_key_values=cache).last_hidden_state
         embeds = plain.get_input_embeddings()(torch.cat([ids, new[:, :seen]], dim=1))
         close(out, hide(plain.model, embeds, gone, 2, mask, positions).last_hidden_state[:, -n:], f"{seen} steps")
         assert lengths(cache) == [prompt + seen]*2 + [kept + seen]*3
@@ -287,7 +287,7 @@ def test_decoding_with_the_cache_equals_no_cache(attention, rows, prompt, kept, 
 def test_positions_go_on_without_being_given():
     lm, ids = causal_lm(), torch.tensor(ONE)
     new, cache = torch.tensor([[41]]), DynamicCache()  # a cache that makes its layers as they come
-    with prune(lm.model, ids == IMAGE, keep=2) as pruned:
+    with fastv_context(lm.model, ids == IMAGE, keep=2) as pruned:
         lm(ids, past_key_values=cache)
         out = lm.model(new, past_key_values=cache).last_hidden_state
     gone = F.pad((ids == IMAGE) & ~chosen(pruned, ids, None, 2), (0, 1))
@@ -296,7 +296,7 @@ def test_positions_go_on_without_being_given():
 
 
 def generate(lm, ids, mask, keep=4, beams=1, **kwargs):
-    with prune(lm.base_model, (ids == IMAGE).repeat_interleave(beams, 0), keep=keep):
+    with fastv_context(lm.base_model, (ids == IMAGE).repeat_interleave(beams, 0), keep=keep):
         return lm.generate(**dict(input_ids=ids) | kwargs, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, num_beams=beams, do_sample=False, suppress_tokens=[IMAGE],
                            return_dict_in_generate=True, output_logits=True)
 
@@ -320,7 +320,7 @@ def test_generate(kind, beams):
 def test_generate_equals_writing_without_a_cache():
     lm, ids = causal_lm(seed=3), torch.tensor(ONE)
     out = generate(lm, ids, torch.ones_like(ids), input_ids=None, inputs_embeds=lm.get_input_embeddings()(ids))  # as the whole model calls it
-    with prune(lm.model, ids == IMAGE, keep=4) as pruned: lm(ids)
+    with fastv_context(lm.model, ids == IMAGE, keep=4) as pruned: lm(ids)
     gone = (ids == IMAGE) & ~chosen(pruned, ids, None, 4)
     for i in range(6):
         logits = lm.lm_head(hide(lm.model, lm.get_input_embeddings()(ids), F.pad(gone, (0, i)), 2).last_hidden_state[:, -1])
@@ -334,7 +334,7 @@ def test_generate_equals_writing_without_a_cache():
 def test_a_reset_or_new_cache_begins_anew():
     lm, ids = causal_lm(), torch.tensor(ONE)
     cache = DynamicCache(config=lm.config)
-    with prune(lm.model, ids == IMAGE, keep=4):
+    with fastv_context(lm.model, ids == IMAGE, keep=4):
         first = lm(ids, past_key_values=cache).logits
         cache.reset()
         if cache.get_seq_length(): cache = DynamicCache(config=lm.config)  # older versions only zero it
@@ -363,7 +363,7 @@ def losses(lm, ids, mask, how, checkpointing=False):
     embeds = lm.get_input_embeddings()(ids).detach().requires_grad_()
     lm.zero_grad()
     weights = torch.linspace(-1, 1, 32)
-    with prune(lm.model, ids == IMAGE, keep=4) as pruned: out = lm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    with fastv_context(lm.model, ids == IMAGE, keep=4) as pruned: out = lm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     gone = (ids == IMAGE) & ~chosen(pruned, ids, mask, 4)
     if how == "hidden": out = pruned.take(hide(lm.model, embeds, gone, 2, mask).last_hidden_state)
     (out * weights)[pruned.take(mask.bool() & ~gone)].square().sum().backward()
@@ -399,7 +399,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_half_precision():
     lm = causal_lm().bfloat16()
     ids, mask = batch(*PADDED)
-    with prune(lm.model, ids == IMAGE, keep=4) as pruned: out = lm(ids, attention_mask=mask)
+    with fastv_context(lm.model, ids == IMAGE, keep=4) as pruned: out = lm(ids, attention_mask=mask)
     assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all() and pruned.heard.dtype == torch.float32
 
 
@@ -408,7 +408,7 @@ def test_labels_go_with_their_tokens():
     lm = causal_lm()
     ids, mask = batch(*PADDED)
     targets = F.pad(ids[:, 1:].masked_fill(ids[:, 1:] == IMAGE, -100), (0, 1), value=-100)
-    with prune(lm.model, ids == IMAGE, keep=4) as pruned: lm(ids, attention_mask=mask)
+    with fastv_context(lm.model, ids == IMAGE, keep=4) as pruned: lm(ids, attention_mask=mask)
     assert pruned.take(targets)[0].tolist()[:2] + pruned.take(targets)[0].tolist()[-5:] == [11, 12, 31, 32, 33, 34, -100]
     assert pruned.take(torch.randn(1, 20, 3)).shape == (2, 12, 3)
 
@@ -420,12 +420,12 @@ def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) f
 def test_no_hook_is_left():
     lm, ids = causal_lm(), torch.tensor(ONE)
     before = hooks(lm)
-    with prune(lm.model, ids == IMAGE, keep=4):
+    with fastv_context(lm.model, ids == IMAGE, keep=4):
         assert hooks(lm) == before + 1 + 2 + 3
         lm(ids)
     assert hooks(lm) == before
     with pytest.raises(RuntimeError, match="stop"):
-        with prune(lm.model, ids == IMAGE, keep=4): raise RuntimeError("stop")
+        with fastv_context(lm.model, ids == IMAGE, keep=4): raise RuntimeError("stop")
     assert hooks(lm) == before
 
 
@@ -433,10 +433,10 @@ def test_no_hook_is_left():
 def test_without_images_nothing_changes():
     lm, ids = causal_lm(), torch.tensor(ONE)
     cache = DynamicCache(config=lm.config)
-    with prune(lm.model, None, keep=4) as pruned: out = lm(ids, past_key_values=cache).logits
+    with fastv_context(lm.model, None, keep=4) as pruned: out = lm(ids, past_key_values=cache).logits
     assert_close(out, lm(ids).logits, rtol=0, atol=0)
     assert lengths(cache) == [20]*5 and pruned.index is None and pruned.take(ids) is ids
-    with prune(lm.model, None, keep=4): lm(torch.tensor([[41]]), past_key_values=cache)
+    with fastv_context(lm.model, None, keep=4): lm(torch.tensor([[41]]), past_key_values=cache)
     assert lengths(cache) == [21]*5
 
 
@@ -461,13 +461,13 @@ def test_layers_are_refused(layer):
 def test_refused_passes():
     lm, ids = causal_lm(), torch.tensor(ONE)
     images, cache = ids == IMAGE, DynamicCache(config=lm.config)
-    with prune(lm.model, images, keep=4): lm(ids, past_key_values=cache)
+    with fastv_context(lm.model, images, keep=4): lm(ids, past_key_values=cache)
     for text, error, how, call in [
             ("keep=0", ValueError, dict(keep=0), {}), ("images is [1, 19]", ValueError, dict(images=images[:, 1:]), {}),
             ("2D attention mask", ValueError, {}, dict(attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))),
             ("StaticLayer", ValueError, {}, dict(past_key_values=StaticCache(lm.config, 40))), ("whole prompt", ValueError, {}, dict(past_key_values=cache)),
             ("pruned after layer 2", ValueError, dict(layer=3), dict(past_key_values=cache)), ("packed", ValueError, {}, dict(position_ids=torch.arange(20)[None] % 9, use_cache=False))]:
-        with pytest.raises(error) as caught, prune(lm.model, **dict(images=images, keep=4, layer=2) | how): lm(ids, **copy.deepcopy(call))
+        with pytest.raises(error) as caught, fastv_context(lm.model, **dict(images=images, keep=4, layer=2) | how): lm(ids, **copy.deepcopy(call))
         assert text in str(caught.value)
     for step in (torch.tensor([[41]]), torch.tensor([[41, 42]])):
         with pytest.raises(RuntimeError, match="inside `with prune"): lm(step, past_key_values=copy.deepcopy(cache))

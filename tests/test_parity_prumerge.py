@@ -108,7 +108,7 @@ def test_what_the_reference_cannot_do(refused_case):
     model = PruMerge(PruMergeConfig(levels=(0,), d_vision=16, d_llm=8, plus=True, adaptive=True)).eval()
     out, real = model.with_mask(x)
     assert len(x.levels) > 1 and real.shape == out.shape[:2]
-    for i, v in enumerate(real.sum(1)): assert_close(model(picture(x, i)), out[i:i+1, :v], rtol=0, atol=1e-5)
+    for i, v in enumerate(real.sum(1)): assert_close(model(image(x, i)), out[i:i+1, :v], rtol=0, atol=1e-5)
 
 
 # ---- its own rules
@@ -120,7 +120,7 @@ def some(b=3, grid=6, c=8, levels=2, seed=0, peaks=4.) -> VisionFeatures:
     return VisionFeatures(torch.randn(b, grid**2, levels*c, generator=random), grid, scores.softmax(-1)[:, 1:], torch.randn(b, grid**2, c, generator=random))
 
 
-def picture(x, i) -> VisionFeatures:
+def image(x, i) -> VisionFeatures:
     return VisionFeatures(*(t[i:i+1] if torch.is_tensor(t) else t for t in (x.levels, x.grid, x.cls_attention, x.keys)))
 
 
@@ -154,7 +154,7 @@ def test_every_budget_of_every_grid(grid, neighbours, plus):
     for tokens in model.config.budgets(grid):
         out, real = model.with_mask(x, tokens=tokens)
         assert out.shape == (2, tokens, 12) and real.all()
-        for i in range(2): assert_close(out[i], model.mlp(by_hand(picture(x, i), tokens, plus, 8, neighbours)), rtol=0, atol=1e-5)
+        for i in range(2): assert_close(out[i], model.mlp(by_hand(image(x, i), tokens, plus, 8, neighbours)), rtol=0, atol=1e-5)
     assert model.config.budgets(grid) == list(range(2, grid*grid + 1))
 
 
@@ -188,12 +188,12 @@ def test_each_picture_of_a_batch_stands_for_itself(plus):
     assert not out[~real].any() and torch.equal(model(x), out)
     for i, v in enumerate(real.sum(1).tolist()):
         assert real[i, :v].all() and not real[i, v:].any()
-        alone, own = model.with_mask(picture(x, i))
+        alone, own = model.with_mask(image(x, i))
         assert own.all()
         assert_close(alone[0], out[i, :v], rtol=0, atol=1e-5)
-        assert torch.equal(model.select(picture(x, i))[0][0], kept[i, :v-1])
+        assert torch.equal(model.select(image(x, i))[0][0], kept[i, :v-1])
     if plus: return
-    for i, v in enumerate(real.sum(1).tolist()): assert_close(tiny()(picture(x, i), tokens=v)[0], out[i, :v], rtol=0, atol=1e-5)  # the same number, asked for
+    for i, v in enumerate(real.sum(1).tolist()): assert_close(tiny()(image(x, i), tokens=v)[0], out[i, :v], rtol=0, atol=1e-5)  # the same number, asked for
 
 
 def test_adaptive_number_is_that_of_the_rule():
@@ -249,7 +249,7 @@ def test_half_precision_keeps_the_same_patches():
 
 def test_standardized_features():
     x, model = some(), tiny(standardize=True)
-    model.measure(x.levels)
+    model.fit_statistics(x.levels)
     plain = tiny()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith("mlp")})
     assert_close(model(x), plain(replace(x, levels=(x.levels - x.levels.flatten(0, 1).mean(0)) / x.levels.flatten(0, 1).std(0))), rtol=0, atol=1e-5)
@@ -274,7 +274,7 @@ def test_its_weights_are_llavas():
 
 def test_reset_is_llavas_start():
     fresh, again = tiny(standardize=True), tiny(standardize=True)
-    again.measure(some().levels)
+    again.fit_statistics(some().levels)
     for p in again.parameters(): nn.init.constant_(p, 3)
     torch.manual_seed(0)
     again.reset_parameters()
@@ -286,7 +286,7 @@ def test_by_name():
     for name, plus in (("prumerge", False), ("prumerge+", True)):
         config = compressor_config(name, like)
         model = build_compressor(name, config.to_dict())
-        assert type(model) is PruMerge and model.config.plus is plus and model.needs == ("attention",) and model(some()).shape == (3, 9, 12)
+        assert type(model) is PruMerge and model.config.plus is plus and model.requires == ("attention",) and model(some()).shape == (3, 9, 12)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 37, -3, True])

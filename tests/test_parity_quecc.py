@@ -181,7 +181,7 @@ def test_bfloat16_and_a_question_of_another_precision():
 def test_standardized_features():
     model, plain, (x, h) = small(standardize=True), small(), given(batch=5)
     x = 3 + 2*x
-    model.measure(x)
+    model.fit_statistics(x)
     flat = x.flatten(0, 1)
     assert_close(model(x, text=h), plain((x - flat.mean(0)) / flat.std(0), text=h))
 

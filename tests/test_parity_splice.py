@@ -68,7 +68,7 @@ def named(ids) -> list:
 # ---- ours
 def word(i): return "<image>" if i == IMAGE else f"w{i:02}"
 def text(ids): return " ".join(map(word, ids))
-def pictures(n): return [Image.new("RGB", (8, 8))]*n
+def images(n): return [Image.new("RGB", (8, 8))]*n
 
 
 @cache
@@ -96,7 +96,7 @@ def model(folder) -> DeltaLlavaModel:
 def encode(folder, case):
     "The rows through the processor."
     ids = rows(folder, case)
-    return processor(folder)(images=pictures(len(named(ids))), text=[text(row) for row in ids], max_length=case["config"].get("tokenizer_model_max_length"))
+    return processor(folder)(images=images(len(named(ids))), text=[text(row) for row in ids], max_length=case["config"].get("tokenizer_model_max_length"))
 
 
 def embed(folder, batch, images):
@@ -183,5 +183,5 @@ def test_which_rows_cannot_be_expressed(inexpressible_case):
 
 def test_an_image_that_no_text_names_is_refused(inexpressible_case):
     folder, _, case = inexpressible_case
-    with pytest.raises(ValueError, match=r"name 2 image\(s\) .* 3 were given"): processor(folder)(images=pictures(case["images"]), text=list(map(text, rows(folder, case))))
+    with pytest.raises(ValueError, match=r"name 2 image\(s\) .* 3 were given"): processor(folder)(images=images(case["images"]), text=list(map(text, rows(folder, case))))
     with pytest.raises(ValueError, match="image placeholders per row"): embed(folder, encode(folder, case), tensors(folder, NAME)["in.image_features"])

@@ -172,7 +172,7 @@ def test_query_level_is_shrunk_in_float32(monkeypatch):
 def test_standardized_features():
     model, plain = small(standardize=True), small()
     x = 3 + 2*torch.randn(5, 36, 64)
-    model.measure(x)
+    model.fit_statistics(x)
     flat = x.flatten(0, 1)
     assert_close(model(x), plain((x - flat.mean(0)) / flat.std(0)))
 

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
-from tiny_vlm import IMAGE, byte_tokenizer, pictures, projector_config, tiny
+from tiny_vlm import IMAGE, byte_tokenizer, images, projector_config, tiny
 from torch.testing import assert_close
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
 
@@ -30,7 +30,7 @@ def make(template="v1", tokens=4, size=224):
     if template == "chat": tokenizer.chat_template = CHATML
     return build_processor(CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size), tokenizer, tokens=tokens, template=template)
 
-def picture(seed=0): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+def image(seed=0): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 def learned(processor, row): return processor.tokenizer.decode([l for l in row["labels"] if l >= 0])
 
@@ -51,7 +51,7 @@ def test_content_in_parts_reads_as_content_in_one(template):
     parts = [dict(role="user", content=[dict(type="image"), dict(type="text", text="What is it?")]), dict(role="assistant", content=[dict(type="text", text="A cat.")])]
     processor = make(template)
     assert processor.apply_chat_template(parts) == processor.apply_chat_template(QA)
-    assert processor.supervised(parts) == processor.supervised(QA)
+    assert processor.encode_conversation(parts) == processor.encode_conversation(QA)
 
 def test_chatml_has_no_system_prompt_of_its_own():
     said = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
@@ -74,47 +74,47 @@ def test_own_system_prompt():
 
 def test_image_tokens_and_pixels():
     processor = make()
-    out = processor([picture(), picture(1)], ["<image> <image>", "none"], tokens=9)
+    out = processor([image(), image(1)], ["<image> <image>", "none"], tokens=9)
     assert (out.input_ids == IMAGE).sum(1).tolist() == [18, 0]
     assert out.pixel_values.shape == (2, 3, 224, 224) and out.pixel_values.dtype == torch.float32
     ids = out.input_ids[0].tolist()
     assert ids == [IMAGE]*9 + processor.tokenizer(" ").input_ids + [IMAGE]*9
-    assert (processor(picture(), "<image>").input_ids == IMAGE).sum() == 4  # the processor's own budget
+    assert (processor(image(), "<image>").input_ids == IMAGE).sum() == 4  # the processor's own budget
     assert "pixel_values" not in processor(text="none")
 
 def test_chat_template_with_pictures_in_one_call():
     processor = make("chat")
-    conversation = [dict(role="user", content=[dict(type="image", image=picture()), dict(type="text", text="What is it?")])]
+    conversation = [dict(role="user", content=[dict(type="image", image=image()), dict(type="text", text="What is it?")])]
     out = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    by_hand = processor(picture(), processor.apply_chat_template(conversation, add_generation_prompt=True))
+    by_hand = processor(image(), processor.apply_chat_template(conversation, add_generation_prompt=True))
     assert sorted(out) == sorted(by_hand) and torch.equal(out.input_ids, by_hand.input_ids) and torch.equal(out.pixel_values, by_hand.pixel_values)
 
 def test_padding_is_on_the_left():
     processor = make()
-    out = processor([picture(), picture()], ["<image>\na", "<image>\na longer one"])
+    out = processor([image(), image()], ["<image>\na", "<image>\na longer one"])
     assert out.attention_mask[0].tolist() == [0]*11 + [1]*6 and out.attention_mask[1].all()
 
 def test_trainers_may_pad_otherwise():
-    processor,two = make(),([picture(), picture()], ["<image>\na", "<image>\na longer one"])
+    processor,two = make(),([image(), image()], ["<image>\na", "<image>\na longer one"])
     out = processor(*two, padding=True, padding_side="right", pad_to_multiple_of=8, truncation=False, max_length=3)
     assert out.attention_mask[0].tolist() == [1]*6 + [0]*18 and out.input_ids.shape[1] == 24
     assert out.input_ids[0, :6].tolist() == processor(*two).input_ids[0, 11:].tolist()
 
 @pytest.mark.parametrize("images,text,what", [(0, "<image>", "name 1 image"), (2, "<image>", "2 were given"), (1, "no place", "name 0 image"), (1, None, "text=None"), (1, [], "text=")])
 def test_images_and_places_must_agree(images, text, what):
-    with pytest.raises(ValueError, match=what): make()([picture()]*images or None, text)
+    with pytest.raises(ValueError, match=what): make()([image()]*images or None, text)
 
 @pytest.mark.parametrize("unknown", [dict(stride=3), dict(videos=[1]), dict(is_split_into_words=True)])
 def test_unknown_arguments(unknown):
-    with pytest.raises(ValueError, match="unknown arguments"): make()(picture(), "<image>", **unknown)
+    with pytest.raises(ValueError, match="unknown arguments"): make()(image(), "<image>", **unknown)
 
 def test_cutting_spares_images():
     processor,text = make(), "ab<image>cdef"
-    whole = processor(picture(), text).input_ids[0].tolist()
+    whole = processor(image(), text).input_ids[0].tolist()
     for length in range(1, len(whole) + 2):
         if length < 6:
-            with pytest.raises(ValueError, match="max_length=6 or more"): processor(picture(), text, max_length=length)
-        else: assert processor(picture(), text, max_length=length).input_ids[0].tolist() == whole[:length]
+            with pytest.raises(ValueError, match="max_length=6 or more"): processor(image(), text, max_length=length)
+        else: assert processor(image(), text, max_length=length).input_ids[0].tolist() == whole[:length]
 
 def test_saved_and_reloaded(tmp_path):
     processor = make("chat", tokens=9)
@@ -124,9 +124,9 @@ def test_saved_and_reloaded(tmp_path):
         assert type(again) is DeltaLlavaProcessor and again.tokens == 9 and again.chat_template == JOIN_PARTS + CHATML
         text = processor.apply_chat_template(QA[:1], add_generation_prompt=True)
         assert again.apply_chat_template(QA[:1], add_generation_prompt=True) == text
-        a,b = again([picture()]*2, [text, "x" + text]),processor([picture()]*2, [text, "x" + text])
+        a,b = again([image()]*2, [text, "x" + text]),processor([image()]*2, [text, "x" + text])
         assert all(torch.equal(a[k], b[k]) for k in b) and sorted(a) == sorted(b)
-        assert again.supervised(TWO) == processor.supervised(TWO)
+        assert again.encode_conversation(TWO) == processor.encode_conversation(TWO)
 
 def test_model_and_processor_agree_on_the_image_token():
     tokenizer = byte_tokenizer(pieces=("<|im_start|>",))
@@ -150,7 +150,7 @@ def answers(model, processor, prompts, images, **kwargs):
 def test_a_batch_answers_as_its_rows_alone(tokens):
     model,processor = tiny(),make("v1", tokens=16)
     prompts = [f"<image>\n{q}" for q in ("Hm?", "What may this picture show?", "And here, in some more words, what is there to be seen?")]
-    images = [picture(i) for i in range(3)]
+    images = [image(i) for i in range(3)]
     kwargs = {} if tokens is None else dict(tokens=tokens)
     together = answers(model, processor, prompts, images, **kwargs)
     alone = torch.cat([answers(model, processor, p, i, **kwargs) for p,i in zip(prompts, images)])
@@ -160,7 +160,7 @@ def test_a_batch_answers_as_its_rows_alone(tokens):
     for i in range(3): assert_close(logits[i], model(**processor(images[i], prompts[i], **kwargs), **kwargs).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 def test_budgets_of_model_and_processor_must_agree():
-    with pytest.raises(ValueError, match="same tokens"): tiny()(**make()(picture(), "<image>", tokens=9), tokens=4)
+    with pytest.raises(ValueError, match="same tokens"): tiny()(**make()(image(), "<image>", tokens=9), tokens=4)
 
 
 # labels
@@ -169,28 +169,28 @@ def test_budgets_of_model_and_processor_must_agree():
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_answers_are_learned_and_nothing_else(template, text, tokens):
     processor = make(template)
-    row = processor.supervised(TWO, tokens=tokens)
+    row = processor.encode_conversation(TWO, tokens=tokens)
     assert learned(processor, row) == text
     assert len(row["labels"]) == len(row["input_ids"]) and row["input_ids"].count(IMAGE) == tokens
     assert all(l in (-100, i) for i,l in zip(row["input_ids"], row["labels"])) and IMAGE not in row["labels"]
-    whole = processor(picture(), processor.apply_chat_template(TWO), tokens=tokens).input_ids[0].tolist()
+    whole = processor(image(), processor.apply_chat_template(TWO), tokens=tokens).input_ids[0].tolist()
     assert row["input_ids"] == whole
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chatml", "chat"])
 def test_training_row_begins_with_the_prompt_of_inference(template):
     processor = make(template)
-    row = processor.supervised(QA)
-    prompt = processor(picture(), processor.apply_chat_template(QA[:1], add_generation_prompt=True)).input_ids[0].tolist()
+    row = processor.encode_conversation(QA)
+    prompt = processor(image(), processor.apply_chat_template(QA[:1], add_generation_prompt=True)).input_ids[0].tolist()
     assert row["input_ids"][:len(prompt)] == prompt and [l >= 0 for l in row["labels"]].index(True) == len(prompt)
 
 def test_llava_turns_are_messages():
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
     assert as_messages(turns) == QA
-    assert make().supervised(turns) == make().supervised(QA)
+    assert make().encode_conversation(turns) == make().encode_conversation(QA)
 
 def test_an_answer_that_repeats_the_question_or_the_marker():
     processor = make()
-    row = processor.supervised([dict(role="user", content="ASSISTANT: A cat."), dict(role="assistant", content="ASSISTANT: A cat. USER:")])
+    row = processor.encode_conversation([dict(role="user", content="ASSISTANT: A cat."), dict(role="assistant", content="ASSISTANT: A cat. USER:")])
     assert learned(processor, row) == " ASSISTANT: A cat. USER:</s>"
 
 def merging(pieces):
@@ -209,7 +209,7 @@ def merging(pieces):
 
 def test_a_token_across_the_border_is_learned():
     processor = build_processor(CLIPImageProcessorPil(), merging([(":", "Ġ")]), template="v1")  # "ASSISTANT: " ends in one token ": "
-    row = processor.supervised(QA)
+    row = processor.encode_conversation(QA)
     first = [l for l in row["labels"] if l >= 0][0]
     assert processor.tokenizer.decode([first]).strip() in (":", "Ġ", ":Ġ") and row["labels"].count(first) == 1
     assert [i for i in row["input_ids"] if i == processor.tokenizer.eos_token_id] == [row["labels"][-1]]
@@ -218,33 +218,33 @@ def test_bos_is_not_doubled_nor_learned():
     processor = make("v1")
     processor.chat_template = JOIN_PARTS + "{{ bos_token }}" + TEMPLATES["v1"]
     processor.tokenizer.add_bos_token = True
-    row = processor.supervised(QA)
+    row = processor.encode_conversation(QA)
     assert row["input_ids"].count(processor.tokenizer.bos_token_id) == 1 and row["labels"][0] == -100
     assert learned(processor, row) == " A cat.</s>"
 
 def test_a_template_that_rewrites_is_refused():
     processor = make()
     processor.chat_template = "{{ messages | length }}" + JOIN_PARTS + TEMPLATES["v1"]
-    with pytest.raises(ValueError, match="rewrites the conversation"): processor.supervised(QA)
+    with pytest.raises(ValueError, match="rewrites the conversation"): processor.encode_conversation(QA)
 
 @pytest.mark.parametrize("conversation,what", [
     ([QA[0], dict(role="assistant", content=" \n")], "empty answer"), ([QA[0], dict(role="assistant", content=[])], "empty answer"),
     ([QA[0]], "nothing is supervised"), ([], "must begin"), ([QA[1]], "must begin"), ([QA[0], dict(role="robot", content="hi")], "from 'robot'"),
     ([{"from": "human"}], "content None")])
 def test_conversations_from_which_nothing_can_be_learned(conversation, what):
-    with pytest.raises(ValueError, match=what): make().supervised(conversation)
+    with pytest.raises(ValueError, match=what): make().encode_conversation(conversation)
 
 def test_cut_rows_keep_whole_images_and_some_answer():
     processor = make()
-    whole = processor.supervised(QA)
+    whole = processor.encode_conversation(QA)
     n,answer = len(whole["labels"]),[l >= 0 for l in whole["labels"]].index(True)
     last = n - 1 - whole["input_ids"][::-1].index(IMAGE)
     for length in range(1, n + 2):
         if length <= last:
-            with pytest.raises(ValueError, match="would cut an image"): processor.supervised(QA, max_length=length)
+            with pytest.raises(ValueError, match="would cut an image"): processor.encode_conversation(QA, max_length=length)
         elif length <= answer:
-            with pytest.raises(ValueError, match="nothing is supervised"): processor.supervised(QA, max_length=length)
-        else: assert processor.supervised(QA, max_length=length) == {k: v[:length] for k,v in whole.items()}
+            with pytest.raises(ValueError, match="nothing is supervised"): processor.encode_conversation(QA, max_length=length)
+        else: assert processor.encode_conversation(QA, max_length=length) == {k: v[:length] for k,v in whole.items()}
 
 
 # a tokenizer of Llama's kind
@@ -264,7 +264,7 @@ def llama(tmp_path_factory):
 def test_answers_are_learned_with_a_tokenizer_of_llamas_kind(llama, template):
     processor = build_processor(CLIPImageProcessorPil(), AutoTokenizer.from_pretrained(llama), tokens=4, template=template)
     conversation = QA if template == "plain" else TWO
-    row = processor.supervised(conversation)
+    row = processor.encode_conversation(conversation)
     ids, labels = row["input_ids"], row["labels"]
     assert ids[0] == processor.tokenizer.bos_token_id and ids.count(processor.tokenizer.bos_token_id) == 1 and ids.count(processor.image_token_id) == 4
     assert all(l in (-100, i) for i, l in zip(ids, labels))

@@ -4,21 +4,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from delta_llava.config import (ProjectorConfig, ablated, clip_b32_224, clip_b32_384, clip_l14_224, clip_l14_336, dinov2_s14, paper,
+from delta_llava.config import (ProjectorConfig, ablation_config, clip_b32_224, clip_b32_384, clip_l14_224, clip_l14_336, dinov2_s14, paper_text_config,
                                 relative_levels, siglip_so400m_384)
-from delta_llava.grid import VisionFeatures, interpolate, positions, to_windows
+from delta_llava.grid import VisionFeatures, interpolate, pos_embed, to_windows
 from delta_llava.projector import DeltaProjector, from_authors_state, to_authors_state
 
 SMALL = ProjectorConfig(grid=6, tokens=9, levels=(1, 3, 4), d_vision=32, d_llm=24, rank=4, heads=4, head_dim=8)
 VARIANTS = {
-    "authors": SMALL, "paper": paper(SMALL), "mean": replace(SMALL, query_pool="mean"), "standardize": replace(SMALL, standardize=True),
+    "authors": SMALL, "paper": paper_text_config(SMALL), "mean": replace(SMALL, query_pool="mean"), "standardize": replace(SMALL, standardize=True),
     "project-mix": replace(SMALL, order="project-mix"), "bare": replace(SMALL, activate=False), "share_base": replace(SMALL, share_base=True),
     "residual_mlp": replace(SMALL, residual_mlp=True), "raster": replace(SMALL, kv_reduction=2), "square": replace(SMALL, kv_reduction=2, kv_pool="square"),
     "scale": replace(SMALL, kv_reduction="scale", kv_pool="square"), "one level": replace(SMALL, levels=(4,)),
-    "no EMHSA": ablated(SMALL, "EMHSA"), "no TB": ablated(SMALL, "TB"), "no MHCA": ablated(SMALL, "TB", "mhca"),
-    "linear": ablated(SMALL, "DeltaProj"), "base": ablated(SMALL, "DeltaProj", "base"), "tokenpacker": ablated(SMALL, "DeltaProj", "tokenpacker"),
-    "paper, standardized": replace(paper(SMALL), standardize=True), "paper, no TB": ablated(paper(SMALL), "TB"),
-    "paper, no DeltaProj": ablated(paper(SMALL), "DeltaProj"), "shared, activated, Eq. 11": replace(SMALL, share_base=True, residual_mlp=True),
+    "no EMHSA": ablation_config(SMALL, "EMHSA"), "no TB": ablation_config(SMALL, "TB"), "no MHCA": ablation_config(SMALL, "TB", "mhca"),
+    "linear": ablation_config(SMALL, "DeltaProj"), "base": ablation_config(SMALL, "DeltaProj", "base"), "tokenpacker": ablation_config(SMALL, "DeltaProj", "tokenpacker"),
+    "paper, standardized": replace(paper_text_config(SMALL), standardize=True), "paper, no TB": ablation_config(paper_text_config(SMALL), "TB"),
+    "paper, no DeltaProj": ablation_config(paper_text_config(SMALL), "DeltaProj"), "shared, activated, Eq. 11": replace(SMALL, share_base=True, residual_mlp=True),
 }
 BUDGETS = (36, 25, 16, 9, 4, 1)
 variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -30,7 +30,7 @@ def shaken(config):
     module = DeltaProjector(config).eval()
     with torch.no_grad():
         for p in module.parameters(): p.add_(torch.randn_like(p)*.1)
-    if config.standardize: module.measure(torch.randn(8, 36, config.d_levels)*2 + 1)
+    if config.standardize: module.fit_statistics(torch.randn(8, 36, config.d_levels)*2 + 1)
     return module
 
 
@@ -178,9 +178,9 @@ def test_windows_that_do_not_divide():
 
 def test_positions_do_not_remember_a_context():
     "A table first asked for under inference_mode or on the meta device serves training afterwards."
-    with torch.inference_mode(), torch.device("meta"): table = positions(6, 5, 20)
+    with torch.inference_mode(), torch.device("meta"): table = pos_embed(6, 5, 20)
     assert table.device.type == "cpu" and not table.is_inference() and table.isfinite().all()
-    assert positions(6, 5, 20, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert pos_embed(6, 5, 20, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_start_is_the_authors():

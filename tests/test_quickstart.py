@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from delta_llava import quickstart
-from delta_llava.quickstart import SETS, Recipe, answer, held_out_pictures, load_trained, run, score_trained, training_pictures
+from delta_llava.quickstart import SETS, Recipe, answer, held_out_images, load_trained, run, score_trained, training_images
 from delta_llava.tower import open_image
 
-TINY = Recipe(steps=2, batch_size=2, train_pictures=8, test_pictures=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
+TINY = Recipe(steps=2, batch_size=2, train_images=8, test_images=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -69,7 +69,7 @@ def test_model_card_tells_how_to_load_it(runs):
     (folder, _), _ = runs
     scope = dict(folder=folder)
     exec(re.search(r"```python\n(.*?)```", (folder/"README.md").read_text(), re.S)[1], scope)
-    ours,theirs = (m.model.multi_modal_projector.state_dict() for m in (load_trained(folder)[0], scope["model"]))
+    ours,theirs = (m.multi_modal_projector.state_dict() for m in (load_trained(folder)[0], scope["model"]))
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 @pytest.mark.slow
@@ -98,15 +98,15 @@ def test_trained_folder_is_scored_again_and_speaks(runs):
 # ---------------------------------------------------------------- its parts
 
 def test_pictures_of_the_sets_are_apart(tmp_path):
-    rows,held = training_pictures(TINY, tmp_path), held_out_pictures(TINY, tmp_path)
+    rows,held = training_images(TINY, tmp_path), held_out_images(TINY, tmp_path)
     assert len(rows) == 8 and held.keys() == SETS.keys() and all(len(h) == 2 for h in held.values())
     for name,part in held.items():
         counts = {len(row["objects"]) for row in part}
         assert counts == {1} if "one thing" in name else counts <= {2, 3}
     captions = [row["conversations"][1]["value"] for row in rows]
-    again = training_pictures(TINY, tmp_path/"again")
+    again = training_images(TINY, tmp_path/"again")
     assert [row["conversations"][1]["value"] for row in again] == captions
-    other = training_pictures(replace(TINY, seed=1), tmp_path/"other")
+    other = training_images(replace(TINY, seed=1), tmp_path/"other")
     assert not {tuple(map(str, row["objects"])) for row in other} & {tuple(map(str, row["objects"])) for row in rows}  # seeds share no scene
 
 @pytest.mark.parametrize("name,p,naming,expected", [("heldout_scenes, one thing", .001, .32, True), ("heldout_scenes, one thing", .001, .30, False),
@@ -115,8 +115,8 @@ def test_goal(name, p, naming, expected):
     assert quickstart.reached(name, dict(p=p, naming=naming)) is expected
 
 @pytest.mark.parametrize("fields,error", [
-    (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_pictures=0), "train_pictures=0"),
-    (dict(test_pictures=1), "test_pictures=1 must be at least 2"), (dict(tokens=4), "tokens=4 must be one of test_budgets"),
+    (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_images=0), "train_pictures=0"),
+    (dict(test_images=1), "test_pictures=1 must be at least 2"), (dict(tokens=4), "tokens=4 must be one of test_budgets"),
     (dict(tokens=25, train_budgets=()), "tokens=25 must be one of test_budgets")])
 def test_recipes_that_cannot_be(fields, error):
     with pytest.raises(ValueError, match=re.escape(error)): Recipe(**fields)

@@ -6,13 +6,13 @@ import jaxtyping
 import pytest
 import torch
 from tiny_stage import write_parts
-from tiny_vlm import llm_config, pictures, tiny
+from tiny_vlm import llm_config, images, tiny
 from transformers import CompileConfig
 
 from delta_llava import speed
 from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.flops import DEVICES, Setup, roofline
-from delta_llava.speed import Sweep, least_seconds, report, spread, static_cache, time_parts, timed_answer
+from delta_llava.speed import Sweep, roofline_seconds, speed_report, median_and_quartiles, static_cache, time_parts, timed_answer
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
 ANSWER, TEXT = 8, 10
@@ -22,7 +22,7 @@ def model_with(compressor, tokens):
     "The tiny model with any projector."
     own = tiny()
     if compressor == "delta": return own
-    config = compressor_config(compressor, own.model.multi_modal_projector.config, tokens=tokens)
+    config = compressor_config(compressor, own.multi_modal_projector.config, tokens=tokens)
     torch.manual_seed(0)
     return DeltaLlavaForConditionalGeneration(DeltaLlavaConfig(**own.config.to_dict() | dict(compressor=compressor, projector=config.to_dict()))).eval()
 
@@ -56,23 +56,23 @@ def test_planted_times_come_back_exactly(monkeypatch, words, compressor, tokens,
     def of_llm(kwargs):
         given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         return 4. if given.shape[1] > 1 else 8.
-    projector = model.model.multi_modal_projector
+    projector = model.multi_modal_projector
     def projected(*args, **kwargs):
         at.now += 2.
         return type(projector).forward(projector, *args, **kwargs)
     monkeypatch.setattr(projector, "forward", projected)
-    costs(next(m for n, m in model.model.vision_tower.named_modules() if n.endswith("layers.0")), lambda _: 1.)
-    costs(model.model.language_model, of_llm)
-    timed_answer(model, pictures(n=2), words, tokens, ANSWER)  # transformers installs hooks of its own
+    costs(next(m for n, m in model.vision_tower.named_modules() if n.endswith("layers.0")), lambda _: 1.)
+    costs(model.get_decoder(), of_llm)
+    timed_answer(model, images(n=2), words, tokens, ANSWER)  # transformers installs hooks of its own
     before = hooks(model)
-    took, said = timed_answer(model, pictures(n=2), words, tokens, ANSWER)
+    took, said = timed_answer(model, images(n=2), words, tokens, ANSWER)
     assert took == {"tower": 1.} | question | {"projector": 2., "set-up": 0., "prefill": 4., "decode": 8., "answer": 7. + sum(question.values()) + 8.*(ANSWER - 1)}
     assert hooks(model) == before and said.shape == (2, ANSWER)
 
 
 @pytest.mark.parametrize("compressor, budgets", [("delta", (1, 4, 49)), ("mlp", (49,))])
 def test_a_static_cache_and_timing_change_no_token(words, compressor, budgets):
-    model, px = model_with(compressor, budgets[0]), pictures(n=2)
+    model, px = model_with(compressor, budgets[0]), images(n=2)
     for V in budgets:
         ids = speed.prompt_of(words, V, model.config.image_token_id)
         plain = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=px, tokens=V, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None)[:, ids.shape[1]:]
@@ -85,7 +85,7 @@ def test_a_static_cache_and_timing_change_no_token(words, compressor, budgets):
 def test_a_step_with_a_static_cache_is_one_graph(monkeypatch, words):
     "What a GPU replays; here traced and run eagerly. Without hooks in it, or the trace would be broken."
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks of a test run cannot be traced
-    model, px, seen = tiny(), pictures(n=2), []
+    model, px, seen = tiny(), images(n=2), []
     compiled = CompileConfig(backend=lambda graph, inputs: seen.append(graph) or graph.forward, fullgraph=True, dynamic=False, mode=None)
     compiled._compile_all_devices = True
     torch._dynamo.reset()
@@ -98,7 +98,7 @@ def test_a_step_with_a_static_cache_is_one_graph(monkeypatch, words):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_on_a_gpu_change_no_token_and_events_measure(words):
-    model, px, words = tiny().cuda(), pictures(n=2).cuda(), words.cuda()
+    model, px, words = tiny().cuda(), images(n=2).cuda(), words.cuda()
     eager, plain = timed_answer(model, px, words, 4, ANSWER)
     cache = static_cache(model, TEXT + 4 + ANSWER)
     for _ in range(3): took, said = timed_answer(model, px, words, 4, ANSWER, cache)
@@ -106,7 +106,7 @@ def test_graphs_on_a_gpu_change_no_token_and_events_measure(words):
 
 
 def test_no_answer_stops_early(words):
-    model, px = tiny(), pictures(n=2)
+    model, px = tiny(), images(n=2)
     first = timed_answer(model, px, words, 4, ANSWER)[1]
     model.generation_config.eos_token_id = first[:, 0].tolist()
     assert timed_answer(model, px, words, 4, ANSWER)[1].tolist() == first.tolist()
@@ -114,9 +114,9 @@ def test_no_answer_stops_early(words):
 
 def test_hooks_go_when_an_answer_fails(words):
     model = tiny()
-    timed_answer(model, pictures(n=2), words, 4, ANSWER)
+    timed_answer(model, images(n=2), words, 4, ANSWER)
     before = hooks(model)
-    with pytest.raises(ValueError, match="tokens=50"): timed_answer(model, pictures(n=2), words, 50, ANSWER)
+    with pytest.raises(ValueError, match="tokens=50"): timed_answer(model, images(n=2), words, 50, ANSWER)
     assert hooks(model) == before
 
 
@@ -124,17 +124,17 @@ def test_hooks_go_when_an_answer_fails(words):
 
 def test_rounds_rotate_warm_up_and_give_the_projector_back(monkeypatch, words):
     model, order = tiny(), []
-    own = model.model.multi_modal_projector
+    own = model.multi_modal_projector
     other = build_compressor("mlp", compressor_config("mlp", own.config, tokens=49))
     def answered(model, pixels, words, tokens, answer, cache):
-        order.append((tokens, type(model.model.multi_modal_projector).__name__, cache and cache.layers[0].max_cache_len))
+        order.append((tokens, type(model.multi_modal_projector).__name__, cache and cache.layers[0].max_cache_len))
         return dict(answer=float(len(order)), decode=1.), None
     monkeypatch.setattr(speed, "timed_answer", answered)
-    found = time_parts(model, {49: other, 4: own, 1: own}, pictures(), words[:1], ANSWER, ("dynamic", "static"), repeats=6, warm_up=1)
+    found = time_parts(model, {49: other, 4: own, 1: own}, images(), words[:1], ANSWER, ("dynamic", "static"), repeats=6, warm_up=1)
     rounds = [order[i:i + 6] for i in range(0, 42, 6)]
     assert len(order) == 42 and all(set(r) == set(rounds[0]) for r in rounds) and len({r[0] for r in rounds[1:]}) == 6
     assert {o[0]: o[1] for o in order} == {49: "MLP", 4: "DeltaProjector", 1: "DeltaProjector"} and {o[0]: o[2] for o in order if o[2]} == {V: TEXT + V + ANSWER for V in (49, 4, 1)}
-    assert model.model.multi_modal_projector is own
+    assert model.multi_modal_projector is own
     counted = sorted(t["answer"] for rounds, _ in found.values() for t in rounds)
     assert counted == [float(i) for i in range(7, 43)]  # the first six warmed up
 
@@ -146,7 +146,7 @@ def test_a_gain_is_taken_within_its_round(parts):
     found = {("dynamic", V): ([dict(answer=t*k, decode=.1*k) for k in slow], 0) for V, t in ((16, 2.), (4, 1.), (1, .5))}
     row = s.row(("dynamic", 1), 2, found, DEVICES["h100"])
     assert row["gain"] == {"end to end": [4.]*3, "decode": [1.]*3}
-    assert row["tokens_per_second"] == {"end to end": spread([2*4/(.5*k) for k in slow]), "decode": spread([2/(.1*k) for k in slow])}
+    assert row["tokens_per_second"] == {"end to end": median_and_quartiles([2*4/(.5*k) for k in slow]), "decode": median_and_quartiles([2/(.1*k) for k in slow])}
     assert row["seconds"]["answer"][0] == statistics.median(.5*k for k in slow) and row["peak_gib"] is None
 
 
@@ -163,12 +163,12 @@ def test_a_sweep_runs(parts, options):
     for r in rows:
         assert min(v for k, t in r["seconds"].items() if k != "question" for v in t) > 0 and r["least"].keys() <= r["seconds"].keys()
         assert ("question" in r["seconds"]) == (s.compressor == "quecc")
-    assert len(report(rows).splitlines()) == len(rows) + 2
+    assert len(speed_report(rows).splitlines()) == len(rows) + 2
 
 
 def test_the_least_of_an_answer_is_the_rooflines(parts):
     setup = Setup(tokens=36, answer=30)
-    least, stages = least_seconds(setup, DEVICES["h200"], 4), {r["stage"]: r["seconds"] for r in roofline(setup, DEVICES["h200"], 4)}
+    least, stages = roofline_seconds(setup, DEVICES["h200"], 4), {r["stage"]: r["seconds"] for r in roofline(setup, DEVICES["h200"], 4)}
     assert least["answer"] == sum(stages.values()) and least["decode"]*29 == pytest.approx(stages["decode"]) and least["tower"] == stages["tower"]
 
 

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from delta_llava import train
-from delta_llava.train import freeze, last_checkpoint, merge_lora, prepare_stage, run_stage
+from delta_llava.train import freeze, last_checkpoint, merge_lora, build_stage_model, run_stage
 from delta_llava.vlm import load_projector
 
 HERE = Path(__file__).parent
@@ -52,8 +52,8 @@ def test_both_stages_one_after_the_other(parts, tmp_path):
     about = json.loads(one.read_text())
     assert about["plan"]["tower"][0] == about["plan"]["llm"][0] == 0 < about["plan"]["projector"][0] and about["rows"] == 28 and about["settings"]["lr"] == 1e-3
     two = stage("finetune", parts, tmp_path/"two", projector=tmp_path/"one", pad=True)
-    start, _ = prepare_stage(two)
-    assert equal(start.model.multi_modal_projector.state_dict(), load_projector(tmp_path/"one").state_dict())  # stage 2 begins where stage 1 ended
+    start, _ = build_stage_model(two)
+    assert equal(start.multi_modal_projector.state_dict(), load_projector(tmp_path/"one").state_dict())  # stage 2 begins where stage 1 ended
     run_stage(two)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path/"two"), AutoProcessor.from_pretrained(tmp_path/"two")
     moved = {name: not p.equal(q) for (name, p), q in zip(model.named_parameters(), start.parameters())}
@@ -67,7 +67,7 @@ def test_both_stages_one_after_the_other(parts, tmp_path):
 
 def test_lora_changes_the_llm_through_its_updates_alone(parts, tmp_path):
     lora = stage("finetune", parts, tmp_path, lora=4, lr=1e-2)
-    start, _ = prepare_stage(lora)
+    start, _ = build_stage_model(lora)
     run_stage(lora)
     kept = load_file(tmp_path/"checkpoint-6"/"lora.safetensors")
     assert len(kept) == 2*7*2 and not (tmp_path/"checkpoint-6"/"model.safetensors").exists()  # A and B of seven matrices in two layers
@@ -81,10 +81,10 @@ def test_lora_changes_the_llm_through_its_updates_alone(parts, tmp_path):
 
 
 def test_merging_low_rank_updates_keeps_what_the_model_says(parts, tmp_path):
-    half, _ = prepare_stage(stage("finetune", parts, tmp_path, lora=4, bf16=True))
+    half, _ = build_stage_model(stage("finetune", parts, tmp_path, lora=4, bf16=True))
     freeze(half, "finetune", lora=4)
-    assert {(p.requires_grad, p.dtype) for p in half.model.language_model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays in float32
-    model, _ = prepare_stage(stage("finetune", parts, tmp_path, lora=4))
+    assert {(p.requires_grad, p.dtype) for p in half.get_decoder().parameters()} == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays in float32
+    model, _ = build_stage_model(stage("finetune", parts, tmp_path, lora=4))
     plan = freeze(model, "finetune", lora=4)
     assert 0 < plan["llm"][0] < plan["llm"][1]
     for n, p in model.named_parameters():
@@ -103,10 +103,10 @@ def test_four_bits_for_what_is_frozen(parts, tmp_path):
     "QLoRA: trained against rounded matrices, and what is written says what was trained, in full precision."
     pytest.importorskip("bitsandbytes")
     qlora = stage("finetune", parts, tmp_path/"a", lora=4, four_bit=True, lr=1e-2, steps=20, save_steps=20)
-    rounded, _ = prepare_stage(qlora)
+    rounded, _ = build_stage_model(qlora)
     matrices = [p for n, p in rounded.named_parameters() if "language_model.layers" in n and "_proj" in n]
     assert len(matrices) == 14 and {p.dtype for p in matrices} == {torch.uint8}
-    assert {p.dtype for p in rounded.model.multi_modal_projector.parameters()} == {torch.float32}
+    assert {p.dtype for p in rounded.multi_modal_projector.parameters()} == {torch.float32}
     found = losses(run_stage(qlora))
     assert found[1] < found[0] - .05
     ids, model = torch.tensor([[1, 2, 3]]), AutoModelForImageTextToText.from_pretrained(tmp_path/"a")
@@ -202,21 +202,21 @@ class Poison(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step != self.step: return
         if self.what == "loss":
-            with torch.no_grad(): next(model.model.language_model.parameters()).fill_(float("nan"))
-        else: next(model.model.multi_modal_projector.parameters()).register_hook(lambda g: g*float("inf"))
+            with torch.no_grad(): next(model.get_decoder().parameters()).fill_(float("nan"))
+        else: next(model.multi_modal_projector.parameters()).register_hook(lambda g: g*float("inf"))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_what_is_no_number_ends_the_run_before_it_reaches_a_weight(parts, tmp_path, what):
     kept = {}
     class Keep(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs): kept[state.global_step] = {k: v.clone() for k, v in model.model.multi_modal_projector.state_dict().items()}
+        def on_step_begin(self, args, state, control, model=None, **kwargs): kept[state.global_step] = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
     class Model(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs): kept["model"] = model
     with pytest.raises(FloatingPointError, match=rf"step 4: the {what} is (nan|inf), on rows \['.*-\d+', .*\].*checkpoint-2") as error:
         run_stage(stage("pretrain", parts, tmp_path), callbacks=[Poison(3, what), Keep(), Model()])
     assert str(error.value).count("picture-") + str(error.value).count("text-") == 4
-    assert equal(kept[3], kept["model"].model.multi_modal_projector.state_dict())
+    assert equal(kept[3], kept["model"].multi_modal_projector.state_dict())
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
 
 

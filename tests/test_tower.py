@@ -20,7 +20,7 @@ from transformers import (AutoModel, BitImageProcessorPil, CLIPConfig, CLIPImage
 
 from delta_llava import config as presets
 from delta_llava import tower as tower_module
-from delta_llava.tower import cache_features, image_processor_for, image_sha256, load_tower, locate, open_image, tower_sha256, vision_features
+from delta_llava.tower import cache_features, image_processor_for, image_sha256, load_tower, resolve_image_path, open_image, tower_sha256, vision_features
 
 TINY = dict(hidden_size=16, num_attention_heads=2)
 CLIP = dict(TINY, intermediate_size=32)
@@ -314,14 +314,14 @@ def test_paths_stay_in_their_folder(tmp_path):
     for bad in ("../out.png", "../images2/out.png", str(tmp_path/"out.png"), "link.png", "door/out.png", "/etc/passwd", "sub/../../out.png"):
         with pytest.raises(ValueError, match="leads outside its folder"): open_image(bad, root)
     for missing in ("none.png", "sub", ""):
-        with pytest.raises(ValueError, match="is not a file"): locate(missing, root)
+        with pytest.raises(ValueError, match="is not a file"): resolve_image_path(missing, root)
     assert open_image(root/"link.png").size == (40, 30)  # no folder named, no fence
 
 
 # ---- features on disk
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     (tmp_path/"pictures").mkdir()
     for i in range(7): Image.effect_noise((40, 30), 20 + 20*i).save(tmp_path/"pictures"/f"{i}.png")
     return sorted((tmp_path/"pictures").iterdir())
@@ -343,142 +343,142 @@ def count(monkeypatch):
     return counted
 
 
-def keep(pictures, small, cache, levels=(1, 3), size=32, **kwargs):
+def keep(images, small, cache, levels=(1, 3), size=32, **kwargs):
     kwargs = dict(batch_size=2, progress=False, dtype=torch.float32) | kwargs
     tower = load_tower(small, levels, kwargs.get("attention", False))
-    return cache_features(pictures, tower, image_processor_for(small, size), levels, cache, **kwargs)
+    return cache_features(images, tower, image_processor_for(small, size), levels, cache, **kwargs)
 
 
-def seen(pictures, small, levels=(1, 3), size=32, attention=False):
-    pixels = image_processor_for(small, size)([open_image(p) for p in pictures], return_tensors="pt").pixel_values
+def seen(images, small, levels=(1, 3), size=32, attention=False):
+    pixels = image_processor_for(small, size)([open_image(p) for p in images], return_tensors="pt").pixel_values
     return vision_features(load_tower(small, levels, attention), pixels, levels, attention)
 
 
 def direct(*args, **kwargs): return seen(*args, **kwargs).levels
 
 
-def test_kept_features_are_the_features(pictures, small, tmp_path):
-    exact = direct(pictures, small)
-    kept = keep(pictures, small, tmp_path/"c")
+def test_kept_features_are_the_features(images, small, tmp_path):
+    exact = direct(images, small)
+    kept = keep(images, small, tmp_path/"c")
     assert len(kept) == 7 and kept[2].dtype == torch.float32
     assert_close(kept[range(7)], exact)
     assert_close(kept[torch.tensor([5, 0])], exact[[5, 0]])
-    half = keep(pictures, small, tmp_path/"c", dtype=torch.float16)
+    half = keep(images, small, tmp_path/"c", dtype=torch.float16)
     assert_close(half[range(7)], exact.half().float(), rtol=1e-3, atol=1e-4)
     assert half.files[0].stat().st_size < 0.6*kept.files[0].stat().st_size
 
 
-def test_kept_attention_is_the_attention(pictures, small, tmp_path):
-    exact = seen(pictures, small, attention=True)
-    kept = keep(pictures, small, tmp_path/"c", attention=True)
+def test_kept_attention_is_the_attention(images, small, tmp_path):
+    exact = seen(images, small, attention=True)
+    kept = keep(images, small, tmp_path/"c", attention=True)
     for places in ([5, 0], torch.tensor([5, 0])):
-        batch = kept.take(places)
+        batch = kept.index_batch(places)
         assert batch.grid == exact.grid
         for name in ("levels", "cls_attention", "keys"): assert_close(getattr(batch, name), getattr(exact, name)[[5, 0]])
     assert_close(kept[2].keys, exact.keys[2:3])  # one picture is a batch of one
     assert_close(kept[range(7)].levels, exact.levels)
-    half = keep(pictures, small, tmp_path/"c", attention=True, dtype=torch.float16)
+    half = keep(images, small, tmp_path/"c", attention=True, dtype=torch.float16)
     assert {name: x.dtype for name, x in load_file(half.files[0]).items()} == dict(levels=torch.float16, keys=torch.float16, cls_attention=torch.float32)
-    half = half.take(range(7))
+    half = half.index_batch(range(7))
     assert_close(half.cls_attention, exact.cls_attention, rtol=1e-6, atol=0)  # the order of the patches depends on it
     assert_close(half.keys, exact.keys.half().float(), rtol=1e-3, atol=1e-4)
     assert half.levels.dtype == half.keys.dtype == half.cls_attention.dtype == torch.float32
 
 
-def test_a_batch_of_a_plain_cache(pictures, small, tmp_path):
-    batch = keep(pictures, small, tmp_path/"c").take([1, 3])
+def test_a_batch_of_a_plain_cache(images, small, tmp_path):
+    batch = keep(images, small, tmp_path/"c").index_batch([1, 3])
     assert batch.cls_attention is None and batch.keys is None and batch.grid == 4
-    assert_close(batch.levels, direct(pictures, small)[[1, 3]])
+    assert_close(batch.levels, direct(images, small)[[1, 3]])
 
 
-def test_attention_has_a_cache_of_its_own(pictures, small, tmp_path, count):
+def test_attention_has_a_cache_of_its_own(images, small, tmp_path, count):
     levels = (3, 1)  # the block is in the tower either way: only the switch tells the two apart
-    keep(pictures, small, tmp_path/"c", levels)
-    keep(pictures, small, tmp_path/"c", levels, attention=True)
+    keep(images, small, tmp_path/"c", levels)
+    keep(images, small, tmp_path/"c", levels, attention=True)
     assert count.n == 14
-    assert keep(pictures, small, tmp_path/"c", levels).take([0]).keys is None and keep(pictures, small, tmp_path/"c", levels, attention=True).take([0]).keys is not None
+    assert keep(images, small, tmp_path/"c", levels).index_batch([0]).keys is None and keep(images, small, tmp_path/"c", levels, attention=True).index_batch([0]).keys is not None
     assert count.n == 14
 
 
-def test_caches_of_earlier_versions_stay_valid(pictures, small, tmp_path, count):
+def test_caches_of_earlier_versions_stay_valid(images, small, tmp_path, count):
     "Folder name and checksum written out as they were before attention could be kept."
     tower, processor = load_tower(small, (1, 3)), image_processor_for(small, 32)
     key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=[1, 3], dtype="torch.float32")
     folder = tmp_path/"c"/hashlib.sha256(json.dumps(key, sort_keys=True, default=str, indent=1).encode()).hexdigest()[:16]
     folder.mkdir(parents=True)
-    for path, x in zip(pictures, direct(pictures, small)):
+    for path, x in zip(images, direct(images, small)):
         crc = zlib.crc32(x.contiguous().numpy().tobytes())
         save_file({"levels": x.contiguous()}, folder/f"{image_sha256(path)}.safetensors", {"crc32": str(crc)})
     count.n = 0
-    assert_close(keep(pictures, small, tmp_path/"c")[range(7)], direct(pictures, small))
+    assert_close(keep(images, small, tmp_path/"c")[range(7)], direct(images, small))
     assert count.n == 0
 
 
 @pytest.mark.parametrize("name", ["levels", "cls_attention", "keys"])
-def test_damage_in_any_tensor_is_found(name, pictures, small, tmp_path, count, caplog):
-    kept = keep(pictures, small, tmp_path/"c", attention=True)
+def test_damage_in_any_tensor_is_found(name, images, small, tmp_path, count, caplog):
+    kept = keep(images, small, tmp_path/"c", attention=True)
     entry, crc = load_file(kept.files[3]), safe_open(kept.files[3], "pt").metadata()["crc32"]
     entry[name].view(-1)[-1] += 1
     save_file(entry, kept.files[3], {"crc32": crc})
     count.n = 0
-    with caplog.at_level(logging.WARNING): again = keep(pictures, small, tmp_path/"c", attention=True)
+    with caplog.at_level(logging.WARNING): again = keep(images, small, tmp_path/"c", attention=True)
     assert count.n == 1 and f"{kept.files[3]} is damaged" in caplog.text
-    assert_close(getattr(again.take(range(7)), name), getattr(seen(pictures, small, attention=True), name))
+    assert_close(getattr(again.index_batch(range(7)), name), getattr(seen(images, small, attention=True), name))
 
 
-def test_each_picture_passes_once(pictures, small, tmp_path, count):
-    opened = [Image.open(pictures[0]).copy()]*2
-    kept = keep([*pictures, *pictures[::-1], *opened], small, tmp_path/"c")
+def test_each_picture_passes_once(images, small, tmp_path, count):
+    opened = [Image.open(images[0]).copy()]*2
+    kept = keep([*images, *images[::-1], *opened], small, tmp_path/"c")
     assert count.n == 7 + 1
     assert_close(kept[0], kept[13])
-    keep(pictures, small, tmp_path/"c")
+    keep(images, small, tmp_path/"c")
     assert count.n == 8
 
 
-def test_goes_on_after_a_kill(pictures, small, tmp_path, count):
+def test_goes_on_after_a_kill(images, small, tmp_path, count):
     count.limit = 5
-    with pytest.raises(KeyboardInterrupt): keep(pictures, small, tmp_path/"c")
+    with pytest.raises(KeyboardInterrupt): keep(images, small, tmp_path/"c")
     count.n, count.limit = 0, 10**9
     folder = next((tmp_path/"c").iterdir())
     assert len(list(folder.glob("*.safetensors"))) == 4
     (folder/".tmp-half").write_bytes(b"half a file")
-    kept = keep(pictures, small, tmp_path/"c")
+    kept = keep(images, small, tmp_path/"c")
     assert count.n == 3
-    assert_close(kept[range(7)], direct(pictures, small))
+    assert_close(kept[range(7)], direct(images, small))
 
 
-def test_a_write_that_dies_leaves_no_entry(pictures, small, tmp_path, monkeypatch):
+def test_a_write_that_dies_leaves_no_entry(images, small, tmp_path, monkeypatch):
     def dies(*args): raise OSError("disk full")
     with monkeypatch.context() as m:
         m.setattr(os, "replace", dies)
-        with pytest.raises(OSError, match="disk full"): keep(pictures, small, tmp_path/"c")
+        with pytest.raises(OSError, match="disk full"): keep(images, small, tmp_path/"c")
     assert not list((tmp_path/"c").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-def test_damaged_entry_is_found_and_computed_again(damage, pictures, small, tmp_path, count, caplog):
-    kept = keep(pictures, small, tmp_path/"c")
+def test_damaged_entry_is_found_and_computed_again(damage, images, small, tmp_path, count, caplog):
+    kept = keep(images, small, tmp_path/"c")
     file, data = kept.files[3], bytearray(kept.files[3].read_bytes())
     if damage == "flip": data[-5] ^= 1
     file.write_bytes({"flip": data, "cut": data[:len(data)//2], "empty": b"", "other": b"x"*len(data)}[damage])
     count.n = 0
-    with caplog.at_level(logging.WARNING): again = keep(pictures, small, tmp_path/"c")
+    with caplog.at_level(logging.WARNING): again = keep(images, small, tmp_path/"c")
     assert count.n == 1 and f"{file} is damaged" in caplog.text
-    assert_close(again[range(7)], direct(pictures, small))
+    assert_close(again[range(7)], direct(images, small))
 
 
-def test_nothing_old_is_taken_for_new(pictures, small, tmp_path, count):
+def test_nothing_old_is_taken_for_new(images, small, tmp_path, count):
     for i, other in enumerate(({}, dict(levels=(3, 1)), dict(levels=(1, 2)), dict(size=64), dict(dtype=torch.float16))):
-        kept = keep(pictures, small, tmp_path/"c", **other)
+        kept = keep(images, small, tmp_path/"c", **other)
         assert count.n == 7*(i + 1)
-    assert_close(keep(pictures, small, tmp_path/"c", levels=(3, 1))[range(7)], direct(pictures, small, levels=(3, 1)))
+    assert_close(keep(images, small, tmp_path/"c", levels=(3, 1))[range(7)], direct(images, small, levels=(3, 1)))
     torch.manual_seed(1)
     CLIPVisionModel(CLIPVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32)).save_pretrained(small)  # same sizes, other weights
-    kept = keep(pictures, small, tmp_path/"c")
+    kept = keep(images, small, tmp_path/"c")
     assert count.n == 7*6
-    assert_close(kept[range(7)], direct(pictures, small))
-    Image.effect_noise((40, 30), 5).save(pictures[0])  # same name, other picture
-    assert_close(keep(pictures, small, tmp_path/"c")[0], direct(pictures[:1], small)[0])
+    assert_close(kept[range(7)], direct(images, small))
+    Image.effect_noise((40, 30), 5).save(images[0])  # same name, other picture
+    assert_close(keep(images, small, tmp_path/"c")[0], direct(images[:1], small)[0])
     assert count.n == 7*6 + 1
 
 
@@ -490,19 +490,19 @@ def test_hash_of_a_picture_sees_its_palette():
     assert image_sha256(image) != image_sha256(other)
 
 
-def test_bad_pictures_stop_before_the_tower_runs(pictures, small, tmp_path, count):
-    with pytest.raises(ValueError, match="leads outside"): keep([*pictures, tmp_path/"clip"/"config.json"], small, tmp_path/"c", root=tmp_path/"pictures")
-    with pytest.raises(ValueError, match="is not a file"): keep([*pictures, tmp_path/"none.png"], small, tmp_path/"c")
+def test_bad_pictures_stop_before_the_tower_runs(images, small, tmp_path, count):
+    with pytest.raises(ValueError, match="leads outside"): keep([*images, tmp_path/"clip"/"config.json"], small, tmp_path/"c", root=tmp_path/"pictures")
+    with pytest.raises(ValueError, match="is not a file"): keep([*images, tmp_path/"none.png"], small, tmp_path/"c")
     (tmp_path/"no.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="cannot be used"): keep([*pictures, tmp_path/"no.png"], small, tmp_path/"c")
+    with pytest.raises(ValueError, match="cannot be used"): keep([*images, tmp_path/"no.png"], small, tmp_path/"c")
     assert count.n == 0
 
 
-def test_overflow_of_half_precision_is_an_error(pictures, small, tmp_path, monkeypatch):
+def test_overflow_of_half_precision_is_an_error(images, small, tmp_path, monkeypatch):
     def large(*args):
         seen = vision_features(*args)
         seen.levels.mul_(1e6)
         return seen
     monkeypatch.setattr(tower_module, "vision_features", large)
-    with pytest.raises(ValueError, match="use dtype=torch.float32"): keep(pictures, small, tmp_path/"c", dtype=torch.float16)
-    assert_close(keep(pictures, small, tmp_path/"c")[0], 1e6*direct(pictures[:1], small)[0], rtol=1e-4, atol=1)
+    with pytest.raises(ValueError, match="use dtype=torch.float32"): keep(images, small, tmp_path/"c", dtype=torch.float16)
+    assert_close(keep(images, small, tmp_path/"c")[0], 1e6*direct(images[:1], small)[0], rtol=1e-4, atol=1)

@@ -14,7 +14,7 @@ from delta_llava.config import dinov2_s14
 from delta_llava.data import Collator
 from delta_llava.projector import DeltaProjector
 from delta_llava.compressors.m3 import M3, M3Config
-from delta_llava.train import ElasticCollator, StageTrainer, freeze, last_checkpoint, fit_stage, stage_arguments, write_card, write_record
+from delta_llava.train import ElasticCollator, StageTrainer, freeze, last_checkpoint, train_stage, stage_arguments, write_card, write_record
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, save_projector
 
 SMALL = replace(dinov2_s14(56, tokens=4, d_llm=32), d_vision=128, levels=(1, 2), heads=4)
@@ -24,7 +24,7 @@ class TinyProcessor(ProcessorMixin):
     questions = False
     def __init__(self): pass
     class tokenizer: pad_token_id = 0
-    def supervised(self, conversation, tokens=None, max_length=None):
+    def encode_conversation(self, conversation, tokens=None, max_length=None):
         said = [3 + ord(c) % 20 for c in conversation[1]["value"]]
         return dict(input_ids=[1]*tokens + [2] + said, labels=[-100]*(tokens + 1) + said)
 
@@ -46,7 +46,7 @@ def tiny_arguments(folder, steps=6): return stage_arguments(folder, steps=steps,
 
 def state_of(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
-def projector_of(model): return model.model.multi_modal_projector.state_dict()
+def projector_of(model): return model.multi_modal_projector.state_dict()
 
 def same(a, b): return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
@@ -61,20 +61,20 @@ class Break(TrainerCallback):
 def test_half_written_checkpoint_is_passed_over_and_the_run_ends_the_same(tmp_path):
     rows = tiny_rows()
     unbroken,broken,resumed = tiny_model(),tiny_model(),tiny_model()
-    log = fit_stage(unbroken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"one"))
-    with pytest.raises(InterruptedError): fit_stage(broken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), callbacks=[Break(5)])
+    log = train_stage(unbroken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"one"))
+    with pytest.raises(InterruptedError): train_stage(broken, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), callbacks=[Break(5)])
     (tmp_path/"two"/"checkpoint-4"/"complete.json").unlink()  # as if killed while it was saved
     (tmp_path/"two"/"checkpoint-4"/"projector.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path/"two").name == "checkpoint-2"
-    again = fit_stage(resumed, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"))
+    again = train_stage(resumed, rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"))
     assert same(projector_of(resumed), projector_of(unbroken)) and not same(projector_of(broken), projector_of(unbroken))
     assert [e["loss"] for e in again if "loss" in e] == [e["loss"] for e in log if "loss" in e] and len(log) == 7
-    with pytest.raises(InterruptedError): fit_stage(tiny_model(), rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), resume=False, callbacks=[Break(1)])
+    with pytest.raises(InterruptedError): train_stage(tiny_model(), rows, tiny_collator(rows), tiny_arguments(tmp_path/"two"), resume=False, callbacks=[Break(1)])
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
     rows,one,two = tiny_rows(),tiny_model(),tiny_model(seed=1)
-    log = fit_stage(one, rows, tiny_collator(rows), tiny_arguments(tmp_path))
-    again = fit_stage(two, rows, tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Break(7)])  # six steps end within an epoch of eight
+    log = train_stage(one, rows, tiny_collator(rows), tiny_arguments(tmp_path))
+    again = train_stage(two, rows, tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Break(7)])  # six steps end within an epoch of eight
     assert same(projector_of(two), projector_of(one)) and not two.training
     assert [e["loss"] for e in again if "loss" in e] == [e["loss"] for e in log if "loss" in e]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -143,7 +143,7 @@ def test_only_the_projector_learns(tmp_path):
     before = state_of(model)
     plan = freeze(model)
     assert plan["tower"][0] == plan["llm"][0] == 0 < plan["tower"][1] and plan["projector"][0] == plan["projector"][1]
-    fit_stage(model, rows, tiny_collator(rows), tiny_arguments(tmp_path, steps=2))
+    train_stage(model, rows, tiny_collator(rows), tiny_arguments(tmp_path, steps=2))
     inside = {k for k in before if "multi_modal_projector" in k}
     changed = {k for k,v in model.state_dict().items() if not v.equal(before[k])}
     assert changed and changed <= inside
@@ -155,7 +155,7 @@ def test_bad_rows_fail_before_training(tmp_path):
     class Never(TrainerCallback):
         def on_train_begin(self, *args, **kwargs): raise AssertionError("training began")
     with pytest.raises(ValueError, match="no features for"):
-        fit_stage(tiny_model(), [rows[0] | dict(image="lost.png"), *rows], tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Never()])
+        train_stage(tiny_model(), [rows[0] | dict(image="lost.png"), *rows], tiny_collator(rows), tiny_arguments(tmp_path), callbacks=[Never()])
     assert not list(tmp_path.glob("checkpoint-*"))
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "save_steps"])

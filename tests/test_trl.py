@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from delta_llava.data import Collator, load_conversations
 from delta_llava.tower import open_image
-from delta_llava.train import fit_stage, freeze, prepare_stage, stage_arguments
+from delta_llava.train import train_stage, freeze, build_stage_model, stage_arguments
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def parts(tmp_path_factory): return write_parts(tmp_path_factory.mktemp("parts")
 def model_and_rows(parts, folder, kind="finetune"):
     "TokenPacker has no DropPath, which would draw anew in each trainer."
     settings = stage(kind, parts, folder, compressor="tokenpacker")
-    return *prepare_stage(settings), load_conversations(settings.data, text_rows=True)
+    return *build_stage_model(settings), load_conversations(settings.data, text_rows=True)
 
 
 def sft(folder, **options):
@@ -50,7 +50,7 @@ def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options
     assert moved(model, start) == {"multi_modal_projector"} | ({"language_model", "lm_head.weight"} if kind == "finetune" else set())
     ours, _, _ = model_and_rows(parts, tmp_path, kind)
     args = stage_arguments(tmp_path/"ours", steps=STEPS, batch_size=4, lr=1e-2, seed=0, use_cpu=True, save_strategy="no")
-    fit_stage(ours, rows, Collator(processor=processor, max_length=512), args, stage=kind, callbacks=[each := EachStep()])
+    train_stage(ours, rows, Collator(processor=processor, max_length=512), args, stage=kind, callbacks=[each := EachStep()])
     assert_close(losses, each.losses, rtol=1e-3, atol=1e-3)
 
 

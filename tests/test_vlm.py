@@ -22,7 +22,7 @@ from delta_llava.vlm import (DeltaLlavaConfig, DeltaLlavaForConditionalGeneratio
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 
-def projector_of(model): return model.model.multi_modal_projector
+def projector_of(model): return model.multi_modal_projector
 
 def same_weights(a, b):
     a,b = a.state_dict(),b.state_dict()
@@ -36,7 +36,7 @@ def same_weights(a, b):
 def test_pixels_to_logits_at_every_preset(name):
     model,cfg = tiny(name),projector_config(name)
     assert model.config.vision_config.num_hidden_layers == max(cfg.levels)  # nothing above is computed
-    features = vision_features(model.model.vision_tower, pictures(name), cfg.levels)
+    features = vision_features(model.vision_tower, pictures(name), cfg.levels)
     assert features.grid == cfg.grid and features.levels.shape == (1, cfg.grid**2, len(cfg.levels)*128)
     for tokens in {cfg.tokens, 4, 1}:
         ids = prompt(tokens)
@@ -62,7 +62,7 @@ def test_saved_and_reloaded_is_equal(name, tied, tmp_path):
     assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
     features = torch.randn(1, projector_config(name).grid**2, 4*128)
     assert_close(again(prompt(16), vision_features=features, tokens=16).logits, model(prompt(16), vision_features=features, tokens=16).logits, rtol=0, atol=0)
-    assert not any(p.requires_grad for p in again.model.vision_tower.parameters())
+    assert not any(p.requires_grad for p in again.vision_tower.parameters())
 
 def test_auto_classes(tmp_path):
     model = tiny()
@@ -107,8 +107,8 @@ def test_trainer_resumes_to_the_same_bits(tmp_path):
     resumed = train(tmp_path/"resumed", resume=str(tmp_path/"whole"/"checkpoint-2")).model
     start = tiny(projector=projector_config(tokens=4))
     assert same_weights(whole, resumed)
-    assert not same_weights(whole.model.multi_modal_projector, start.model.multi_modal_projector)
-    assert same_weights(whole.model.vision_tower, start.model.vision_tower)
+    assert not same_weights(whole.multi_modal_projector, start.multi_modal_projector)
+    assert same_weights(whole.vision_tower, start.vision_tower)
 
 @pytest.mark.parametrize("original", [True, False])
 def test_llava_checkpoint_brings_tower_and_llm(original, tmp_path):
@@ -117,10 +117,10 @@ def test_llava_checkpoint_brings_tower_and_llm(original, tmp_path):
     theirs = LlavaForConditionalGeneration(LlavaConfig(vision_config=TOWERS["clip_b32_224"][1](), text_config=llm_config(), image_token_index=IMAGE))
     theirs.save_pretrained(tmp_path, save_original_format=original)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, config=ours)
-    assert same_weights(model.model.language_model, theirs.model.language_model)
+    assert same_weights(model.get_decoder(), theirs.model.language_model)
     assert torch.equal(model.lm_head.weight, theirs.lm_head.weight)
     tower = theirs.model.vision_tower.state_dict()
-    assert all(torch.equal(v, tower[k]) for k,v in model.model.vision_tower.state_dict().items())
+    assert all(torch.equal(v, tower[k]) for k,v in model.vision_tower.state_dict().items())
     for name,p in projector_of(model).named_parameters():  # fresh, and not what the memory held
         assert p.isfinite().all() and p.abs().max() < 5, name
         if name.endswith("norm.weight"): assert (p == 1).all()
@@ -145,13 +145,13 @@ def test_unknown_projector_weights_are_an_error(tmp_path):
 
 def test_visual_tokens_take_their_places():
     model,seen = tiny(),[]
-    hook = model.model.language_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
     ids = torch.cat([prompt(4), prompt(4, before=(80, 81))])
     pixels = pictures(n=2)
     model(ids, pixels, tokens=4)
     hook.remove()
     expected = model.get_input_embeddings()(ids)
-    expected[:, 2:6] = projector_of(model)(vision_features(model.model.vision_tower, pixels, projector_config().levels), tokens=4)
+    expected[:, 2:6] = projector_of(model)(vision_features(model.vision_tower, pixels, projector_config().levels), tokens=4)
     assert_close(seen[0], expected)
 
 def test_two_images_in_one_row_and_none_in_the_next():
@@ -176,7 +176,7 @@ def test_impossible_budget_and_wrong_features():
 
 def test_the_tower_never_trains():
     model = tiny().train()
-    tower = model.model.vision_tower
+    tower = model.vision_tower
     assert model.training and projector_of(model).training and not any(m.training for m in tower.modules())
     model(prompt(4), pictures().requires_grad_(), tokens=4, labels=prompt(4)).loss.backward()
     assert all(p.grad is None for p in tower.parameters())
@@ -185,7 +185,7 @@ def test_the_tower_never_trains():
 
 def test_mixed_precision_of_parts():
     model = tiny().to(torch.bfloat16)
-    features = vision_features(tiny().model.vision_tower, pictures(), projector_config().levels)  # cached in float32
+    features = vision_features(tiny().vision_tower, pictures(), projector_config().levels)  # cached in float32
     assert model(prompt(4), vision_features=features.levels, tokens=4).logits.dtype == torch.bfloat16
 
 
@@ -235,7 +235,7 @@ def test_generate_with_cache_without_and_from_features(tokens):
     model,ids = tiny(),prompt(tokens)
     kwargs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), tokens=tokens, **GREEDY)
     words = model.generate(pixel_values=pictures(), **kwargs)
-    features = vision_features(model.model.vision_tower, pictures(), projector_config().levels).levels
+    features = vision_features(model.vision_tower, pictures(), projector_config().levels).levels
     assert words.shape[1] > ids.shape[1]
     assert torch.equal(words, model.generate(pixel_values=pictures(), use_cache=False, **kwargs))
     assert torch.equal(words, model.generate(vision_features=features, **kwargs))
@@ -251,7 +251,7 @@ def test_beams_with_two_images_in_a_row():
     assert torch.equal(words, model.generate(ids, pixel_values=pictures(n=2), use_cache=False, **kwargs))
 
 def loves_images(model):
-    model.model.language_model.norm.register_forward_hook(lambda m, args, out: out.abs())
+    model.get_decoder().norm.register_forward_hook(lambda m, args, out: out.abs())
     with torch.no_grad(): model.lm_head.weight[IMAGE] = 10
     return model
 
@@ -283,24 +283,24 @@ def test_build_vlm_keeps_the_parts(name, tmp_path):
     model = build_vlm(tower, llm, byte_tokenizer(), projector_config(name))
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert model.get_input_embeddings().weight is llm.get_input_embeddings().weight  # no second copy
-    assert all(torch.equal(v, whole[k]) for k,v in model.model.vision_tower.state_dict().items())
+    assert all(torch.equal(v, whole[k]) for k,v in model.vision_tower.state_dict().items())
     assert model.config.vision_config.num_hidden_layers == max(projector_config(name).levels)
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert same_weights(again, model) and not any(p.requires_grad for p in again.model.vision_tower.parameters())
+    assert same_weights(again, model) and not any(p.requires_grad for p in again.vision_tower.parameters())
     assert again.generation_config.suppress_tokens == [IMAGE]
 
 def test_siglip_loses_its_pooling_head():
     tower,llm = parts("siglip_so400m_384")
     assert any("head" in k for k in tower.state_dict())
     model = build_vlm(tower, llm, byte_tokenizer(), projector_config("siglip_so400m_384"))
-    assert not any("head" in k for k in model.model.vision_tower.state_dict())
+    assert not any("head" in k for k in model.vision_tower.state_dict())
 
 def test_cut_tower_sees_what_the_whole_tower_sees():
     tower,llm = parts()
     whole = vision_features(tower.eval(), pictures(), projector_config().levels).levels
     model = build_vlm(tower, llm, byte_tokenizer(), projector_config())
-    assert_close(vision_features(model.model.vision_tower, pictures(), projector_config().levels).levels, whole)
+    assert_close(vision_features(model.vision_tower, pictures(), projector_config().levels).levels, whole)
 
 @pytest.mark.parametrize("vocab,tied,rows", [(264, False, 264), (258, False, 260), (258, True, 260), (260, True, 260)])
 def test_the_table_grows_only_if_it_must(vocab, tied, rows):
@@ -350,7 +350,7 @@ def test_projector_alone_there_and_back(tmp_path):
     save_projector(model, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["projector.json", "projector.safetensors"]
     assert same_weights(load_projector(tmp_path), projector_of(model))
-    other.model.vision_tower, other.model.language_model, other.lm_head = model.model.vision_tower, model.model.language_model, model.lm_head
+    other.vision_tower, other.get_decoder(), other.lm_head = model.vision_tower, model.get_decoder(), model.lm_head
     load_projector(tmp_path, other)
     assert_close(other(prompt(4), pictures(), tokens=4).logits, model(prompt(4), pictures(), tokens=4).logits, rtol=0, atol=0)
 
@@ -358,7 +358,7 @@ def test_statistics_travel_with_the_projector(tmp_path):
     cfg = projector_config("dinov2_s14")
     assert cfg.standardize
     model = tiny("dinov2_s14")
-    projector_of(model).measure(vision_features(model.model.vision_tower, pictures("dinov2_s14", n=2), cfg.levels).levels)
+    projector_of(model).fit_statistics(vision_features(model.vision_tower, pictures("dinov2_s14", n=2), cfg.levels).levels)
     save_projector(projector_of(model), tmp_path)
     assert_close(load_projector(tmp_path).feature_std, projector_of(model).feature_std, rtol=0, atol=0)
     model.save_pretrained(tmp_path/"whole")

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, pictures, projector_config
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, images, projector_config
 from torch.testing import assert_close
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -34,8 +34,8 @@ def inputs(model, rows=((72, 105), (65, 66, 67, 68)), seed=1):
     ids = [[*row, *[IMAGE]*v, 63, 10] for row in rows]
     width = max(map(len, ids))
     batch = dict(input_ids=torch.tensor([[257]*(width - len(i)) + i for i in ids]), attention_mask=torch.tensor([[0]*(width - len(i)) + [1]*len(i) for i in ids]),
-                 pixel_values=pictures(TOWER, len(rows), seed))
-    if "text" in model.model.multi_modal_projector.needs:
+                 pixel_values=images(TOWER, len(rows), seed))
+    if "text" in model.multi_modal_projector.requires:
         asked = [[5, *row] for row in rows]
         q = max(map(len, asked))
         batch |= dict(question_ids=torch.tensor([[257]*(q - len(a)) + a for a in asked]), question_mask=torch.tensor([[0]*(q - len(a)) + [1]*len(a) for a in asked]))
@@ -50,8 +50,8 @@ def test_loss_reaches_the_projector(name):
     labels[:, :-2] = -100
     loss = model(**batch, labels=labels).loss
     loss.backward()
-    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in model.model.multi_modal_projector.parameters())
-    assert all(p.grad is None for p in model.model.vision_tower.parameters())
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in model.multi_modal_projector.parameters())
+    assert all(p.grad is None for p in model.vision_tower.parameters())
 
 
 @every
@@ -72,7 +72,7 @@ def test_generation_with_a_cache(name):
     batch = inputs(model)
     said = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert said.shape == (2, batch["input_ids"].shape[1] + 5) or (said[:, -1] == 257).any()
-    if "decoder" not in model.model.multi_modal_projector.needs:  # without a cache FastV ranks anew at every step
+    if "decoder" not in model.multi_modal_projector.requires:  # without a cache FastV ranks anew at every step
         assert said.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
     with torch.no_grad(): first = model(**batch).logits[:, -1]
     first[:, IMAGE] = -torch.inf  # an image cannot be said
@@ -89,9 +89,9 @@ def test_saved_and_loaded(name, tmp_path):
     with torch.no_grad(): assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
     save_projector(model, tmp_path/"projector")
     loaded = load_projector(tmp_path/"projector")
-    assert type(loaded) is type(model.model.multi_modal_projector) and loaded.config == model.model.multi_modal_projector.config
+    assert type(loaded) is type(model.multi_modal_projector) and loaded.config == model.multi_modal_projector.config
     other = tiny(name)
-    for p in other.model.multi_modal_projector.parameters(): torch.nn.init.zeros_(p)
+    for p in other.multi_modal_projector.parameters(): torch.nn.init.zeros_(p)
     load_projector(tmp_path/"projector", other)
     with torch.no_grad(): assert_close(other(**batch).logits, logits, rtol=0, atol=1e-6)
 
@@ -100,8 +100,8 @@ def test_the_question_changes_what_quecc_sees():
     model = tiny("quecc")
     batch = inputs(model)
     with torch.no_grad():
-        before = model.model.get_image_features(**{k: batch[k] for k in ("pixel_values", "question_ids", "question_mask")}).pooler_output[0]
-        after = model.model.get_image_features(batch["pixel_values"], question_ids=batch["question_ids"].flip(0), question_mask=batch["question_mask"].flip(0)).pooler_output[0]
+        before = model.get_image_features(**{k: batch[k] for k in ("pixel_values", "question_ids", "question_mask")}).pooler_output[0]
+        after = model.get_image_features(batch["pixel_values"], question_ids=batch["question_ids"].flip(0), question_mask=batch["question_mask"].flip(0)).pooler_output[0]
     assert (before - after).abs().max() > 1e-4
     with pytest.raises(ValueError, match="give question_ids"): model(**{k: v for k, v in batch.items() if "question" not in k})
 
@@ -109,14 +109,14 @@ def test_the_question_changes_what_quecc_sees():
 def test_fastv_drops_what_the_budget_says():
     model, seen = tiny("fastv"), []
     batch = inputs(model)
-    hook = model.model.language_model.layers[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    hook = model.get_decoder().layers[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     with torch.no_grad():
         for tokens in (144, 9, 1): model(**batch, tokens=tokens)
     hook.remove()
     rows = batch["input_ids"].shape[1]
     assert seen == [rows, rows - 135, rows - 143]
-    features = vision_features(model.model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer)
-    ready = dict(mm_encoder_outputs={"image": model.model.get_image_features(vision_features=features)})
+    features = vision_features(model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer)
+    ready = dict(mm_encoder_outputs={"image": model.get_image_features(vision_features=features)})
     words = {k: x for k, x in batch.items() if k != "pixel_values"}
     for given in (batch, words | dict(vision_features=features), words | ready):
         for tokens in (None, 9, 25, 1, 144):  # the first two are the config's
@@ -150,8 +150,8 @@ def test_a_variant_is_what_its_name_says():
 def test_every_picture_gets_its_own_question():
     "Two pictures in the first row, none in the second."
     processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=9, template="v1", questions=True)
-    picture = Image.new("RGB", (8, 8))
-    batch = processor([picture, picture], ["<image> <image> a", "b"], questions=["What?", "Nothing."])
+    image = Image.new("RGB", (8, 8))
+    batch = processor([image, image], ["<image> <image> a", "b"], questions=["What?", "Nothing."])
     assert batch["question_ids"].shape[0] == 2 and batch["question_ids"][0].equal(batch["question_ids"][1])
     turns = lambda q: [{"from": "human", "value": q}, {"from": "gpt", "value": "a"}]
     collate = Collator(processor=processor, features=torch.randn(1, 144, 512), paths=["p"])
@@ -169,26 +169,26 @@ def test_tokens_without_a_place_get_no_map(name):
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     model = tiny(name).eval()  # in training mode DropPath would draw
     processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=model.config.image_seq_length, template="v1",
-                                questions="text" in model.model.multi_modal_projector.needs)
+                                questions="text" in model.multi_modal_projector.requires)
     model.resize_token_embeddings(len(processor.tokenizer))
     model.config.image_token_index = model.config.image_token_id = processor.image_token_id
     say = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
     rows = [dict(id="long", image=None, conversations=say("Hm? "*200, "Well. "*100)), dict(id="a", image="a", conversations=say("<image>\nWhat is it?", "A cat")),
             dict(id="text", image=None, conversations=say("Why?", "So.")), dict(id="b", image="b", conversations=say("<image>\nAnd this one, what may it be?", "Two dogs and a bird"))]
     width = len(SIZES.levels)*SIZES.d_vision
-    pictures = dict(features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"])
-    if "attention" in model.model.multi_modal_projector.needs:
+    images = dict(features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"])
+    if "attention" in model.multi_modal_projector.requires:
         from delta_llava.grid import VisionFeatures
         g = torch.Generator().manual_seed(1)
-        pictures["features"] = [VisionFeatures(f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)) for f in pictures["features"]]
+        images["features"] = [VisionFeatures(f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)) for f in images["features"]]
     found = {}
     for packed in (False, True):
         if packed and name == "fastv": break
-        batch = Collator(processor=processor, packed=packed, **pictures)(rows)
+        batch = Collator(processor=processor, packed=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
-        found[packed] = len(batch["input_ids"]), out.loss, torch.cat([p.grad.flatten() for p in model.model.multi_modal_projector.parameters() if p.grad is not None])
+        found[packed] = len(batch["input_ids"]), out.loss, torch.cat([p.grad.flatten() for p in model.multi_modal_projector.parameters() if p.grad is not None])
     if name == "fastv":
         with pytest.raises(ValueError, match="packed=False"): Collator(processor=build_processor(processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144), packed=True)
         return
@@ -200,7 +200,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
 @every
 def test_no_picture_still_gives_finite_visual_tokens_and_gradients(name):
     model = tiny(name).train()
-    tokens = model.model.blank()
+    tokens = model.dummy_visual_tokens()
     tokens.sum().backward()
     assert tokens.isfinite().all() and tokens.shape[0] == 1
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.multi_modal_projector.parameters())

@@ -35,7 +35,7 @@ def tiny(name="clip_b32_224", seed=0, **kwargs):
     torch.manual_seed(seed)
     return DeltaLlavaForConditionalGeneration(vlm_config(name, **kwargs)).eval()
 
-def pictures(name="clip_b32_224", n=1, seed=1): return torch.randn(n, 3, TOWERS[name][2], TOWERS[name][2], generator=torch.Generator().manual_seed(seed))
+def images(name="clip_b32_224", n=1, seed=1): return torch.randn(n, 3, TOWERS[name][2], TOWERS[name][2], generator=torch.Generator().manual_seed(seed))
 
 def prompt(tokens, images=1, before=(72, 105), after=(63, 10)):
     return torch.tensor([[*before, *([IMAGE]*tokens + [33])*images, *after]])

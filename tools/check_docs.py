@@ -40,11 +40,11 @@ def outputs(cell: nbformat.NotebookNode, options: dict, page: Path, n: int) -> s
     for k, out in enumerate(cell.get("outputs", [])):
         data = out.get("data", {})
         if kind := next((m for m in ("image/png", "image/jpeg") if m in data), None):
-            picture = page.parent/f"{page.stem}_files"/f"{n}-{k}.{kind[6:]}"
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(base64.b64decode(data[kind]))
+            image = page.parent/f"{page.stem}_files"/f"{n}-{k}.{kind[6:]}"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(base64.b64decode(data[kind]))
             alt, label = str(options.get("fig-alt", "")).replace('"', "&quot;"), f" #{options['label']}" if "label" in options else ""
-            parts.append(f'![{options.get("fig-cap", "")}]({picture.parent.name}/{picture.name}){{alt="{alt}"{label}}}')
+            parts.append(f'![{options.get("fig-cap", "")}]({image.parent.name}/{image.name}){{alt="{alt}"{label}}}')
         elif "text/markdown" in data: parts.append("".join(data["text/markdown"]))
         elif "text/html" in data: parts.append(f"```{{=html}}\n{''.join(data['text/html'])}\n```")
         elif text := "".join(out.get("text", "") or data.get("text/plain", "")): parts.append(f"``````\n{text.rstrip()}\n``````")
@@ -98,10 +98,10 @@ def navigation(entry: str | dict | list, names: dict[str, tuple[str, str]], up: 
     return f'<a href="{up}{names[entry][0]}">{html.escape(names[entry][1])}</a>' if entry in names else ""
 
 
-def listed(entry: str | dict | list) -> list[str]:
+def join_phrases(entry: str | dict | list) -> list[str]:
     "Every notebook that an entry of the sidebar names."
     if isinstance(entry, str): return [entry]
-    return sum([listed(e) for e in (entry if isinstance(entry, list) else entry["contents"])], [])
+    return sum([join_phrases(e) for e in (entry if isinstance(entry, list) else entry["contents"])], [])
 
 
 def leads_nowhere(target: str, page: Path, out: Path, pages: dict[str, str], anchors: dict[Path, set], site: str, repo: str, root: Path) -> str:
@@ -136,8 +136,8 @@ def check(source: Path, out: Path, config: dict, settings: dict, root: Path, nam
     about = {name: front(nb) for name, nb in books.items()}
     pages = {name: (Path(name).parent/about[name].get("output-file", f"{Path(name).stem}.html")).as_posix() for name in books}
     sidebar = config["website"]["sidebar"]["contents"]
-    problems = [f"_quarto.yml: sidebar names {name}, which does not exist: remove it" for name in listed(sidebar) if name not in books]
-    problems += [f"_quarto.yml: the sidebar does not name {name}: list it" for name in books if name not in listed(sidebar)]
+    problems = [f"_quarto.yml: sidebar names {name}, which does not exist: remove it" for name in join_phrases(sidebar) if name not in books]
+    problems += [f"_quarto.yml: the sidebar does not name {name}: list it" for name in books if name not in join_phrases(sidebar)]
     problems += [f"nbs/{name}: no {what}: the first cell wants `# Title`, then `> one sentence`" for name in books for what in ("title", "description") if not about[name].get(what)]
     if (image := config["website"].get("image")) and not (source/image).exists(): problems.append(f"_quarto.yml: image {image} does not exist under nbs/")
     for name in books:  # nbdev takes title and description from the title cell and drops what else it holds

@@ -5,13 +5,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from delta_llava.data import cut_out
+from delta_llava.data import load_cutout
 
-thing = cut_out("car", "fluent")
+thing = load_cutout("car", "fluent")
 thing = thing.resize((304, 304*thing.height//thing.width), Image.Resampling.LANCZOS)
-picture = Image.new("RGBA", (336, 336), "#f2f2f2")
-picture.alpha_composite(thing, (16, (336 - thing.height)//2))
-pixels = np.asarray(picture.convert("RGB"), float)/255
+image = Image.new("RGBA", (336, 336), "#f2f2f2")
+image.alpha_composite(thing, (16, (336 - thing.height)//2))
+pixels = np.asarray(image.convert("RGB"), float)/255
 
 fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor="#1f2430")
 fig.text(.05, .84, "delta_llava", color="w", fontsize=40, weight="bold")

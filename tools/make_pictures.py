@@ -1,4 +1,4 @@
-"""Build `delta_llava/pictures/`: 64 everyday things, each drawn by three artists, as one RGBA sheet per artist.
+"""Build `delta_llava/images/`: 64 everyday things, each drawn by three artists, as one RGBA sheet per artist.
 
     python tools/make_pictures.py            fetch the three packages with npm and write the folder
     python tools/make_pictures.py --check    fetch, build in memory, and fail if one byte differs from the folder
@@ -54,7 +54,7 @@ def fetch(artist: dict, folder: Path) -> tarfile.TarFile:
     return tarfile.open(file)
 
 
-def cut_out(package: tarfile.TarFile, artist: dict, code: str) -> Image.Image:
+def load_cutout(package: tarfile.TarFile, artist: dict, code: str) -> Image.Image:
     "One drawing, at most `side` px, cut to the smallest box that holds all its pixels."
     members = set(package.getnames())
     path = next((p for c in (code, code.removesuffix("-fe0f")) if (p := artist["inside"].format(c)) in members), None)
@@ -70,7 +70,7 @@ def sheet(package: tarfile.TarFile, artist: dict) -> tuple[bytes, list[list[int]
     side, names, boxes = artist["side"], concepts(), []
     page = Image.new("RGBA", (COLUMNS * side, -(-len(names) // COLUMNS) * side))
     for i, concept in enumerate(names):
-        image, x, y = cut_out(package, artist, concept["code"]), i % COLUMNS * side, i // COLUMNS * side
+        image, x, y = load_cutout(package, artist, concept["code"]), i % COLUMNS * side, i // COLUMNS * side
         page.paste(image, (x, y))
         boxes.append([x, y, x + image.width, y + image.height])
     out = io.BytesIO()
@@ -105,7 +105,7 @@ def build() -> dict[str, bytes]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the folder instead of writing it")
-    check = parser.parse_args().check
+    check = parser.parse_args().check_budget
     for name in ARTISTS:
         if not (FOLDER / f"LICENSE-{name}.txt").exists(): sys.exit(f"LICENSE-{name}.txt is missing from {FOLDER}.")
     differing = []

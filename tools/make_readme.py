@@ -34,11 +34,11 @@ def shown(cell: nbformat.NotebookNode) -> bool:
 
 def absolute(match: re.Match, settings: configparser.SectionProxy) -> str:
     "One Markdown link with its relative target replaced by an address."
-    picture, text, target = match.groups()
+    image, text, target = match.groups()
     path = (INDEX.parent/target.partition("#")[0]).resolve()
     if not path.exists(): raise ValueError(f"{INDEX.name} links to {target}, which does not exist; a link is relative to nbs/.")
-    kind = "raw" if picture else ("tree" if path.is_dir() else "blob")
-    return f"{picture}[{text}]({settings['git_url']}/{kind}/{settings['branch']}/{path.relative_to(ROOT).as_posix()})"
+    kind = "raw" if image else ("tree" if path.is_dir() else "blob")
+    return f"{image}[{text}]({settings['git_url']}/{kind}/{settings['branch']}/{path.relative_to(ROOT).as_posix()})"
 
 
 def readme() -> str:

@@ -38,5 +38,5 @@ class M3(MLP):
         tokens:int|None=None,  # Budget $V$; `None` takes the config's
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.read(features, tokens)
+        features,v = self.validate_inputs(features, tokens)
         return interpolate(super().forward(features), math.isqrt(v), "mean")

@@ -57,9 +57,9 @@ class MLP(Compressor):
     def reset_parameters(self):
         "LLaVA's start, everywhere."
         for layer in self.mlp[::2]: layer.reset_parameters()
-        self.forget()
+        self.reset_statistics()
 
-    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
         "The first layer reads, the last one writes."
         return [self.mlp[0]][:len(self.mlp)//2], self.mlp[-1]
 
@@ -69,5 +69,5 @@ class MLP(Compressor):
         tokens:int|None=None,  # Budget $V$: all patches, or `None`
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # One visual token for each patch
-        x,_ = self.read(features, tokens)
-        return self.mlp(self.standardized(x.levels)[..., -self.config.d_vision:])
+        x,_ = self.validate_inputs(features, tokens)
+        return self.mlp(self.normalize(x.levels)[..., -self.config.d_vision:])

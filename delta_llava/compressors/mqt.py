@@ -147,9 +147,9 @@ class MQT(Compressor):
         self.resample.pos_embed.copy_(self.resample.pos_embed.half())
         for norm in (self.ln_q, self.ln_k, self.ln_v): norm.reset_parameters()
         self.proj.reset_parameters()
-        self.forget()
+        self.reset_statistics()
 
-    def ends(self)->tuple[list[nn.Module], nn.Module]:
+    def input_output_layers(self)->tuple[list[nn.Module], nn.Module]:
         "No layer but LayerNorm reads the patches; the last matrix writes."
         return [], self.proj
 
@@ -167,8 +167,8 @@ class MQT(Compressor):
         tokens:int|None=None,  # Budget $V$; `None` takes the config's
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.read(features, tokens)
-        x = self.standardized(features.levels)[..., -self.config.d_vision:]
+        features,v = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)[..., -self.config.d_vision:]
         return self.proj(self.resample.attend(*self.ask(v, features.grid), self.ln_v(x)))
 
     def fold(self,
@@ -205,11 +205,11 @@ class FoldedMQT(Compressor):
         tokens:int|None=None,  # Budget $V$
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.read(features, tokens)
+        features,v = self.validate_inputs(features, tokens)
         if features.grid != self.folded_grid:
             raise ValueError(f"these maps are for a {self.folded_grid}×{self.folded_grid} grid, not {features.grid}×{features.grid}; fold(grid={features.grid}) makes others.")
         heads,n,c = len(self.maps),self.folded_grid**2,self.config.d_vision
-        x,maps = F.layer_norm(self.standardized(features.levels)[..., -c:], (c,), eps=1e-6),self.maps[:, :v]
+        x,maps = F.layer_norm(self.normalize(features.levels)[..., -c:], (c,), eps=1e-6),self.maps[:, :v]
         if v*(heads*n + c) < n*(v + c): heard = torch.einsum("bvhc,hdc->bvhd", torch.einsum("hvn,bnc->bvhc", maps, x), self.value_weight)  # look first
         else: heard = torch.einsum("hvn,bnhd->bvhd", maps, torch.einsum("bnc,hdc->bnhd", x, self.value_weight))
         return F.linear(heard.flatten(2), self.out_weight, self.out_bias)

@@ -25,8 +25,8 @@ def outliers(
     n,pool = attention.shape[1],attention.flatten()[None] if batch_statistics else attention
     q1,q3 = pool.quantile(torch.tensor([.25, .75], device=pool.device, dtype=pool.dtype), dim=1, keepdim=True)
     found = (pool > q3 + 1.5*(q3 - q1)).sum(1).expand(len(attention))
-    pictures = len(attention) if batch_statistics else 1
-    return (found // pictures).clamp_min(1), pictures*n // found.clamp_min(pictures)
+    images = len(attention) if batch_statistics else 1
+    return (found // images).clamp_min(1), images*n // found.clamp_min(images)
 
 # %% ../../nbs/17_prumerge.ipynb #b19b635c
 def spaced(
@@ -110,7 +110,7 @@ class PruMerge(MLP):
     "LLaVA's MLP on the patches that CLS attends to, with the others merged into them (@eq-merge)."
     Config = PruMergeConfig
     spatial = False
-    needs = ("attention",)
+    requires = ("attention",)
     def __init__(self,
         config:PruMergeConfig=PruMergeConfig(),  # Sizes and switches
     ): super().__init__(config)
@@ -119,7 +119,7 @@ class PruMerge(MLP):
         features:Tensor|VisionFeatures,  # With `cls_attention` and `keys`
         tokens:int|None,  # Budget $V$; `None` takes the config's, or each picture's own
     )->tuple[VisionFeatures, Int[Tensor, "b n"], Int[Tensor, " b"], int]:  # Features, patches with the kept ones first, how many, the largest of these numbers
-        features,v = self.read(features, tokens)
+        features,v = self.validate_inputs(features, tokens)
         if features.cls_attention is None or features.keys is None:
             raise ValueError("PruMerge reads the tower's CLS attention and keys, and these features have none; "
                              "make them with `vision_features(tower, pixels, levels, attention=True)`.")
@@ -145,7 +145,7 @@ class PruMerge(MLP):
     )->tuple[Float[Tensor, "b v d"], Bool[Tensor, "b v"]]:  # Visual tokens, padded with 0 at the end; which are real
         "What `forward` gives, and which tokens are real: all of them, unless each picture has its own number."
         features,order,kept,slots = self._order(features, tokens)
-        x = self.standardized(features.levels)[..., -self.config.d_vision:]
+        x = self.normalize(features.levels)[..., -self.config.d_vision:]
         matrix = merging(features.cls_attention.float(), features.keys, order, kept, slots, self.config.neighbours)
         real = torch.arange(slots+1, device=x.device) <= kept[:, None]
         return self.mlp(matrix.to(x.dtype) @ x) * real[..., None], real

@@ -40,17 +40,17 @@ class QueCCConfig(TokenPackerConfig):
         "What a kernel of this size makes of a grid, if it cuts it evenly: on its own grid, its own budget."
         return [] if grid % self.kernel else [(grid//self.kernel)**2]
 
-    def check(self, tokens:int, grid:int)->int:
+    def check_budget(self, tokens:int, grid:int)->int:
         "As every compressor's; a grid that the kernel does not cut has no budget at all."
         if grid % self.kernel:
             raise ValueError(f"a kernel of {self.kernel}×{self.kernel} patches cannot cut a {grid}×{grid} grid evenly; use pictures of the size that gives the {self.grid}×{self.grid} grid it was built for.")
-        return super().check(tokens, grid)
+        return super().check_budget(tokens, grid)
 
 # %% ../../nbs/15_quecc.ipynb #e6be96a2
 class QueCC(Compressor):
     "Queries that know the question, each asking the patches of its own cell (@eq-quecc)."
     Config = QueCCConfig
-    needs = ("text",)
+    requires = ("text",)
     names = {"q.": "0.q_proj.", "k.": "0.k_proj.", "v.": "0.v_proj.", "text.": "0.text_projection.", "shrink.": "0.q_downsample.",
              "attend.qkv.": "0.clip_attn.in_proj_", "attend.out.": "0.clip_attn.out_proj.", "mlp.0.": "1.", "mlp.2.": "3."}  # our prefix -> the reference's
     outer = "model.mm_projector."  # of the reference's checkpoint
@@ -73,9 +73,9 @@ class QueCC(Compressor):
             if hasattr(part, "reset_parameters"): part.reset_parameters()
         self.attend.out.reset_parameters()
         nn.init.zeros_(self.attend.out.bias)
-        self.forget()
+        self.reset_statistics()
 
-    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
         "Keys and values read the patches; the last layer of the MLP writes."
         return [self.k[0], self.v[0]], self.mlp[-1]
 
@@ -112,6 +112,6 @@ class QueCC(Compressor):
         tokens:int|None=None,  # Budget $V$: the one it was built for, or `None`
         text:Tensor|None=None,  # Question embeddings `[b, 1, d_text]`, computed without gradient
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,_ = self.read(features, tokens)
-        x = self.standardized(features.levels)
+        features,_ = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)
         return self.mlp(self.compress(x, x[..., -self.config.d_vision:], text))

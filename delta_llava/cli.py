@@ -28,10 +28,10 @@ from .compare import compare, plan, table
 from .compressors.base import compressor_class
 from .doctor import examine
 from .evaluate import unavailable_benchmarks, paper_table, mean_and_range
-from .flops import DEVICES, Setup, as_table, report as cost_report
-from .launch import ROWS, estimate, report, torchrun_cmd, write_launch
+from .flops import DEVICES, Setup, as_table, cost_report
+from .launch import ROWS, estimate, estimate_report, torchrun_cmd, write_launch
 from .quickstart import Recipe, answer, fit, load_trained, run, score_trained
-from .speed import Sweep, report as speed_report
+from .speed import Sweep, speed_report
 from .train import Finetune, Pretrain, write_card, write_record
 from .gradcam import draw_answer, word_cams
 from .harness import harness_cmd, write_tasks
@@ -300,7 +300,7 @@ class Launch:
         stage,rows = kind(**dict(data=Path(data)) | told), ROWS[self.stage]
         if self.text is not None: rows = replace(rows, text=self.text, answer=min(rows.answer, self.text))
         estimated = estimate(stage, self.gpus, self.nodes, rows, gpu_memory=self.memory*1e9)
-        print(f"{shlex.join(torchrun_cmd(stage, self.gpus, self.nodes))}\n\n{report(estimated)}")
+        print(f"{shlex.join(torchrun_cmd(stage, self.gpus, self.nodes))}\n\n{estimate_report(estimated)}")
         if self.out is not None: print("\nWritten: " + " ".join(map(str, write_launch(stage, self.out, self.gpus, self.nodes, estimated))))
 
 # %% ../nbs/52_cli.ipynb #8d3c6e35

@@ -1,13 +1,14 @@
-"""Captions at small budgets, Delta against FastV (the paper's Table 6 and Fig. 4), on held-out planted scenes.
+"""Captions at small budgets, Delta against FastV (the paper's Table 6 and Fig. 4), on held-out scenes.
 
-    python benchmarks/captions.py                                    # runs what is missing; writes runs/captions.json
+    python benchmarks/captions.py                      # runs what is missing; writes runs/captions.json
     python benchmarks/captions.py --seeds 0 --steps 20 --folder look --record look.json   # a short trial
 
-For each seed there are two trainings with the same images, order, steps, vision tower and LLM: one Delta whose steps use all
-budgets, as in the quickstart, and LLaVA-1.5's projector, which keeps all patches. FastV is then applied to the second one,
-with its default of two full layers, at the same budgets and without any training. At all patches it drops nothing and is
-LLaVA-1.5. The paper compares them in the same way: one side was trained for its budgets, the other was not. `cider_truth` is
-the CIDEr of the reference captions, an upper limit.
+For each seed two trainings have the same images, order, steps, vision tower and LLM: one Delta whose
+steps use all budgets, as in the quickstart, and LLaVA-1.5's projector, which keeps all patches. FastV is
+then applied to the second one, with its default of two full layers, at the same budgets and without any
+training. At all patches it drops nothing and is LLaVA-1.5. The paper compares them in the same way: one side
+was trained for its budgets, the other was not. `cider_truth` is the CIDEr of the reference captions, an upper
+limit.
 
 Each training and its scores stay in the folder, so a benchmark that was interrupted can be continued.
 """
@@ -23,7 +24,8 @@ from delta_llava.quickstart import Quickstart, evaluate_run
 from delta_llava.runs import add_results, commit, read_run, write_record
 from delta_llava.train import run_stage
 
-SCORES = ("seed", "compressor", "tokens", "set", "precision", "recall", "f1", "all_right", "cider", "cider_truth")
+RUN = ("seed", "compressor", "tokens", "set")
+SCORES = ("precision", "recall", "f1", "all_right", "cider", "cider_truth")
 EXAMPLES = 3  # captions of each set in the record
 
 
@@ -55,8 +57,8 @@ class Captions:
         runs = []
         for seed in self.seeds:
             for compressor, budgets in (("delta", delta), ("fastv", fastv)):
-                output_dir = self.folder/f"{compressor}-{seed}"
-                runs.append(Quickstart(output_dir=output_dir, seed=seed, compressor=compressor, **budgets, **common))
+                run = dict(output_dir=self.folder/f"{compressor}-{seed}", seed=seed, compressor=compressor)
+                runs.append(Quickstart(**run, **budgets, **common))
         return runs
 
     def train_and_evaluate(self, settings):
@@ -64,7 +66,8 @@ class Captions:
         run_stage(settings)
         run = read_run(settings.output_dir)
         if "captions" not in run["result"]:
-            run = add_results(settings.output_dir, captions=evaluate_run(settings.output_dir), evaluated_by=commit())
+            captions = evaluate_run(settings.output_dir)
+            run = add_results(settings.output_dir, captions=captions, evaluated_by=commit())
         origin = dict(seed=settings.seed, compressor=settings.compressor, trained_by=run["commit"],
                       scored_by=run["result"]["evaluated_by"], train_seconds=round(run["seconds"]),
                       losses=run["result"]["losses"])
@@ -87,7 +90,8 @@ class Captions:
 def summary(row):
     "The scores of one set and budget, rounded, with a few examples."
     scores = {name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in SCORES}
-    return scores | {name: row[name][:EXAMPLES] for name in ("captions", "references")}
+    run = {name: row[name] for name in RUN}
+    return run | scores | {name: row[name][:EXAMPLES] for name in ("captions", "references")}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Stage-1 loss with the authors' initialization and with the closed form, for the Delta projector and for M3's averaged MLP,
-paired by seed.
+"""Stage-1 loss with the authors' initialization and with the closed form, for the Delta projector and for
+M3's averaged MLP, paired by seed.
 
     python benchmarks/closed_form_init.py            # writes runs/calibration.json
 """
@@ -21,7 +21,7 @@ TEST_SET = "heldout_scenes, one object"
 
 @dataclass
 class Benchmark:
-    seeds: tuple[int, ...] = (0, 1, 2)  # Each sets the initialization, the order of the images, and the scenes
+    seeds: tuple[int, ...] = (0, 1, 2)  # Each sets the scenes, their order, and the initialization
     steps: int = 30  # Optimizer steps of each run
     train_images: int = 400  # Half with one object
     test_images: int = 32  # Held-out scenes with one object
@@ -38,9 +38,10 @@ class Benchmark:
     def settings(self, seed, compressor, start, folder):
         "Settings of one run."
         return Quickstart(
-            output_dir=Path(folder), seed=seed, compressor=compressor, closed_form_init=start == "closed_form",
-            max_steps=self.steps, logging_steps=1, train_images=self.train_images, test_images=self.test_images,
-            tokens=self.tokens, train_budgets=(self.tokens,), eval_budgets=(self.tokens,))
+            output_dir=Path(folder), seed=seed, compressor=compressor,
+            closed_form_init=start == "closed_form", max_steps=self.steps, logging_steps=1,
+            train_images=self.train_images, test_images=self.test_images, tokens=self.tokens,
+            train_budgets=(), eval_budgets=())
 
     def train(self, seed, compressor, start):
         "Losses and held-out scores of one run."

@@ -7,7 +7,7 @@ __all__ = ['LEGACY_NAMES', 'SAMPLED_IMAGES', 'RUN_FILE', 'hardware', 'library_ve
            'rename_legacy', 'read_record', 'data_fingerprint', 'tower_fingerprint', 'llm_fingerprint', 'write_run',
            'add_results', 'read_run', 'llm_dtype', 'load', 'write_card']
 
-# %% ../nbs/29_runs.ipynb #d787b6e2
+# %% ../nbs/29_runs.ipynb #d299a425
 import json
 import os
 import platform
@@ -29,7 +29,7 @@ from .files import file_sha256, read_json, read_safetensors, text_sha256, write_
 from .processor import DeltaLlavaProcessor, build_pretrained
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector
 
-# %% ../nbs/29_runs.ipynb #cf110c9f
+# %% ../nbs/29_runs.ipynb #3cd63cc2
 def hardware()->str:  # One line
     "Processor, threads and accelerator of this machine."
     cpu = platform.processor() or platform.machine()
@@ -47,7 +47,7 @@ def library_versions()->dict[str, str]:
     "Versions of Python, PyTorch and transformers."
     return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
 
-# %% ../nbs/29_runs.ipynb #712da53a
+# %% ../nbs/29_runs.ipynb #3f5116ef
 def _git(
     folder:Path,  # Where git runs
     *arguments:str,  # Of git
@@ -76,7 +76,7 @@ def provenance(
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return dict(commit=commit(), command=command, hardware=hardware(), seeds=list(seeds), versions=library_versions())
 
-# %% ../nbs/29_runs.ipynb #f33ebdf1
+# %% ../nbs/29_runs.ipynb #bd30d9a9
 def write_record(
     path:str|Path,  # The JSON file
     seeds:Sequence[int],  # All seeds that the result depends on
@@ -88,7 +88,7 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_json(path, {**provenance(seeds), **settings, "result": result})
 
-# %% ../nbs/29_runs.ipynb #e418289e
+# %% ../nbs/29_runs.ipynb #0580983e
 LEGACY_NAMES = {
     "settings": {
         "folder": "output_dir", "lr": "learning_rate", "warmup": "warmup_ratio", "epochs": "num_epochs",
@@ -99,18 +99,24 @@ LEGACY_NAMES = {
         "recipe": "settings", "calibrated": "closed_form_init", "test_budgets": "eval_budgets",
         "train_pictures": "train_images", "test_pictures": "test_images",
         "right": "matched_loss", "shuffled": "mismatched_loss", "naming": "forced_choice_accuracy",
-        "pointing": "pointing_accuracy", "area": "box_area"}}
+        "pointing": "pointing_accuracy", "area": "box_area"},
+    "held_out_sets": {  # as keys of scores, and as values
+        "heldout_scenes, one thing": "heldout_scenes, one object",
+        "heldout_scenes, several things": "heldout_scenes, several objects",
+        "heldout_artist, one thing": "heldout_artist, one object",
+        "heldout_artist, several things": "heldout_artist, several objects"}}
 
 def rename_legacy(
     value,  # Content of a JSON file
     settings:bool=False,  # Whether these are the settings of a training
 ):  # The same with today's names
     "Names of earlier versions replaced by today's, at every depth."
+    sets = LEGACY_NAMES["held_out_sets"]
     if isinstance(value, list):
         return [rename_legacy(item, settings) for item in value]
     if not isinstance(value, Mapping):
-        return value
-    names = LEGACY_NAMES["anywhere"] | (LEGACY_NAMES["settings"] if settings else {})
+        return sets.get(value, value) if isinstance(value, str) else value
+    names = LEGACY_NAMES["anywhere"] | sets | (LEGACY_NAMES["settings"] if settings else {})
     renamed = {}
     for key, item in value.items():
         new = names.get(key, key)
@@ -123,7 +129,7 @@ def read_record(
     "A record, with today's names."
     return rename_legacy(read_json(path, dict, "Copy it again from the repository."))
 
-# %% ../nbs/29_runs.ipynb #39d7e9d0
+# %% ../nbs/29_runs.ipynb #af05087d
 SAMPLED_IMAGES = 1000  # whose sizes are compared
 
 def data_fingerprint(
@@ -154,7 +160,7 @@ def llm_fingerprint(
     asset = resolve(name)
     return dict(bytes=asset.bytes, config=file_sha256(asset.path/"config.json"))
 
-# %% ../nbs/29_runs.ipynb #f6501d3b
+# %% ../nbs/29_runs.ipynb #a9db79a5
 RUN_FILE = "run.json"
 
 def write_run(
@@ -184,7 +190,7 @@ def add_results(
     write_json(path, run, default=str)
     return run
 
-# %% ../nbs/29_runs.ipynb #50b8f72e
+# %% ../nbs/29_runs.ipynb #f4e26bb3
 def read_run(
     folder:str|Path,  # Folder of a run, of any version
 )->dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
@@ -205,7 +211,7 @@ def read_run(
                          "train, pretrain or finetune wrote.")
     return dict(fingerprints={}, result=None) | record | dict(kind=kind, settings=settings)
 
-# %% ../nbs/29_runs.ipynb #767fea16
+# %% ../nbs/29_runs.ipynb #20182f60
 def _load_whole(
     name:str,  # Folder or hub name
     local:bool,  # Whether it is a folder
@@ -273,7 +279,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), processor
 
-# %% ../nbs/29_runs.ipynb #695b5952
+# %% ../nbs/29_runs.ipynb #ac2592de
 def _public_name(
     name:str,  # Of a tower or an LLM
 )->str:  # Without the path on somebody's disk
@@ -310,7 +316,7 @@ def _card_scores(
                          f"{s['forced_choice_accuracy']:.0%}", pointing))
     return rows
 
-# %% ../nbs/29_runs.ipynb #c9de73e7
+# %% ../nbs/29_runs.ipynb #11197c7b
 def write_card(
     folder:str|Path,  # Of a finished run
     license:str="other",  # Of these weights, as the hub names it; the LLM's and the data's licenses may bind you

@@ -1,4 +1,4 @@
-"Answers and likelihoods: the batch, the form of the images and the cache change nothing; `<image>` is never written."
+"Answers and likelihoods: batch, form of the images and cache change nothing; `<image>` is never written."
 import pytest
 import torch
 from test_vlm_compressors import every, tiny
@@ -36,7 +36,8 @@ def build(name="delta", template="v1"):
     config, requires = model.config.projector_config(), model.multi_modal_projector.requires
     pixels = CLIPImageProcessorPil(size=dict(shortest_edge=384), crop_size=dict(height=384, width=384))
     placeholders = config.placeholders(config.tokens) if "decoder" in requires else None
-    processor = build_processor(pixels, byte_tokenizer(), config.tokens, template, questions="text" in requires, placeholders=placeholders)
+    processor = build_processor(pixels, byte_tokenizer(), config.tokens, template, "text" in requires,
+                                placeholders)
     return model, processor
 
 
@@ -71,7 +72,9 @@ def test_the_budget_of_the_call_reaches_the_model(name):
             answerer.generate(requests(1), tokens=4)
         return
     budgets = []
-    hook = model.multi_modal_projector.register_forward_pre_hook(lambda m, a, k: budgets.append(k.get("tokens")), with_kwargs=True)
+    def note(module, args, kwargs):
+        budgets.append(kwargs.get("tokens"))
+    hook = model.multi_modal_projector.register_forward_pre_hook(note, with_kwargs=True)
     answerer.generate(requests(1), tokens=4, max_new_tokens=2)
     hook.remove()
     assert budgets == [4]
@@ -89,20 +92,23 @@ def test_images_features_and_visual_tokens_answer_alike(name):
     with torch.no_grad():
         for request in plain:
             inputs = answerer.encoder.image_inputs([request])
-            features.append(vision_features(model.vision_tower, inputs["pixel_values"], model.config.vision_feature_layer, attention=attention))
+            levels, pixels = model.config.vision_feature_layer, inputs["pixel_values"]
+            features.append(vision_features(model.vision_tower, pixels, levels, attention=attention))
             visual.append(torch.stack(list(model.get_image_features(**inputs).pooler_output)))
     others = [[Request(r.question, vision_features=x) for r, x in zip(plain, features, strict=True)],
               [Request(r.question, visual_tokens=x) for r, x in zip(plain, visual, strict=True)]]
     texts, scores = answerer.generate(plain, max_new_tokens=4), answerer.log_likelihoods(plain, ANSWERS[:3])
     for other in others:
         assert answerer.generate(other, max_new_tokens=4) == texts
-        torch.testing.assert_close(log_likelihoods(answerer.log_likelihoods(other, ANSWERS[:3])), log_likelihoods(scores), atol=1e-3, rtol=1e-4)
+        again = answerer.log_likelihoods(other, ANSWERS[:3])
+        torch.testing.assert_close(log_likelihoods(again), log_likelihoods(scores), atol=1e-3, rtol=1e-4)
 
 
 def test_several_images_and_none_in_one_call():
     answerer = Answerer(*build())
     two = [scene_image(0), scene_image(1)]
-    mixed = [*requests(2), Request("Which is older?", two), Request("Who?"), Request("First <image> then <image>: which?", two[::-1])]
+    mixed = [*requests(2), Request("Which is older?", two), Request("Who?")]
+    mixed.append(Request("First <image> then <image>: which?", two[::-1]))
     one, four = (answerer.generate(mixed, max_new_tokens=4, batch_size=b) for b in (1, 4))
     assert one == four and answerer.encoder.prompt(Request("Q", two)).count("<image>") == 2
     with pytest.raises(ValueError, match="the texts name 1 image"):
@@ -144,10 +150,12 @@ def test_likelihood_is_that_of_the_tokens_one_after_the_other(name):
     answerer, request, answer = Answerer(model, processor), requests(2)[1], "a fox"
     score, = answerer.log_likelihoods([request], [answer])
     prompt_ids, answer_ids, _ = answerer.encoder.answer_ids(request, answer)
-    out = model.generate(input_ids=torch.tensor([prompt_ids]), **answerer.encoder.image_inputs([request]), max_new_tokens=len(answer_ids),
-                         do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None, pad_token_id=0,
-                         logits_processor=[Force(answer_ids)])
-    steps = [logits[0].float().log_softmax(-1)[i].item() for logits, i in zip(out.logits, answer_ids, strict=True)]
+    inputs = answerer.encoder.image_inputs([request])
+    out = model.generate(input_ids=torch.tensor([prompt_ids]), **inputs, max_new_tokens=len(answer_ids),
+                         do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None,
+                         pad_token_id=0, logits_processor=[Force(answer_ids)])
+    predictions = [logits[0].float().log_softmax(-1) for logits in out.logits]
+    steps = [row[i].item() for row, i in zip(predictions, answer_ids, strict=True)]
     assert processor.tokenizer.decode(answer_ids).strip() == answer
     assert abs(score.log_likelihood - sum(steps)) < 1e-3 and score.n_tokens == len(answer_ids)
 
@@ -168,24 +176,28 @@ def test_the_end_of_the_turn_is_scored_when_asked():
     answerer, request = Answerer(model, processor), requests(1)[0]
     without, = answerer.log_likelihoods([request], ["a fox"])
     score, = answerer.log_likelihoods([request], ["a fox"], end_of_turn=True)
-    row = processor.encode_conversation([*answerer.encoder.messages(request), dict(role="assistant", content="a fox")])
+    turns = [*answerer.encoder.messages(request), dict(role="assistant", content="a fox")]
+    row = processor.encode_conversation(turns)
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
     with torch.no_grad():
-        loss = model(torch.tensor([row["input_ids"]]), **answerer.encoder.image_inputs([request]), labels=torch.tensor([row["labels"]])).loss
+        loss = model(ids, **answerer.encoder.image_inputs([request]), labels=labels).loss
     assert score.n_tokens == without.n_tokens + 1 == sum(label != -100 for label in row["labels"])
     assert abs(-score.log_likelihood/score.n_tokens - loss.item()) < 1e-4
 
 
 def test_only_the_last_answer_of_a_conversation_is_scored():
     encoder = RequestEncoder(build()[1])
-    turns = [dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A fox."), dict(role="user", content="Where?")]
-    prompt_ids, answer_ids, labels = encoder.answer_ids(Request(turns, [scene_image(0)]), "left")
-    assert prompt_ids == encoder.prompt_ids(Request(turns, [scene_image(0)])) and labels == answer_ids
+    turns = [dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A fox.")]
+    request = Request([*turns, dict(role="user", content="Where?")], [scene_image(0)])
+    prompt_ids, answer_ids, labels = encoder.answer_ids(request, "left")
+    assert prompt_ids == encoder.prompt_ids(request) and labels == answer_ids
     assert encoder.processor.tokenizer.decode(answer_ids).strip() == "left"
 
 
 def test_a_token_merged_across_the_border_is_read_but_not_scored():
     short, long = EncodedAnswer([1, 2], [7, 8], [7, 8]), EncodedAnswer([1, 2, 3], [9], [9])
-    assert shared_prompt([short, long]) == ([1, 2], [EncodedAnswer([1, 2], [7, 8], [7, 8]), EncodedAnswer([1, 2], [3, 9], [-100, 9])])
+    wanted = [EncodedAnswer([1, 2], [7, 8], [7, 8]), EncodedAnswer([1, 2], [3, 9], [-100, 9])]
+    assert shared_prompt([short, long]) == ([1, 2], wanted)
 
 
 def prefer(model, logits):
@@ -199,7 +211,7 @@ def prefer(model, logits):
 
 
 def test_image_is_neither_generated_nor_the_greedy_token():
-    "The model finds `<image>` most likely everywhere; generation writes the second best, which is therefore greedy."
+    "Where `<image>` is the most likely token, generation writes the second best, which is therefore greedy."
     model, processor = build(template="plain")
     a = processor.tokenizer.convert_tokens_to_ids("A")
     answerer, hook = Answerer(model, processor), prefer(model, {IMAGE: 200., a: 100.})
@@ -233,7 +245,8 @@ def test_answers_that_cannot_be_scored_are_named():
     with pytest.raises(ValueError, match="never writes"):
         answerer.log_likelihoods(requests(1), ["<image>"])
     written, = answerer.generate(requests(1), max_new_tokens=4)
-    assert answerer.generate(requests(1), max_new_tokens=4, until=written[2:4]) == [written[:2].strip()]  # one text, not its letters
+    cut = answerer.generate(requests(1), max_new_tokens=4, until=written[2:4])
+    assert cut == [written[:2].strip()]  # `until` is one text, not its letters
 
 
 def test_what_generation_refuses():

@@ -12,7 +12,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from delta_llava.evaluate import encode_images, forced_choice_accuracy, matched_mismatched_loss
-from delta_llava.quickstart import Quickstart, extract_features, held_out_images, scenes_folder
+from delta_llava.quickstart import Quickstart, extract_features, held_out_images
 from delta_llava.runs import write_record
 from delta_llava.train import train_run
 
@@ -48,7 +48,7 @@ class Benchmark:
         with tempfile.TemporaryDirectory() as folder:
             settings = self.settings(seed, compressor, start, folder)
             model, processor, log = train_run(settings, save_strategy="no")
-            rows = held_out_images(settings, scenes_folder(settings))[TEST_SET]
+            rows = held_out_images(settings, settings.scenes_folder)[TEST_SET]
             visual = encode_images(model, extract_features(model, processor, rows), self.tokens)
             scores = matched_mismatched_loss(model, processor, list(rows), visual)
             scores["forced_choice_accuracy"] = forced_choice_accuracy(model, processor, list(rows), visual)

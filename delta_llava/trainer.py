@@ -56,21 +56,21 @@ def count_parameters(
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
-# %% ../nbs/31_trainer.ipynb #10c113ed
+# %% ../nbs/31_trainer.ipynb #71fc903d
 def freeze(
     model:DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
     stage:Literal["pretrain", "finetune"]="pretrain",  # The projector alone, or the projector and the LLM
-    lora:int=0,  # Rank of low-rank updates of every matrix in the LLM's layers; 0 trains the LLM itself
+    lora_rank:int=0,  # Rank of low-rank updates of every matrix in the LLM's layers; 0 trains the LLM itself
 )->dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "Which parameters learn in a stage (§6)."
-    if lora < 0 or lora and stage == "pretrain":
-        raise ValueError(f"lora={lora} in stage {stage!r}; LoRA changes the LLM, which only stage 'finetune' trains: "
-                         "take lora=0, or a rank such as 128 there.")
-    if lora and not lora_parameters(model):
-        add_lora(model, lora)
+    if lora_rank < 0 or lora_rank and stage == "pretrain":
+        raise ValueError(f"lora_rank={lora_rank} in stage {stage!r}; LoRA changes the LLM, which only stage "
+                         f"'finetune' trains: take lora_rank=0, or a rank such as 128 there.")
+    if lora_rank and not lora_parameters(model):
+        add_lora(model, lora_rank)
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    if lora:
+    if lora_rank:
         for p in lora_parameters(model).values():
             p.data = p.data.float()  # PEFT made them in the LLM's precision
             p.requires_grad = True
@@ -164,7 +164,7 @@ class ElasticCollator:
         batches = [self.at_budget(batch, tokens) for tokens in self.budgets]
         return dict(batches=batches, labels=batches[0]["labels"])  # `Trainer` counts supervised tokens there
 
-# %% ../nbs/31_trainer.ipynb #e5d78736
+# %% ../nbs/31_trainer.ipynb #6b4a6b62
 class RowIdCollator:
     "A collator whose batches carry the ids of their rows."
     def __init__(self,
@@ -176,10 +176,10 @@ class RowIdCollator:
         rows:Sequence[dict],  # As the collator takes them, with `id`
     )->dict:  # The batch and `ids`
         if torch.utils.data.get_worker_info() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers, too; the step still needs them
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers; the step needs them
         return {**self.collator(rows), "ids": [row["id"] for row in rows]}
 
-# %% ../nbs/31_trainer.ipynb #bc6c4b9e
+# %% ../nbs/31_trainer.ipynb #f62ae1e0
 class BudgetTrainer(Trainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
@@ -215,14 +215,14 @@ class BudgetTrainer(Trainer):
         "The validation loss at each budget; the first one is `eval_loss`, others are `eval_V_loss`."
         budgets = self.eval_budgets or (self.elastic.budgets[:1] if self.elastic else (0,))
         metrics = {}
-        random_state = torch.get_rng_state()  # a `DataLoader` draws a number; the training must not depend on it
+        random_state = torch.get_rng_state()  # `DataLoader` draws from it; the training must not notice
         for i, self._eval_tokens in enumerate(budgets):
             prefix = f"{metric_key_prefix}_{self._eval_tokens}" if i else metric_key_prefix
             metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
         torch.set_rng_state(random_state)
         return metrics
 
-# %% ../nbs/31_trainer.ipynb #390d642f
+# %% ../nbs/31_trainer.ipynb #b34eab4d
 class FiniteTrainer(Trainer):
     "No optimizer step on a loss or a gradient that is not finite."
     _step, _ids = None, ()
@@ -246,10 +246,10 @@ class FiniteTrainer(Trainer):
         if math.isfinite(value):  # `Trainer` waits for the device at each step anyway
             return
         raise FloatingPointError(
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {self._ids}. No weight was changed "
-            f"by it; the last checkpoint is {last_checkpoint(self.args.output_dir)}. Look at these rows with delta-llava "
-            "doctor; if they are sound, lower learning_rate, or train in float32 (bf16=False): "
-            "that is another run, in another output_dir.")
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {self._ids}. No "
+            f"weight was changed by it; the last checkpoint is {last_checkpoint(self.args.output_dir)}. Look "
+            f"at these rows with delta-llava doctor; if they are sound, lower learning_rate, or train in "
+            f"float32 (bf16=False): that is another run, in another output_dir.")
 
 # %% ../nbs/31_trainer.ipynb #c2c133cd
 COMPLETE = "complete.json"
@@ -280,7 +280,8 @@ def _is_write_error(
     message = str(error)
     if isinstance(error, SafetensorError):
         return "I/O" in message or "IoError" in message or "os error" in message
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in message or "inline_container" in message)
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in message
+                                                or "inline_container" in message)
 
 # %% ../nbs/31_trainer.ipynb #feb8f431
 class CheckpointTrainer(Trainer):
@@ -336,7 +337,7 @@ class CheckpointTrainer(Trainer):
 class StageTrainer(FiniteTrainer, BudgetTrainer, CheckpointTrainer):
     "transformers' `Trainer` for both stages."
 
-# %% ../nbs/31_trainer.ipynb #fa0ff00f
+# %% ../nbs/31_trainer.ipynb #2daf429f
 class TrainingInterrupted(KeyboardInterrupt):
     "A training that was stopped by a signal; the message says how to go on, `signal` which one it was."
     def __init__(self,
@@ -380,7 +381,8 @@ class StopOnSignal(TrainerCallback):
 class KeepIntervals(TrainerCallback):
     "A resumed run saves, logs and evaluates as often as it is told now, not as often as before."
     def on_train_begin(self, args, state, control, **kwargs):
-        state.save_steps, state.logging_steps, state.eval_steps = args.save_steps, args.logging_steps, args.eval_steps
+        for name in ("save_steps", "logging_steps", "eval_steps"):
+            setattr(state, name, getattr(args, name))
 
 # %% ../nbs/31_trainer.ipynb #77de99dd
 def stage_arguments(
@@ -407,17 +409,17 @@ def stage_arguments(
         dataloader_pin_memory=torch.cuda.is_available())
     return TrainingArguments(str(output_dir), **fields | more)
 
-# %% ../nbs/31_trainer.ipynb #ff6fc369
+# %% ../nbs/31_trainer.ipynb #84f90dcb
 def checkpoint_bytes(
     model:DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
 )->tuple[int, int]:
-    "Bytes of one checkpoint (weights and two moments of all that is trained), and of the model that is written at the end."
+    "Bytes of one checkpoint (weights, and two moments of what is trained), and of the final model."
     trained, _ = count_parameters(model)
     whole = any(p.requires_grad for p in model.get_output_embeddings().parameters())
     weights = sum(p.numel()*p.element_size() for p in model.parameters()) if whole else 4*trained
     result = 0
     if any(p.requires_grad for p in model.get_decoder().parameters()):
-        for p in model.parameters():  # one byte holds two weights of four bits, which are written in two bytes each
+        for p in model.parameters():  # a byte of two four-bit weights becomes two weights of two bytes
             result += p.numel()*(4 if p.dtype == torch.uint8 else p.element_size())
     return weights + 8*trained, result
 
@@ -432,8 +434,9 @@ def check_space(
     kept = sum(f.stat().st_size for f in output_dir.glob("checkpoint-*/**/*") if f.is_file())
     free = shutil.disk_usage(output_dir).free
     if free + kept < 3*checkpoint + result:
-        raise OSError(f"{output_dir} has {free/2**30:.1f} GiB free, but three checkpoints of {checkpoint/2**30:.1f} GiB "
-                      f"and a model of {result/2**30:.1f} GiB must fit; make room, or name a folder on another disk.")
+        raise OSError(f"{output_dir} has {free/2**30:.1f} GiB free, but three checkpoints of "
+                      f"{checkpoint/2**30:.1f} GiB and a model of {result/2**30:.1f} GiB must fit; make "
+                      f"room, or name a folder on another disk.")
 
 # %% ../nbs/31_trainer.ipynb #15087f9e
 def _interrupted(
@@ -442,9 +445,11 @@ def _interrupted(
 )->TrainingInterrupted:
     "The exception for a stopped run."
     done = last_checkpoint(trainer.args.output_dir)
-    way_out = "Nothing was saved." if done is None else f"{done} is complete: the same command goes on from there."
-    return TrainingInterrupted(f"Stopped by {signal.Signals(number).name} after step {trainer.state.global_step} "
-                               f"of {trainer.args.max_steps}. {way_out}", number)
+    way_out = "Nothing was saved."
+    if done is not None:
+        way_out = f"{done} is complete: the same command goes on from there."
+    return TrainingInterrupted(f"Stopped by {signal.Signals(number).name} after step "
+                               f"{trainer.state.global_step} of {trainer.args.max_steps}. {way_out}", number)
 
 def _run_trainer(
     trainer:StageTrainer,  # Ready
@@ -465,18 +470,18 @@ def _save_result(
     trainer:StageTrainer,  # At its end
     model:DeltaLlavaForConditionalGeneration,  # Trained
     folder:Path,  # Gets the projector, or the whole model
-    lora:int,  # Rank of low-rank updates
+    lora_rank:int,  # Rank of low-rank updates
 ):
     "Write what was trained."
     trainer.save_model(str(folder))
     (folder/"training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has the settings
-    if lora and trainer.args.should_save and not trainer.is_fsdp_enabled:
+    if lora_rank and trainer.args.should_save and not trainer.is_fsdp_enabled:
         merge_lora(model)
         model.save_pretrained(folder)
         for name in ("projector.safetensors", "projector.json", "lora.safetensors"):
             (folder/name).unlink(missing_ok=True)  # parts of the whole model now
 
-# %% ../nbs/31_trainer.ipynb #6bd3d6d5
+# %% ../nbs/31_trainer.ipynb #0d046c9b
 def train_stage(
     model:DeltaLlavaForConditionalGeneration,  # Its projector is trained, and in stage 2 its LLM
     rows,  # Training rows of `load_conversations`
@@ -484,7 +489,7 @@ def train_stage(
     args:TrainingArguments,  # `stage_arguments`
     *,
     stage:Literal["pretrain", "finetune"]="pretrain",  # The projector alone, or the projector and the LLM
-    lora:int=0,  # Rank of low-rank updates in place of the LLM's own weights
+    lora_rank:int=0,  # Rank of low-rank updates in place of the LLM's own weights
     resume:bool=True,  # Go on from the last complete checkpoint in the folder, if there is one
     callbacks:Sequence=(),  # transformers' callbacks
     result_dir:str|Path|None=None,  # Gets what was trained: the projector, or after stage 2 the whole model
@@ -492,7 +497,7 @@ def train_stage(
     eval_budgets:Sequence[int]=(),  # Budgets of the validation loss; empty takes the first training budget
 )->list[dict]:  # The log: step, loss, learning rate, gradient norm
     "Train one stage (§6)."
-    freeze(model, stage, lora)
+    freeze(model, stage, lora_rank)
     checkpoint = last_checkpoint(args.output_dir) if resume else None
     first = collator([rows[i] for i in range(min(len(rows), 2))])
     if isinstance(collator, ElasticCollator):
@@ -506,5 +511,5 @@ def train_stage(
     log = _run_trainer(trainer, checkpoint)
     model.eval()
     if result_dir is not None:
-        _save_result(trainer, model, Path(result_dir), lora)
+        _save_result(trainer, model, Path(result_dir), lora_rank)
     return log

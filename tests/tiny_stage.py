@@ -1,8 +1,10 @@
-"A tower, an LLM and conversations small enough to train both stages in seconds, as folders; and a program that trains them, alone or on several processes."
+"""A tower, an LLM and conversations small enough to train both stages in seconds, as folders; and a program
+that trains them, alone or on several processes."""
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -12,25 +14,38 @@ from torch.distributed.tensor import DTensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from delta_llava.train import Finetune, Pretrain, StageTrainer, run_stage
+from delta_llava.train import Finetune, Pretrain, run_stage
+from delta_llava.trainer import COMPLETE, StageTrainer, TrainingInterrupted
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
+COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
+
+
+def write_models(folder):
+    "A CLIP-like tower with a 4×4 grid, and a two-layer Llama with one token for each byte."
+    torch.manual_seed(0)
+    tower = CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=4,
+                             num_attention_heads=2, image_size=56, patch_size=14)
+    CLIPVisionModel(tower).save_pretrained(folder/"tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder/"tower")
+    llm = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                      num_attention_heads=2, num_key_value_heads=2, bos_token_id=256, eos_token_id=257,
+                      pad_token_id=257)
+    LlamaForCausalLM(llm).save_pretrained(folder/"llm")
+    byte_tokenizer().save_pretrained(folder/"llm")
 
 
 def write_parts(folder):
-    "A CLIP-like tower with a 4×4 grid, a two-layer Llama with one token for each byte, 24 pictures of one colour, 4 rows of text alone."
-    torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder/"tower")
-    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder/"tower")
-    LlamaForCausalLM(LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                 bos_token_id=256, eos_token_id=257, pad_token_id=257)).save_pretrained(folder/"llm")
-    byte_tokenizer().save_pretrained(folder/"llm")
+    "The models, 24 images of one color, 4 rows of text alone."
+    write_models(folder)
     rows = []
     for i in range(24):
-        name = list(COLOURS)[i % 4]
-        Image.new("RGB", (56, 40 + i), COLOURS[name]).save(folder/f"{i}.png")
-        rows.append(dict(id=f"picture-{i}", image=f"{i}.png", conversations=[{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": name}]))
-    rows += [dict(id=f"text-{i}", conversations=[{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i+1}" * 9}]) for i in range(4)]
+        name = list(COLORS)[i % 4]
+        Image.new("RGB", (56, 40 + i), COLORS[name]).save(folder/f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": name}]
+        rows.append(dict(id=f"picture-{i}", image=f"{i}.png", conversations=turns))
+    for i in range(4):
+        turns = [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i+1}"*9}]
+        rows.append(dict(id=f"text-{i}", conversations=turns))
     (folder/"data.json").write_text(json.dumps(rows))
     return folder
 
@@ -38,63 +53,124 @@ def write_parts(folder):
 def stage(kind, parts, folder, **options):
     "A stage on these parts, 6 steps of 4 rows in float32."
     parts = Path(parts)
-    same = dict(data=parts/"data.json", folder=Path(folder), tower=str(parts/"tower"), llm=str(parts/"llm"), tokens=4, batch_size=4, device_batch_size=4, steps=6, seed=0, max_length=512, bf16=False,
-                workers=0, save_steps=2, gradient_checkpointing=False, lr=1e-3)
-    if kind == "finetune": same |= dict(projector=None, sharding="none", group_by_length=False)
+    same = dict(data=parts/"data.json", output_dir=Path(folder), tower=str(parts/"tower"),
+                llm=str(parts/"llm"), tokens=4, batch_size=4, per_device_batch_size=4, max_steps=6, seed=0,
+                max_length=512, bf16=False, num_workers=0, save_steps=2, gradient_checkpointing=False,
+                learning_rate=1e-3)
+    if kind == "finetune":
+        same |= dict(projector=None, sharding="none", group_by_length=False)
+    for name in ("data", "projector"):
+        if isinstance(options.get(name), str):
+            options[name] = Path(options[name])
+    for name in ("train_budgets", "eval_budgets"):
+        if name in options:
+            options[name] = tuple(options[name])
     return (Finetune if kind == "finetune" else Pretrain)(**same | options)
 
 
 class EachStep(TrainerCallback):
-    "Keep the loss of every step."
-    def __init__(self): self.losses = []
-    def on_train_begin(self, args, state, control, **kwargs): args.logging_steps = state.logging_steps = 1
-    def on_step_end(self, args, state, control, model=None, **kwargs): self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    def on_log(self, args, state, control, logs=None, **kwargs): self.losses += [logs["loss"]] if "loss" in logs else []
+    "Keep the loss of every step, and the budget of every pass."
+    def __init__(self):
+        self.losses, self.budgets, self.sharded = [], [], False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        args.logging_steps = state.logging_steps = 1
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        self.budgets.append(kwargs["tokens"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.losses += [logs["loss"]] if "loss" in logs else []
 
 
 class DieAt(TrainerCallback):
     "The process is killed after a step."
-    def __init__(self, step): self.step = step
+    def __init__(self, step):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Announce(TrainerCallback):
+    "From a step on, a file says that the run can be stopped; steps take some time then."
+    def __init__(self, step, file):
+        self.step, self.file = step, Path(file)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            self.file.touch()
+            time.sleep(.2)
 
 
 def die_while_saving(step, place):
-    "The process is killed while it writes the checkpoint of `step`: at one of five places, the newest file half written."
+    "The process is killed while it writes the checkpoint of `step`, at one of five places; a file is cut in half."
     def die(folder):
         newest = max((f for f in Path(folder).iterdir() if f.is_file()), key=lambda f: f.stat().st_mtime_ns)
         os.truncate(newest, newest.stat().st_size//2)
         os.kill(os.getpid(), signal.SIGKILL)
+
     def renamed(event, args):
-        if event == "os.rename" and str(args[1]).endswith(f"checkpoint-{step}/complete.json"): die(Path(args[1]).parent)
-    if place == 4: return sys.addaudithook(renamed)
+        if event == "os.rename" and str(args[1]).endswith(f"checkpoint-{step}/{COMPLETE}"):
+            die(Path(args[1]).parent)
+    if place == 4:
+        return sys.addaudithook(renamed)
     name = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")[place]
     original = getattr(StageTrainer, name)
+
     def dying(self, folder=None, *args, **kwargs):
         original(self, folder, *args, **kwargs)
-        if self.state.global_step == step and f"checkpoint-{step}" in str(folder): die(folder)
+        if self.state.global_step == step and f"checkpoint-{step}" in str(folder):
+            die(folder)
     setattr(StageTrainer, name, dying)
+    return None
+
+
+def allow_fsdp_on_cpu():
+    "accelerate refuses FSDP on CPUs by the name of the distributed type alone; torch's FSDP2 works there."
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import TrainingArguments
+    device = TrainingArguments.device
+
+    def patched(self):
+        found = device.fget(self)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return found
+    TrainingArguments.device = property(patched)
 
 
 def main(kind, parts, folder, options):
-    "`tiny_stage.py KIND PARTS FOLDER '{\"die_at\": 3, …}'`: says whether the weights were spread over processes."
+    "`tiny_stage.py KIND PARTS FOLDER '{\"die_at\": 3, …}'`: prints whether weights were sharded."
     options = json.loads(options)
     torch.set_num_threads(1)
-    if options.pop("fsdp_on_cpu", False):  # accelerate refuses FSDP on CPUs by the name of the distributed type alone; torch's FSDP2 works there
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType
-        from transformers import TrainingArguments
-        device = TrainingArguments.device
-        def patched(self):
-            found = device.fget(self)
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-            return found
-        TrainingArguments.device = property(patched)
-    callbacks = [each := EachStep(), *([DieAt(options.pop("die_at"))] if "die_at" in options else [])]
-    if "die_saving" in options: die_while_saving(*options.pop("die_saving"))
-    run_stage(stage(kind, parts, folder, **options), callbacks=callbacks)
-    if int(os.environ.get("RANK", 0)) == 0: print("sharded" if each.sharded else "whole")
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if options.pop("fsdp_on_cpu", False):
+        allow_fsdp_on_cpu()
+    each = EachStep()
+    callbacks = [each]
+    if "die_at" in options:
+        callbacks.append(DieAt(options.pop("die_at")))
+    if "announce" in options:
+        callbacks.append(Announce(*options.pop("announce")))
+    if "die_saving" in options:
+        die_while_saving(*options.pop("die_saving"))
+    try:
+        run_stage(stage(kind, parts, folder, **options), callbacks=callbacks)
+    except TrainingInterrupted as e:
+        print(e, file=sys.stderr)
+        sys.exit(128 + e.signal)
+    rank = os.environ.get("RANK", "0")
+    Path(f"{folder}.budgets.{rank}").write_text(json.dumps(each.budgets))
+    if rank == "0":
+        print("sharded" if each.sharded else "whole")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .grid import VisionFeatures
-from .processor import DeltaLlavaProcessor, expand_images
+from .processor import DeltaLlavaProcessor, as_messages, expand_images
 from .tower import open_image
 from .vlm import DeltaLlavaForConditionalGeneration
 
@@ -87,8 +87,8 @@ class RequestEncoder:
         request:Request,  # A question with its images
     )->list[dict]:  # With `role` and `content`, images named in the text
         "The conversation before the answer."
-        question = request.question
-        turns = [dict(role="user", content=question)] if isinstance(question, str) else list(question)
+        question = request.question if isinstance(request.question, str) else list(request.question)
+        turns = as_messages(question, images=request.n_images)
         turns = [dict(role=turn["role"], content=content_text(turn["content"])) for turn in turns]
         if request.n_images and not any("<image>" in turn["content"] for turn in turns):
             first = next(turn for turn in turns if turn["role"] == "user")
@@ -101,7 +101,7 @@ class RequestEncoder:
         request:Request,  # A question with its images
     )->str:
         "What the model reads, before each `<image>` becomes visual tokens."
-        return self.processor.apply_chat_template(self.messages(request), add_generation_prompt=True)
+        return self.processor.build_prompt(self.messages(request))
 
     def image_tokens(self,
         request:Request,  # A question with its images
@@ -117,11 +117,11 @@ class RequestEncoder:
         tokens:int|None = None,  # Budget $V$; `None` takes the model's
     )->list[int]:
         "Token ids of the prompt."
-        text,tokenizer = self.prompt(request), self.processor.tokenizer
+        text = self.prompt(request)
         if (named := text.count("<image>")) != request.n_images:
             raise ValueError(f"the texts name {named} image(s) with '<image>', but {request.n_images} were "
                              "given; write it once for each image.")
-        ids = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0")).input_ids
+        ids = self.processor.encode_text(text)
         return expand_images(ids, self.processor.image_token_id, self.image_tokens(request, tokens))
 
     def answer_ids(self,
@@ -133,7 +133,7 @@ class RequestEncoder:
         "Token ids of prompt and answer, tokenized together and split where the answer begins."
         if "<image>" in answer:
             raise ValueError(f"answer={answer!r} holds '<image>', which a model never writes.")
-        turns = [*self.messages(request), dict(role="assistant", content=answer.strip())]
+        turns = [*self.messages(request), dict(role="assistant", content=answer)]
         row = self.processor.encode_conversation(turns, tokens=self.image_tokens(request, tokens))
         ids,labels = row["input_ids"], row["labels"]
         stop = max(i for i,label in enumerate(labels) if label != -100) + 1
@@ -166,9 +166,7 @@ class RequestEncoder:
 
     def _question(self, request:Request)->str:
         "What a projector reads: the user's first message, as in training."
-        if isinstance(request.question, str):
-            return request.question
-        return next(content_text(turn["content"]) for turn in request.question if turn["role"] == "user")
+        return next(turn["content"] for turn in self.messages(request) if turn["role"] == "user")
 
 # %% ../nbs/27_answerer.ipynb #b8a1506c
 class AnswerScore(NamedTuple):
@@ -309,8 +307,8 @@ class RequestRunner:
         if self.model.training:
             raise ValueError("the model is in training mode, where DropPath changes every pass; "
                              "call model.eval() first.")
-        config = self.model.multi_modal_projector.config
         if tokens is not None:
+            config = self.model.multi_modal_projector.config
             config.check_budget(tokens, config.grid)
         with tqdm(total=len(requests), desc=what, disable=not progress or not requests) as bar:
             for batch in request_batches(requests, batch_size):
@@ -334,8 +332,9 @@ class RequestRunner:
     def _check_budget_of_visual_tokens(self, requests, tokens):
         "Given visual tokens have their budget already, except FastV's, some of which are dropped in the LLM."
         made = {request.visual_tokens.shape[1] for request in requests}
-        in_decoder = "decoder" in self.model.multi_modal_projector.requires
-        if tokens is not None and made != {tokens} and not in_decoder:
+        if tokens is None or "decoder" in self.model.multi_modal_projector.requires:
+            return
+        if made != {tokens}:
             raise ValueError(f"tokens={tokens}, but the visual_tokens of these requests hold {sorted(made)}; "
                              "leave tokens out.")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, pictures, projector_config, prompt, tiny, vlm_config
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, llm_config, projector_config, prompt, tiny, vlm_config
 from torch.testing import assert_close
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationConfig, LlamaForCausalLM, LlavaConfig,
                           LlavaForConditionalGeneration, Trainer, TrainingArguments)
@@ -17,7 +17,7 @@ from delta_llava.config import ProjectorConfig, dinov2_s14
 from delta_llava.processor import build_processor
 from delta_llava.projector import DeltaProjector
 from delta_llava.tower import image_processor_for, load_tower, vision_features
-from delta_llava.vlm import (DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, add_image_token, build_vlm, load_projector,
+from delta_llava.vlm import (DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, add_image_token, build_vlm, load_projector,
                              save_projector)
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -36,21 +36,21 @@ def same_weights(a, b):
 def test_pixels_to_logits_at_every_preset(name):
     model,cfg = tiny(name),projector_config(name)
     assert model.config.vision_config.num_hidden_layers == max(cfg.levels)  # nothing above is computed
-    features = vision_features(model.vision_tower, pictures(name), cfg.levels)
+    features = vision_features(model.vision_tower, images(name), cfg.levels)
     assert features.grid == cfg.grid and features.levels.shape == (1, cfg.grid**2, len(cfg.levels)*128)
     for tokens in {cfg.tokens, 4, 1}:
         ids = prompt(tokens)
         out = model(ids, vision_features=features.levels, tokens=tokens)
         assert out.logits.shape == (1, ids.shape[1], 264) and out.logits.isfinite().all()
-    whole = model(prompt(cfg.tokens), pictures(name)).logits  # the preset's own budget, from the pixels
+    whole = model(prompt(cfg.tokens), images(name)).logits  # the preset's own budget, from the pixels
     assert_close(whole, model(prompt(cfg.tokens), vision_features=features.levels, tokens=cfg.tokens).logits)
 
 @pytest.mark.parametrize("tokens", [144, 36, 16, 9, 4, 1])
 def test_budgets_of_vit_b32_at_384(tokens):
     model = tiny("clip_b32_384")
-    out = model(prompt(tokens), pictures("clip_b32_384"), tokens=tokens)
+    out = model(prompt(tokens), images("clip_b32_384"), tokens=tokens)
     assert out.image_hidden_states.shape == (tokens, 64)
-    assert not torch.equal(out.logits, model(prompt(tokens), pictures("clip_b32_384", seed=2), tokens=tokens).logits)  # the picture matters
+    assert not torch.equal(out.logits, model(prompt(tokens), images("clip_b32_384", seed=2), tokens=tokens).logits)  # the picture matters
 
 @pytest.mark.parametrize("name", ["clip_b32_224", "siglip_so400m_384", "dinov2_s14"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -59,7 +59,7 @@ def test_saved_and_reloaded_is_equal(name, tied, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(again) is DeltaLlavaForConditionalGeneration and same_weights(model, again)
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
     features = torch.randn(1, projector_config(name).grid**2, 4*128)
     assert_close(again(prompt(16), vision_features=features, tokens=16).logits, model(prompt(16), vision_features=features, tokens=16).logits, rtol=0, atol=0)
     assert not any(p.requires_grad for p in again.vision_tower.parameters())
@@ -68,8 +68,7 @@ def test_auto_classes(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DeltaLlavaConfig
-    bare = AutoModel.from_pretrained(tmp_path)
-    assert type(bare) is DeltaLlavaModel and same_weights(bare, model.model)
+    assert type(AutoModel.from_pretrained(tmp_path)) is DeltaLlavaForConditionalGeneration
     assert type(AutoModelForImageTextToText.from_config(model.config)) is DeltaLlavaForConditionalGeneration
 
 def test_the_default_config_is_the_papers():
@@ -91,7 +90,7 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i):
         ids = prompt(4)[0]
         ids[-1] = 65 + i
-        return dict(input_ids=ids, labels=torch.where(ids == IMAGE, -100, ids), pixel_values=pictures(seed=i)[0])
+        return dict(input_ids=ids, labels=torch.where(ids == IMAGE, -100, ids), pixel_values=images(seed=i)[0])
 
 def train(folder, resume=None, steps=4):
     torch.manual_seed(0)
@@ -118,15 +117,15 @@ def test_llava_checkpoint_brings_tower_and_llm(original, tmp_path):
     theirs.save_pretrained(tmp_path, save_original_format=original)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, config=ours)
     assert same_weights(model.get_decoder(), theirs.model.language_model)
-    assert torch.equal(model.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(model.get_output_embeddings().weight, theirs.lm_head.weight)
     tower = theirs.model.vision_tower.state_dict()
     assert all(torch.equal(v, tower[k]) for k,v in model.vision_tower.state_dict().items())
     for name,p in projector_of(model).named_parameters():  # fresh, and not what the memory held
         assert p.isfinite().all() and p.abs().max() < 5, name
         if name.endswith("norm.weight"): assert (p == 1).all()
-    assert model(prompt(16), pictures(), tokens=16).logits.isfinite().all()
+    assert model(prompt(16), images(), tokens=16).logits.isfinite().all()
 
-@pytest.mark.parametrize("key", ["model.multi_modal_projector.q.U", "model.language_model.norm.weight", "lm_head.weight", "every projector weight"])
+@pytest.mark.parametrize("key", ["multi_modal_projector.q.U", "language_model.model.norm.weight", "language_model.lm_head.weight", "every projector weight"])
 def test_missing_weights_are_an_error(key, tmp_path):
     tiny().save_pretrained(tmp_path)
     state = load_file(tmp_path/"model.safetensors")
@@ -137,7 +136,7 @@ def test_missing_weights_are_an_error(key, tmp_path):
 def test_unknown_projector_weights_are_an_error(tmp_path):
     tiny().save_pretrained(tmp_path)
     state = load_file(tmp_path/"model.safetensors")
-    save_file(state | {"model.multi_modal_projector.extra": torch.zeros(1)}, tmp_path/"model.safetensors", metadata={"format": "pt"})
+    save_file(state | {"multi_modal_projector.extra": torch.zeros(1)}, tmp_path/"model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 unexpected weights"): DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -147,7 +146,7 @@ def test_visual_tokens_take_their_places():
     model,seen = tiny(),[]
     hook = model.get_decoder().register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
     ids = torch.cat([prompt(4), prompt(4, before=(80, 81))])
-    pixels = pictures(n=2)
+    pixels = images(n=2)
     model(ids, pixels, tokens=4)
     hook.remove()
     expected = model.get_input_embeddings()(ids)
@@ -156,7 +155,7 @@ def test_visual_tokens_take_their_places():
 
 def test_two_images_in_one_row_and_none_in_the_next():
     model = tiny()
-    two,pixels = prompt(4, images=2),pictures(n=2)
+    two,pixels = prompt(4, images=2),images(n=2)
     none = torch.full_like(two, 70)
     out = model(torch.cat([two, none]), pixels, tokens=4).logits
     assert_close(out[:1], model(two, pixels, tokens=4).logits)
@@ -164,28 +163,29 @@ def test_two_images_in_one_row_and_none_in_the_next():
     swapped = model(two, pixels.flip(0), tokens=4).logits
     assert not torch.allclose(swapped, out[:1])
 
-@pytest.mark.parametrize("ids,images,tokens", [(prompt(9), 1, 16), (prompt(16), 1, 4), (prompt(4), 0, 4), (prompt(4), 2, 4),
+@pytest.mark.parametrize("ids,n,tokens", [(prompt(9), 1, 16), (prompt(16), 1, 4), (prompt(4), 0, 4), (prompt(4), 2, 4),
                                                (torch.tensor([[IMAGE]*2 + [65]*4, [IMAGE]*6]), 2, 4)])
-def test_wrong_number_of_placeholders(ids, images, tokens):
-    with pytest.raises(ValueError, match="same tokens"): tiny()(ids, pictures(n=images) if images else None, tokens=tokens)
+def test_wrong_number_of_placeholders(ids, n, tokens):
+    with pytest.raises(ValueError, match="same tokens"):
+        tiny()(ids, images(n=n) if n else None, tokens=tokens)
 
 def test_impossible_budget_and_wrong_features():
-    with pytest.raises(ValueError, match="50"): tiny()(prompt(50), pictures(), tokens=50)
+    with pytest.raises(ValueError, match="50"): tiny()(prompt(50), images(), tokens=50)
     with pytest.raises(ValueError): tiny()(prompt(4), vision_features=torch.zeros(1, 49, 4*96), tokens=4)
-    with pytest.raises(ValueError, match="either"): tiny()(prompt(4), pictures(), vision_features=torch.zeros(1, 49, 4*128), tokens=4)
+    with pytest.raises(ValueError, match="either"): tiny()(prompt(4), images(), vision_features=torch.zeros(1, 49, 4*128), tokens=4)
 
 def test_the_tower_never_trains():
     model = tiny().train()
     tower = model.vision_tower
     assert model.training and projector_of(model).training and not any(m.training for m in tower.modules())
-    model(prompt(4), pictures().requires_grad_(), tokens=4, labels=prompt(4)).loss.backward()
+    model(prompt(4), images().requires_grad_(), tokens=4, labels=prompt(4)).loss.backward()
     assert all(p.grad is None for p in tower.parameters())
     silent = {n for n,p in projector_of(model).named_parameters() if p.grad is None}
     assert not silent
 
 def test_mixed_precision_of_parts():
     model = tiny().to(torch.bfloat16)
-    features = vision_features(tiny().vision_tower, pictures(), projector_config().levels)  # cached in float32
+    features = vision_features(tiny().vision_tower, images(), projector_config().levels)  # cached in float32
     assert model(prompt(4), vision_features=features.levels, tokens=4).logits.dtype == torch.bfloat16
 
 
@@ -201,7 +201,7 @@ def test_loss_at_labels_equals_the_plain_loss(num_items):
     grads,losses = [],[]
     for training in (True, False):
         model.zero_grad()
-        out = model.train(training)(ids, pictures(n=2), tokens=4, labels=labels, **kwargs)
+        out = model.train(training)(ids, images(n=2), tokens=4, labels=labels, **kwargs)
         out.loss.backward()
         losses.append(out.loss.detach())
         grads.append({n: p.grad for n,p in model.named_parameters() if p.grad is not None})
@@ -212,20 +212,20 @@ def test_loss_at_labels_equals_the_plain_loss(num_items):
 
 def test_logits_only_where_there_are_labels():
     model,rows = tiny().train(),[]
-    model.lm_head.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[:-1].numel()))
+    model.get_output_embeddings().register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[:-1].numel()))
     labels = torch.full_like(prompt(16), -100)
     labels[:, -2:] = 65
-    model(prompt(16), pictures(), tokens=16, labels=labels)
+    model(prompt(16), images(), tokens=16, labels=labels)
     assert rows == [2]
 
 @pytest.mark.parametrize("keep,kept", [(1, slice(-1, None)), (3, slice(-3, None)), (torch.tensor([0, 5]), [0, 5])])
 def test_logits_only_where_they_are_kept(keep, kept):
     model = tiny()
-    whole = model(prompt(4), pictures(), tokens=4).logits
-    assert_close(model(prompt(4), pictures(), tokens=4, logits_to_keep=keep).logits, whole[:, kept])
+    whole = model(prompt(4), images(), tokens=4).logits
+    assert_close(model(prompt(4), images(), tokens=4, logits_to_keep=keep).logits, whole[:, kept])
 
 def test_nothing_supervised_is_an_error():
-    with pytest.raises(ValueError, match="supervise nothing"): tiny().train()(prompt(4), pictures(), tokens=4, labels=torch.full_like(prompt(4), -100))
+    with pytest.raises(ValueError, match="supervise nothing"): tiny().train()(prompt(4), images(), tokens=4, labels=torch.full_like(prompt(4), -100))
 
 
 # generating
@@ -234,39 +234,39 @@ def test_nothing_supervised_is_an_error():
 def test_generate_with_cache_without_and_from_features(tokens):
     model,ids = tiny(),prompt(tokens)
     kwargs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), tokens=tokens, **GREEDY)
-    words = model.generate(pixel_values=pictures(), **kwargs)
-    features = vision_features(model.vision_tower, pictures(), projector_config().levels).levels
+    words = model.generate(pixel_values=images(), **kwargs)
+    features = vision_features(model.vision_tower, images(), projector_config().levels).levels
     assert words.shape[1] > ids.shape[1]
-    assert torch.equal(words, model.generate(pixel_values=pictures(), use_cache=False, **kwargs))
+    assert torch.equal(words, model.generate(pixel_values=images(), use_cache=False, **kwargs))
     assert torch.equal(words, model.generate(vision_features=features, **kwargs))
     assert torch.equal(words, model.generate(vision_features=features, use_cache=False, **kwargs))
-    logits = model(words, pictures(), tokens=tokens).logits  # what greedy means, computed plainly
+    logits = model(words, images(), tokens=tokens).logits  # what greedy means, computed plainly
     logits[..., IMAGE] = -torch.inf
     assert torch.equal(logits[:, ids.shape[1]-1:-1].argmax(-1), words[:, ids.shape[1]:])
 
 def test_beams_with_two_images_in_a_row():
     model,ids = tiny(),prompt(4, images=2)
     kwargs = dict(attention_mask=torch.ones_like(ids), num_beams=3, tokens=4, **GREEDY)
-    words = model.generate(ids, pixel_values=pictures(n=2), **kwargs)
-    assert torch.equal(words, model.generate(ids, pixel_values=pictures(n=2), use_cache=False, **kwargs))
+    words = model.generate(ids, pixel_values=images(n=2), **kwargs)
+    assert torch.equal(words, model.generate(ids, pixel_values=images(n=2), use_cache=False, **kwargs))
 
 def loves_images(model):
     model.get_decoder().norm.register_forward_hook(lambda m, args, out: out.abs())
-    with torch.no_grad(): model.lm_head.weight[IMAGE] = 10
+    with torch.no_grad(): model.get_output_embeddings().weight[IMAGE] = 10
     return model
 
 @pytest.mark.parametrize("own", [None, GenerationConfig(**GREEDY), GenerationConfig(suppress_tokens=[65], **GREEDY)])
 def test_generate_never_writes_image(own):
     model = loves_images(tiny())
-    assert model(prompt(4), pictures(), tokens=4).logits[0, -1].argmax() == IMAGE
-    words = model.generate(prompt(4), generation_config=own, pixel_values=pictures(), tokens=4, attention_mask=torch.ones_like(prompt(4)),
+    assert model(prompt(4), images(), tokens=4).logits[0, -1].argmax() == IMAGE
+    words = model.generate(prompt(4), generation_config=own, pixel_values=images(), tokens=4, attention_mask=torch.ones_like(prompt(4)),
                            **({} if own else GREEDY))
     assert IMAGE not in words[0, prompt(4).shape[1]:]
 
 def test_the_callers_suppressed_tokens_stay_suppressed():
     model = tiny()
-    first = model.generate(prompt(4), pixel_values=pictures(), tokens=4, **GREEDY)[0, prompt(4).shape[1]].item()
-    other = model.generate(prompt(4), pixel_values=pictures(), tokens=4, suppress_tokens=[first], **GREEDY)[0, prompt(4).shape[1]].item()
+    first = model.generate(prompt(4), pixel_values=images(), tokens=4, **GREEDY)[0, prompt(4).shape[1]].item()
+    other = model.generate(prompt(4), pixel_values=images(), tokens=4, suppress_tokens=[first], **GREEDY)[0, prompt(4).shape[1]].item()
     assert other != first
 
 
@@ -298,9 +298,9 @@ def test_siglip_loses_its_pooling_head():
 
 def test_cut_tower_sees_what_the_whole_tower_sees():
     tower,llm = parts()
-    whole = vision_features(tower.eval(), pictures(), projector_config().levels).levels
+    whole = vision_features(tower.eval(), images(), projector_config().levels).levels
     model = build_vlm(tower, llm, byte_tokenizer(), projector_config())
-    assert_close(vision_features(model.vision_tower, pictures(), projector_config().levels).levels, whole)
+    assert_close(vision_features(model.vision_tower, images(), projector_config().levels).levels, whole)
 
 @pytest.mark.parametrize("vocab,tied,rows", [(264, False, 264), (258, False, 260), (258, True, 260), (260, True, 260)])
 def test_the_table_grows_only_if_it_must(vocab, tied, rows):
@@ -310,8 +310,8 @@ def test_the_table_grows_only_if_it_must(vocab, tied, rows):
     model = build_vlm(tower, llm, tokenizer, projector_config())
     table = model.get_input_embeddings().weight
     assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == add_image_token(tokenizer) == 259
-    assert table.shape[0] == model.lm_head.weight.shape[0] == rows == model.config.text_config.vocab_size
-    assert (model.lm_head.weight is table) == tied
+    assert table.shape[0] == model.get_output_embeddings().weight.shape[0] == rows == model.config.text_config.vocab_size
+    assert (model.get_output_embeddings().weight is table) == tied
     assert torch.equal(table[:min(vocab, 258)], before[:258])
     assert "<|im_start|>" in tokenizer.all_special_tokens  # still there
 
@@ -350,15 +350,16 @@ def test_projector_alone_there_and_back(tmp_path):
     save_projector(model, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["projector.json", "projector.safetensors"]
     assert same_weights(load_projector(tmp_path), projector_of(model))
-    other.vision_tower, other.get_decoder(), other.lm_head = model.vision_tower, model.get_decoder(), model.lm_head
+    other.vision_tower = model.vision_tower
+    other.language_model = model.language_model
     load_projector(tmp_path, other)
-    assert_close(other(prompt(4), pictures(), tokens=4).logits, model(prompt(4), pictures(), tokens=4).logits, rtol=0, atol=0)
+    assert_close(other(prompt(4), images(), tokens=4).logits, model(prompt(4), images(), tokens=4).logits, rtol=0, atol=0)
 
 def test_statistics_travel_with_the_projector(tmp_path):
     cfg = projector_config("dinov2_s14")
     assert cfg.standardize
     model = tiny("dinov2_s14")
-    projector_of(model).fit_statistics(vision_features(model.vision_tower, pictures("dinov2_s14", n=2), cfg.levels).levels)
+    projector_of(model).fit_statistics(vision_features(model.vision_tower, images("dinov2_s14", n=2), cfg.levels).levels)
     save_projector(projector_of(model), tmp_path)
     assert_close(load_projector(tmp_path).feature_std, projector_of(model).feature_std, rtol=0, atol=0)
     model.save_pretrained(tmp_path/"whole")
@@ -369,7 +370,7 @@ def test_another_default_budget_is_taken_over(tmp_path):
     model = tiny()
     load_projector(tmp_path, model)
     assert model.config.image_seq_length == 4 and ProjectorConfig.from_dict(model.config.projector).tokens == 4
-    assert model(prompt(4), pictures()).logits.isfinite().all()
+    assert model(prompt(4), images()).logits.isfinite().all()
 
 @pytest.mark.parametrize("change,what", [(lambda s: s.pop("q.U"), "lacks 1 weights, e.g. 'q.U'"), (lambda s: s.update(more=torch.zeros(1)), "has unknown 1 weights"),
                                          (lambda s: s.update({"q.U": torch.zeros(2, 2)}), "wrong shapes for 1 weights, e.g. 'q.U'")])

@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 from . import evaluate
 from .answerer import Answerer, Request
 from .assets import default_llm, default_tower
+from .collator import Collator
 from .compressors.base import compressor_class, compressor_config
-from .data import Collator, load_conversations, write_scenes
+from .conversations import load_conversations
 from .flops import model_config, shape_of
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor
 from .runs import add_results, load, read_run, rename_legacy, write_card
+from .scenes import write_scenes
 from .tower import CachedFeatures, open_image
 from .train import Pretrain, read_features, train_run
 from .vlm import DeltaLlavaForConditionalGeneration
@@ -230,7 +232,7 @@ def evaluate_set(
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #73c0e7bc
+# %% ../nbs/50_quickstart.ipynb #a2a29156
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -367,7 +369,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #5de09dbb
+# %% ../nbs/50_quickstart.ipynb #8cba9b07
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

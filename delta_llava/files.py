@@ -6,7 +6,7 @@
 __all__ = ['atomic_path', 'write_atomic', 'write_json', 'check_new_folder', 'new_folder', 'read_json', 'open_safetensors',
            'read_safetensors', 'write_safetensors', 'file_sha256', 'text_sha256']
 
-# %% ../nbs/08_files.ipynb #ca4daf04
+# %% ../nbs/08_files.ipynb #ffeb832e
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# %% ../nbs/08_files.ipynb #35469de5
+# %% ../nbs/08_files.ipynb #b909e00f
 @contextmanager
 def atomic_path(
     path:str|Path,  # Final name; its folder must exist
@@ -31,7 +31,7 @@ def atomic_path(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask says; safetensors would leave a file that only its owner can read
+        mode = temporary.stat().st_mode  # by the umask; safetensors would restrict it to the owner
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -57,7 +57,7 @@ def write_json(
     "Write JSON as a whole or not at all."
     return write_atomic(path, json.dumps(value, indent=indent, default=default) + "\n")
 
-# %% ../nbs/08_files.ipynb #b4fad0fd
+# %% ../nbs/08_files.ipynb #c0b63d5a
 def check_new_folder(
     path:str|Path,  # Must not exist, or be an empty folder
 )->Path:
@@ -81,7 +81,7 @@ def new_folder(
         yield new
         new.replace(path)
 
-# %% ../nbs/08_files.ipynb #7db20927
+# %% ../nbs/08_files.ipynb #5bfab504
 def read_json(
     path:str|Path,  # File to read
     kind:type|None=None,  # `dict` or `list`, if only that is useful
@@ -103,7 +103,7 @@ def read_json(
                          f"but a {kind.__name__} is needed. {hint}")
     return value
 
-# %% ../nbs/08_files.ipynb #848fd152
+# %% ../nbs/08_files.ipynb #8f1fcad0
 @contextmanager
 def open_safetensors(
     path:str|Path,  # File to open
@@ -141,7 +141,7 @@ def write_safetensors(
         save_file(contiguous, temporary, metadata={"format": "pt"} | dict(metadata or {}))
     return Path(path)
 
-# %% ../nbs/08_files.ipynb #346c0091
+# %% ../nbs/08_files.ipynb #fd6867d3
 @lru_cache
 def _sha256(
     path:Path,  # File to read

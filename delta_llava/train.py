@@ -25,9 +25,10 @@ import torch
 from transformers import TrainingArguments
 
 from .closed_form_init import answer_embeddings, closed_form_init
+from .collator import Collator, encode_row
 from .compressors.base import compressor_class
 from .config import CompressorConfig
-from .data import Collator, load_conversations
+from .conversations import load_conversations
 from .files import file_sha256, read_json
 from .processor import DeltaLlavaProcessor, build_pretrained
 from delta_llava.runs import (
@@ -37,7 +38,7 @@ from delta_llava.runs import (
     llm_fingerprint,
     load,
     read_run,
-    tower_fingerprint,
+    weights_fingerprint,
     write_card,
     write_run,
 )
@@ -234,7 +235,7 @@ def stage_collator(
 )->ElasticCollator:
     "How rows become batches in this stage."
     collator = Collator(processor=processor, tokens=stage.tokens, max_length=stage.max_length,
-                        packed=stage.packing, features=features, paths=paths)
+                        packing=stage.packing, features=features, paths=paths)
     return ElasticCollator(collator, budgets, stage.seed, compressor_class(stage.compressor).nested)
 
 # %% ../nbs/31b_train.ipynb #2b0f3dcf
@@ -277,8 +278,8 @@ def build_stage_model(
     model, processor = build_pretrained(
         stage.tower, stage.llm, stage.compressor, tokens=stage.tokens,
         budgets={*stage.train_budgets, *stage.eval_budgets}, image_size=stage.image_size, pad=stage.pad,
-        template=stage.template, standardize=stage.standardize, llm_dtype=dtype, four_bit=stage.load_in_4bit,
-        seed=stage.seed)
+        template=stage.template, standardize=stage.standardize, llm_dtype=dtype,
+        load_in_4bit=stage.load_in_4bit, seed=stage.seed)
     if stage.projector is not None:
         load_stage_projector(stage, model)
     slow = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()  # for sdpa, backward
@@ -344,7 +345,7 @@ def _init_closed_form(
     text = None
     if processor.questions:
         inputs = {k: v.to(model.device) for k, v in processor.encode_questions([question]).items()}
-        text = question_embedding(getattr(model, "model", model), **inputs).to(weight)
+        text = question_embedding(model, **inputs).to(weight)
     closed_form_init(projector, features, targets.to(weight), tokens=budgets, text=text)
 
 def initialize_projector(
@@ -374,12 +375,8 @@ def add_lengths(
 ):
     "The rows with a column `length`, their tokens at the main budget; a row that cannot be trained is named."
     def count(row):
-        try:
-            ids = processor.encode_conversation(row["conversations"], tokens=stage.tokens,
-                                                max_length=stage.max_length)
-        except ValueError as e:
-            raise ValueError(f"row {row['id']!r}: {e}") from e
-        return dict(length=len(ids["input_ids"]))
+        encoded = encode_row(processor, row, tokens=stage.tokens, max_length=stage.max_length)
+        return dict(length=len(encoded["input_ids"]))
     workers = max(1, stage.num_workers) if len(rows) > 10_000 else None
     return rows.map(count, desc="lengths", num_proc=workers)
 
@@ -403,7 +400,7 @@ def stage_fingerprints(
     check_projector_dir(stage)
     projector = None if stage.projector is None else file_sha256(stage.projector/"projector.safetensors")
     return dict(data=data_fingerprint(rows, stage.data), projector=projector,
-                tower=tower_fingerprint(stage.tower), llm=llm_fingerprint(stage.llm))
+                tower=weights_fingerprint(stage.tower), llm=llm_fingerprint(stage.llm))
 
 def _differences(
     run:dict,  # From `read_run`

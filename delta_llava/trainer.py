@@ -17,19 +17,17 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .data import Collator
+from .adapter import check_overrides, forget_adapters, is_lora_layer, moving_part
+from .collator import Collator
 from .files import read_safetensors, write_json, write_safetensors
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
@@ -85,7 +83,7 @@ def freeze(
 
 # %% ../nbs/31_trainer.ipynb #5cec9d65
 def _merged_linear(
-    layer:BaseTunerLayer,  # A matrix and its low-rank update
+    layer:nn.Module,  # PEFT's: a matrix and its low-rank update
     dtype:torch.dtype,  # Of the result, where the matrix was in four bits
 )->nn.Linear:
     "A layer with its update added."
@@ -93,7 +91,8 @@ def _merged_linear(
     if base.weight.is_floating_point():
         layer.merge()
         return base
-    weight = dequantize_module_weight(base).float() + layer.get_delta_weight("default")
+    dequantize = moving_part("dequantize_module_weight")
+    weight = dequantize(base).float() + layer.get_delta_weight("default")
     state = dict(weight=weight.to("cpu", dtype))
     if layer.bias is not None:
         state["bias"] = layer.bias.data.cpu()
@@ -106,14 +105,12 @@ def merge_lora(
 ):
     "Add the updates to the LLM's matrices; a model in four bits becomes one of full precision, on the CPU."
     dtype = model.get_output_embeddings().weight.dtype
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+    for name, layer in [(n, m) for n, m in model.named_modules() if is_lora_layer(m)]:
         model.set_submodule(name, _merged_linear(layer, dtype))
     if hasattr(model.config.text_config, "quantization_config"):
         del model.config.text_config.quantization_config
         model.cpu()
-    if getattr(model, "_hf_peft_config_loaded", False):  # else transformers would save an adapter
-        model._hf_peft_config_loaded = False
-        del model.peft_config
+    forget_adapters(model)
 
 # %% ../nbs/31_trainer.ipynb #cfdf6879
 def draw_budget(
@@ -141,8 +138,6 @@ class ElasticCollator:
         rows:Sequence[dict],  # As `Collator` takes them
     )->dict:  # For `at_step`
         "What does not depend on the budget: tokens of the text and opened images."
-        if not hasattr(self.collator, "prepare"):  # INTERIM
-            return dict(prepared=rows)
         return dict(prepared=self.collator.prepare(rows))
 
     def at_budget(self,
@@ -150,8 +145,6 @@ class ElasticCollator:
         tokens:int,  # Budget $V$
     )->dict:  # Inputs of the model
         "The batch at a budget."
-        if not hasattr(self.collator, "prepare"):  # INTERIM
-            return replace(self.collator, tokens=tokens)(batch["prepared"])
         return self.collator.assemble(batch["prepared"], tokens)
 
     def at_step(self,
@@ -333,6 +326,18 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save:
             names = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE]
             write_json(folder/COMPLETE, {str(p.relative_to(folder)): p.stat().st_size for p in names})
+
+check_overrides(Trainer, {
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "compute_loss": ("inputs", "return_outputs", "num_items_in_batch"),
+    "prediction_step": ("inputs", "prediction_loss_only", "ignore_keys"),
+    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "training_step": ("inputs", "num_items_in_batch"),
+    "_clip_grad_norm": ("model",),
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_save_checkpoint": ("model", "trial"),
+}, "training draws budgets, refuses NaN and marks complete checkpoints")
 
 class StageTrainer(FiniteTrainer, BudgetTrainer, CheckpointTrainer):
     "transformers' `Trainer` for both stages."

@@ -17,7 +17,7 @@ from transformers import Dinov2Config, LlamaConfig, ProcessorMixin, TrainerCallb
 
 from delta_llava import trainer as trainer_module
 from delta_llava.config import dinov2_s14
-from delta_llava.data import Collator
+from delta_llava.collator import Collator
 from delta_llava.trainer import (
     COMPLETE,
     ElasticCollator,
@@ -37,7 +37,7 @@ SMALL = replace(dinov2_s14(56, tokens=4, d_llm=32), d_vision=128, levels=(1, 2),
 
 
 class TinyProcessor(ProcessorMixin):
-    "An image of V tokens, then the letters of the answer."
+    "An image, then the letters of the answer."
     questions = False
     placeholders = None
     image_token_id = 1
@@ -51,9 +51,9 @@ class TinyProcessor(ProcessorMixin):
     def num_image_tokens(self, tokens=None):
         return tokens
 
-    def encode_conversation(self, conversation, tokens=None, max_length=None):
+    def tokenize_conversation(self, conversation):
         answer = [3 + ord(c) % 20 for c in conversation[1]["value"]]
-        return dict(input_ids=[1]*tokens + [2] + answer, labels=[-100]*(tokens + 1) + answer)
+        return dict(input_ids=[1, 2, *answer], labels=[-100, -100, *answer])
 
 
 def tiny_model(seed=0):

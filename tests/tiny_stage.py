@@ -109,7 +109,7 @@ class Announce(TrainerCallback):
 
 
 def die_while_saving(step, place):
-    "The process is killed while it writes the checkpoint of `step`, at one of five places; a file is cut in half."
+    "The process is killed while it writes the checkpoint of `step`; its newest file is cut in half."
     def die(folder):
         newest = max((f for f in Path(folder).iterdir() if f.is_file()), key=lambda f: f.stat().st_mtime_ns)
         os.truncate(newest, newest.stat().st_size//2)

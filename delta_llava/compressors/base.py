@@ -93,23 +93,40 @@ def compressor_name(
     return found[0]
 
 # %% ../../nbs/10_compressor.ipynb #409104aa
+def _rename(
+    state:dict[str, Tensor],  # Tensors by name
+    prefixes:dict[str, str],  # Prefix -> its replacement; the first that matches counts
+    transposed:dict[str, str],  # Name of a matrix that is transposed -> its new name
+)->dict[str, Tensor]:
+    "Tensors by other names; a name that no prefix matches stays."
+    renamed = {}
+    for name,tensor in state.items():
+        if name in transposed:
+            renamed[transposed[name]] = tensor.T.contiguous()
+            continue
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        renamed[name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)] = tensor
+    return renamed
+
 def from_reference(
     state:dict[str, Tensor],  # A reference's tensors by their names
-    names:dict[str, str],  # Our prefix -> the reference's
-    outer:str="",  # Prefix of the whole module in the reference's checkpoint, cut off if it is there
+    state_dict_map:dict[str, str],  # Our prefix -> the reference's; `"proj.T"`: the matrix `proj`, transposed
+    prefix:str="",  # Prefix of the whole module in the reference's checkpoint, removed if present
 )->dict[str, Tensor]:  # The same tensors by our names
-    "A reference's state by our names; names that no prefix matches stay."
-    state = {k.removeprefix(outer): v for k,v in state.items()}
-    def ours(name): return next((mine + name.removeprefix(theirs) for mine,theirs in names.items() if name.startswith(theirs)), name)
-    return {ours(k): v for k,v in state.items()}
+    "A reference's state dict under our names; names that no prefix matches stay."
+    prefixes = {theirs: ours for ours,theirs in state_dict_map.items() if not theirs.endswith(".T")}
+    matrices = {theirs[:-2]: ours for ours,theirs in state_dict_map.items() if theirs.endswith(".T")}
+    return _rename({k.removeprefix(prefix): v for k,v in state.items()}, prefixes, matrices)
 
 def to_reference(
     state:dict[str, Tensor],  # Our tensors by our names
-    names:dict[str, str],  # Our prefix -> the reference's
-    outer:str="",  # Prefix of the whole module in the reference's checkpoint
+    state_dict_map:dict[str, str],  # As for `from_reference`
+    prefix:str="",  # Prefix of the whole module in the reference's checkpoint
 )->dict[str, Tensor]:  # The same tensors by the reference's names
     "The inverse of `from_reference`."
-    return {outer + k: v for k,v in from_reference(state, {theirs: mine for mine,theirs in names.items()}).items()}
+    prefixes = {ours: theirs for ours,theirs in state_dict_map.items() if not theirs.endswith(".T")}
+    matrices = {ours: theirs[:-2] for ours,theirs in state_dict_map.items() if theirs.endswith(".T")}
+    return {prefix + k: v for k,v in _rename(state, prefixes, matrices).items()}
 
 # %% ../../nbs/10_compressor.ipynb #2a063e19
 def input_attribution(

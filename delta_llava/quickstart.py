@@ -22,7 +22,7 @@ from jinja2 import Environment
 from tqdm.auto import tqdm
 
 from . import evaluate
-from .answerer import Answerer, Request
+from .answerer import Answerer
 from .assets import default_llm, default_tower
 from .collator import Collator
 from .compressors.base import compressor_class, compressor_config
@@ -30,7 +30,7 @@ from .conversations import load_conversations
 from .flops import model_config, shape_of
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor
-from .runs import add_results, load, read_run, rename_legacy, write_card
+from .runs import add_results, load, read_run, write_card
 from .scenes import write_scenes
 from .tower import CachedFeatures, open_image
 from .train import Pretrain, read_features, train_run
@@ -221,18 +221,17 @@ def evaluate_set(
     "All scores of one held-out set at one budget."
     rows = list(rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
-    scores = rename_legacy(evaluate.matched_mismatched_loss(model, processor, rows, visual, tokens))
+    scores = evaluate.matched_mismatched_loss(model, processor, rows, visual, tokens)
     scores["forced_choice_accuracy"] = evaluate.forced_choice_accuracy(model, processor, rows, visual, tokens)
     if captions:
-        requests = [Request(QUESTION, visual_tokens=image_tokens[None]) for image_tokens in visual]
-        answers = Answerer(model, processor).generate(requests, tokens=tokens, max_new_tokens=CAPTION_TOKENS)
+        answers = evaluate.generate_captions(model, processor, visual, tokens, max_new_tokens=CAPTION_TOKENS)
         references = [row["conversations"][1]["value"] for row in rows]
         scores |= evaluate.score_captions(answers, rows) | dict(captions=answers, references=references)
     if pointing:
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #a2a29156
+# %% ../nbs/50_quickstart.ipynb #6585e844
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -369,7 +368,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #8cba9b07
+# %% ../nbs/50_quickstart.ipynb #94cfd4a0
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

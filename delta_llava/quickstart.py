@@ -231,7 +231,7 @@ def evaluate_set(
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #6585e844
+# %% ../nbs/50_quickstart.ipynb #bd96adcc
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -368,7 +368,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #94cfd4a0
+# %% ../nbs/50_quickstart.ipynb #cfb677ba
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

@@ -7,8 +7,8 @@ For each seed two trainings have the same images, order, steps, vision tower and
 steps use all budgets, as in the quickstart, and LLaVA-1.5's projector, which keeps all patches. FastV is
 then applied to the second one, with its default of two full layers, at the same budgets and without any
 training. At all patches it drops nothing and is LLaVA-1.5. The paper compares them in the same way: one side
-was trained for its budgets, the other was not. `cider_reference` is the CIDEr of the reference captions, an upper
-limit.
+was trained for its budgets, the other was not. `cider_reference` is the CIDEr of the reference captions, an
+upper limit.
 
 Each training and its scores stay in the folder, so a benchmark that was interrupted can be continued.
 """

@@ -42,6 +42,18 @@ def _check_at_least(name:str, value:int, least:int, reason:str=""):
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}{reason}.")
 
+def _check_settings(config):
+    "Error if the settings of a quickstart contradict each other."
+    if config.data is not None:
+        raise ValueError(f"data={config.data}: the quickstart trains on planted scenes; for your own data use "
+                         "delta-llava pretrain.")
+    _check_at_least("max_steps", config.max_steps, 1)
+    _check_at_least("train_images", config.train_images, 1)
+    _check_at_least("test_images", config.test_images, 2, ": captions are compared with another image")
+    if config.tokens not in config.evaluation_budgets:
+        raise ValueError(f"tokens={config.tokens} must be one of eval_budgets={config.eval_budgets}; "
+                         "set both, e.g. tokens=4, eval_budgets=(4, 16).")
+
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(Pretrain):
     "Train a projector on captions of planted scenes, test it on held-out scenes, write a report."
@@ -75,15 +87,7 @@ class Quickstart(Pretrain):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data is not None:
-            raise ValueError(f"data={self.data}: the quickstart trains on planted scenes; for your own data "
-                             "use delta-llava pretrain.")
-        _check_at_least("max_steps", self.max_steps, 1)
-        _check_at_least("train_images", self.train_images, 1)
-        _check_at_least("test_images", self.test_images, 2, ": captions are compared with another image")
-        if self.tokens not in self.evaluation_budgets:
-            raise ValueError(f"tokens={self.tokens} must be one of eval_budgets={self.eval_budgets}; "
-                             "set both, e.g. tokens=4, eval_budgets=(4, 16).")
+        _check_settings(self)
 
     @property
     def kind(self)->str:
@@ -231,7 +235,7 @@ def evaluate_set(
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #bd96adcc
+# %% ../nbs/50_quickstart.ipynb #ea788dfd
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -258,7 +262,7 @@ def read_quickstart(
     "The settings of a run, as far as they concern the scenes and the budgets."
     run = read_run(folder)
     known = {field.name for field in fields(Quickstart)}
-    unknown = sorted(run["settings"].keys() - known)
+    unknown = sorted(run["settings"].keys() - known - {"stage", "rows"})
     if unknown and run["kind"] == "quickstart":
         raise ValueError(f"{folder}: the settings have unknown fields {unknown}, so another version wrote "
                          "them; use that version, or train again.")
@@ -368,7 +372,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #cfb677ba
+# %% ../nbs/50_quickstart.ipynb #3f99e75f
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

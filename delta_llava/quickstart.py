@@ -45,8 +45,8 @@ def _check_at_least(name:str, value:int, least:int, reason:str=""):
 def _check_settings(config):
     "Error if the settings of a quickstart contradict each other."
     if config.data is not None:
-        raise ValueError(f"data={config.data}: the quickstart trains on planted scenes; for your own data use "
-                         "delta-llava pretrain.")
+        raise ValueError(f"data={config.data}: the quickstart trains on planted scenes; for your own data "
+                         "use delta-llava pretrain.")
     _check_at_least("max_steps", config.max_steps, 1)
     _check_at_least("train_images", config.train_images, 1)
     _check_at_least("test_images", config.test_images, 2, ": captions are compared with another image")
@@ -235,7 +235,7 @@ def evaluate_set(
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #ea788dfd
+# %% ../nbs/50_quickstart.ipynb #a390d82b
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -372,7 +372,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #3f99e75f
+# %% ../nbs/50_quickstart.ipynb #d66ba17a
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

@@ -238,7 +238,7 @@ def test_other_data_are_another_run(parts, tmp_path, finished):
     assert (tmp_path/"run"/"run.json").read_bytes() == before
     (here/"3.png").write_bytes(kept)
     (here/"copy.json").write_text(text)
-    path = run_stage(replace(run, data=here/"copy.json"))  # the same by another name
+    path = run_stage(replace(run, data=here/"copy.json"))  # the same content
     assert read_run(tmp_path/"run")["settings"]["data"] == str(here/("data.json" if finished else "copy.json"))
     assert (path.read_bytes() == before) == finished
 

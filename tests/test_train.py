@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from transformers import Dinov2Config, LlamaConfig, ProcessorMixin, TrainerCallback
 
 from delta_llava import trainer as trainer_module
-from delta_llava.config import dinov2_s14
 from delta_llava.collator import Collator
+from delta_llava.config import dinov2_s14
 from delta_llava.trainer import (
     COMPLETE,
     ElasticCollator,

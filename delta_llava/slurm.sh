@@ -1,0 +1,21 @@
+#!/bin/bash
+#SBATCH --job-name=delta-{stage}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={cores}
+#SBATCH --time={hours}:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -eu
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS={cpus}
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):29500"
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+srun --kill-on-bad-exit=1 {command} &
+training=$!
+code=0
+wait "$training" || code=$?
+while kill -0 "$training" 2>/dev/null; do code=0; wait "$training" || code=$?; done
+exit "$code"

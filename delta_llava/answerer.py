@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .adapter import BaseModelOutputWithPooling
 from .grid import VisionFeatures
 from .processor import DeltaLlavaProcessor, as_messages, expand_images
 from .tower import open_image

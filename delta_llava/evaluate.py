@@ -24,11 +24,11 @@ from scipy.stats import ttest_rel
 from torch import Tensor
 
 from .answerer import Answerer, Request
-from .data import PHRASINGS, concept_names, join_phrases, with_article
 from .flops import as_table
 from .grid import VisionFeatures, batches
 from .processor import DeltaLlavaProcessor, as_messages
 from .runs import read_record
+from .scenes import PHRASINGS, concept_names, join_phrases, with_article
 from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/43_evaluate.ipynb #06bff80e

@@ -1,14 +1,17 @@
 "Answers and likelihoods: batch, form of the images and cache change nothing; `<image>` is never written."
 import pytest
 import torch
-from test_vlm_compressors import every, tiny
-from tiny_vlm import IMAGE, byte_tokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, projector_config
 
+from delta_llava.adapter import CLIPImageProcessorPil
 from delta_llava.answerer import Answerer, AnswerScore, EncodedAnswer, Request, RequestEncoder, shared_prompt
-from delta_llava.data import draw_scene, plan_scene
+from delta_llava.compressors.base import COMPRESSORS, VARIANTS, compressor_class, compressor_config, compressor_name
 from delta_llava.processor import build_processor
+from delta_llava.scenes import draw_scene, plan_scene
 from delta_llava.tower import vision_features
+from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+
+every = pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS])
 
 QUESTIONS = [
     "What?",
@@ -28,16 +31,20 @@ def scene_image(i):
 
 
 def build(name="delta", template="v1"):
-    "A tiny model of one compressor with its processor, images of 384 px."
-    model = tiny(name)
+    "A tiny model of one compressor at 9 tokens (the MLP has 144) with its processor, images of 384 px."
+    torch.manual_seed(0)
+    sizes = compressor_config(name, projector_config("clip_b32_384"), tokens=144 if name == "mlp" else 9)
+    compressor = compressor_name(compressor_class(name)(sizes))
+    config = DeltaLlavaConfig(vision_config=TOWERS["clip_b32_384"][1](), text_config=llm_config(num_hidden_layers=4),
+                              compressor=compressor, projector=sizes.to_dict(), image_token_index=IMAGE)
+    model = DeltaLlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for p in model.get_decoder().layers.parameters():
-            p.mul_(12 if p.ndim == 2 else 1)  # else it would say the same of everything
-    config, requires = model.config.projector_config(), model.multi_modal_projector.requires
+            p.mul_(12 if p.ndim == 2 else 1)  # else every image gets the same answer
+    requires = model.multi_modal_projector.requires
     pixels = CLIPImageProcessorPil(size=dict(shortest_edge=384), crop_size=dict(height=384, width=384))
-    placeholders = config.placeholders(config.tokens) if "decoder" in requires else None
-    processor = build_processor(pixels, byte_tokenizer(), config.tokens, template, "text" in requires,
-                                placeholders)
+    placeholders = sizes.placeholders(sizes.tokens) if "decoder" in requires else None
+    processor = build_processor(pixels, byte_tokenizer(), sizes.tokens, template, "text" in requires, placeholders)
     return model, processor
 
 

@@ -1,5 +1,7 @@
 """The check of the site's pages finds what it is there to find: one planted fault of each kind."""
-import base64, importlib.util
+
+import base64
+import importlib.util
 from pathlib import Path
 
 import nbformat
@@ -7,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("check_docs", ROOT/"tools"/"check_docs.py")
+spec = importlib.util.spec_from_file_location("check_docs", ROOT / "tools" / "check_docs.py")
 check_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_docs)
 
@@ -28,72 +30,122 @@ Text
 """
 
 
-def figure(*lines): return new_code_cell("\n".join([*lines, "draw()"]), outputs=[new_output("display_data", {"image/png": PNG})])
+def figure(*lines):
+    return new_code_cell(
+        "\n".join([*lines, "draw()"]), outputs=[new_output("display_data", {"image/png": PNG})]
+    )
+
+
 FIGURE = ["#| label: fig-one", '#| fig-cap: "What to look at."', '#| fig-alt: "A line."']
 
 
-def site(tmp_path, text=SOUND, cell=None, title="# A\n\n> About a.", front="title: A\ndescription: About a.", contents=("a.ipynb", "b.ipynb"), names=()):
+def site(
+    tmp_path,
+    text=SOUND,
+    cell=None,
+    title="# A\n\n> About a.",
+    front="title: A\ndescription: About a.",
+    contents=("a.ipynb", "b.ipynb"),
+    names=(),
+):
     "Two pages, as notebooks and as nbdev has processed them; returns the faults."
-    source, nbs = tmp_path/"_proc", tmp_path/"nbs"
-    for folder in (source, nbs): folder.mkdir()
-    pages = {"a": [new_raw_cell(f"---\n{front}\n---\n"), new_markdown_cell(text), cell or figure(*FIGURE)], "b": [new_raw_cell("---\ntitle: B\ndescription: About b.\n---\n"), new_markdown_cell("## Other")]}
+    source, nbs = tmp_path / "_proc", tmp_path / "nbs"
+    for folder in (source, nbs):
+        folder.mkdir()
+    pages = {
+        "a": [new_raw_cell(f"---\n{front}\n---\n"), new_markdown_cell(text), cell or figure(*FIGURE)],
+        "b": [new_raw_cell("---\ntitle: B\ndescription: About b.\n---\n"), new_markdown_cell("## Other")],
+    }
     for name, cells in pages.items():
-        nbformat.write(new_notebook(cells=cells), source/f"{name}.ipynb")
-        nbformat.write(new_notebook(cells=[new_markdown_cell(title if name == "a" else "# B\n\n> About b.")]), nbs/f"{name}.ipynb")
+        nbformat.write(new_notebook(cells=cells), source / f"{name}.ipynb")
+        nbformat.write(
+            new_notebook(cells=[new_markdown_cell(title if name == "a" else "# B\n\n> About b.")]),
+            nbs / f"{name}.ipynb",
+        )
     config = dict(website=dict(sidebar=dict(contents=[dict(section="All", contents=list(contents))])))
-    return check_docs.check(source, tmp_path/"_docs", config, SETTINGS, tmp_path, {"a.ipynb": list(names)})
+    return check_docs.check(source, tmp_path / "_docs", config, SETTINGS, tmp_path, {"a.ipynb": list(names)})
 
 
 def test_sound_pages_pass_and_can_be_looked_at(tmp_path):
     assert site(tmp_path, names=["A heading".replace(" ", "-")]) == []
-    page = (tmp_path/"_docs"/"a.html").read_text()
-    for part in ('href="b.html#other"', 'id="eq-one"', 'alt="A line."', "<math", 'href="#fig-one">Figure 1<'): assert part in page, part
-    assert (tmp_path/"_docs"/"a_files"/"2-0.png").read_bytes() == b"\x89PNG"
+    page = (tmp_path / "_docs" / "a.html").read_text()
+    for part in ('href="b.html#other"', 'id="eq-one"', 'alt="A line."', "<math", 'href="#fig-one">Figure 1<'):
+        assert part in page, part
+    assert (tmp_path / "_docs" / "a_files" / "2-0.png").read_bytes() == b"\x89PNG"
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(text=SOUND + "\n[gone](c.ipynb)"), "c.ipynb does not exist"),
-    (dict(text=SOUND + "\n[gone](b.ipynb#gone)"), "b.html has no anchor #gone"),
-    (dict(text=SOUND + "\n[gone](#gone)"), "a.html has no anchor #gone"),
-    (dict(text=SOUND + "\n[gone](https://docs.example/lib/b.html#gone)"), "b.html has no anchor #gone"),
-    (dict(text=SOUND + "\n[gone](https://code.example/me/lib/blob/main/gone.py)"), "gone.py does not exist in the repository"),
-    (dict(text=SOUND + "\n[outside](../LICENSE)"), "outside the site"),
-    (dict(text=SOUND + "\n![a cat](cat.png)"), "cat.png does not exist"),
-    (dict(text=SOUND + "\n![](b.ipynb)"), "without alt text"),
-    (dict(cell=figure(*FIGURE[:2])), "without alt text"),
-    (dict(text=SOUND + "\nSee @eq-gone."), "@eq-gone refers to nothing"),
-    (dict(text=SOUND + "\n$$ z $$ {#eq-one}"), "'eq-one' is used twice"),
-    (dict(text=SOUND + "\n$$ z $$ {#fig-two}"), "it must begin with eq-"),
-    (dict(cell=figure("#| label: plot-one", *FIGURE[1:]), text="## Other"), "it must begin with fig- or tbl-"),
-    (dict(text=SOUND + "\n$$ \\frac{a $$"), "TeX math"),
-    (dict(text="A line\n- no list"), "markup left as text"),
-    (dict(text="Text\n::: {.callout-note}\nText\n:::"), "markup left as text"),
-    (dict(contents=["a.ipynb"]), "the sidebar does not name b.ipynb"),
-    (dict(contents=["a.ipynb", "b.ipynb", "c.ipynb"]), "sidebar names c.ipynb, which does not exist"),
-    (dict(front="title: A"), "nbs/a.ipynb: no description"),
-    (dict(front="description: About a."), "nbs/a.ipynb: no title"),
-    (dict(title="# A\n\n> About a.\n\nLost."), "the site leaves out what follows title"),
-    (dict(names=["Gone"]), "Gone is exported and has no heading"),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(text=SOUND + "\n[gone](c.ipynb)"), "c.ipynb does not exist"),
+        (dict(text=SOUND + "\n[gone](b.ipynb#gone)"), "b.html has no anchor #gone"),
+        (dict(text=SOUND + "\n[gone](#gone)"), "a.html has no anchor #gone"),
+        (dict(text=SOUND + "\n[gone](https://docs.example/lib/b.html#gone)"), "b.html has no anchor #gone"),
+        (
+            dict(text=SOUND + "\n[gone](https://code.example/me/lib/blob/main/gone.py)"),
+            "gone.py does not exist in the repository",
+        ),
+        (dict(text=SOUND + "\n[outside](../LICENSE)"), "outside the site"),
+        (dict(text=SOUND + "\n![a cat](cat.png)"), "cat.png does not exist"),
+        (dict(text=SOUND + "\n![](b.ipynb)"), "without alt text"),
+        (dict(cell=figure(*FIGURE[:2])), "without alt text"),
+        (dict(text=SOUND + "\nSee @eq-gone."), "@eq-gone refers to nothing"),
+        (dict(text=SOUND + "\n$$ z $$ {#eq-one}"), "'eq-one' is used twice"),
+        (dict(text=SOUND + "\n$$ z $$ {#fig-two}"), "it must begin with eq-"),
+        (
+            dict(cell=figure("#| label: plot-one", *FIGURE[1:]), text="## Other"),
+            "it must begin with fig- or tbl-",
+        ),
+        (dict(text=SOUND + "\n$$ \\frac{a $$"), "TeX math"),
+        (dict(text="A line\n- no list"), "markup left as text"),
+        (dict(text="Text\n::: {.callout-note}\nText\n:::"), "markup left as text"),
+        (dict(contents=["a.ipynb"]), "the sidebar does not name b.ipynb"),
+        (dict(contents=["a.ipynb", "b.ipynb", "c.ipynb"]), "sidebar names c.ipynb, which does not exist"),
+        (dict(front="title: A"), "nbs/a.ipynb: no description"),
+        (dict(front="description: About a."), "nbs/a.ipynb: no title"),
+        (dict(title="# A\n\n> About a.\n\nLost."), "the site leaves out what follows title"),
+        (dict(names=["Gone"]), "Gone is exported and has no heading"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_planted_fault_is_found(tmp_path, change, said):
     found = site(tmp_path, **{"text": SOUND} | change)
     named = [fault for fault in found if said in fault]
     assert named, found
     assert all(("nbs/a.ipynb" in fault) or "sidebar" in fault for fault in named), "a fault names its page"
-    if "[gone]" in change.get("text", ""): assert ", cell " in named[0], "and its cell"
+    if "[gone]" in change.get("text", ""):
+        assert ", cell " in named[0], "and its cell"
 
 
 def test_every_exported_name_belongs_to_a_notebook():
     "`exported` reads the modules' headers; a slip there would switch the check of the API pages off."
     names = check_docs.exported(ROOT)
     assert "DeltaProjection" in names["03_delta.ipynb"] and "MQT" in names["14_mqt.ipynb"]
-    assert all((ROOT/"nbs"/name).exists() for name in names)
+    assert all((ROOT / "nbs" / name).exists() for name in names)
 
 
 def test_no_links_inside_code(tmp_path):
     "nbdev writes them into signatures; those in the text stay."
     linked = "As for [`plan`](https://docs.example/lib/b.html#plan)"
-    nbformat.write(new_notebook(cells=[new_code_cell("show_doc(f)", outputs=[new_output("display_data", {"text/markdown": f"### f\n\n```python\ndef f(\n    a, # {linked}\n)\n```\n\n{linked}"})])]), tmp_path/"a.ipynb")
-    for _ in range(2): check_docs.unlink(tmp_path)
-    text = nbformat.read(tmp_path/"a.ipynb", 4).cells[0].outputs[0].data["text/markdown"]
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_code_cell(
+                    "show_doc(f)",
+                    outputs=[
+                        new_output(
+                            "display_data",
+                            {
+                                "text/markdown": f"### f\n\n```python\ndef f(\n    a, # {linked}\n)\n```\n\n{linked}"
+                            },
+                        )
+                    ],
+                )
+            ]
+        ),
+        tmp_path / "a.ipynb",
+    )
+    for _ in range(2):
+        check_docs.unlink(tmp_path)
+    text = nbformat.read(tmp_path / "a.ipynb", 4).cells[0].outputs[0].data["text/markdown"]
     assert "".join(text) == f"### f\n\n```python\ndef f(\n    a, # As for `plan`\n)\n```\n\n{linked}"

@@ -101,8 +101,8 @@ class QueCC(Compressor):
             raise ValueError(
                 f"text={None if text is None else tuple(text.shape)}: QueCC reads the question, so it needs"
                 f" a question embedding {want} = [batch, 1, d_text]. It is the LLM's last hidden state of"
-                " the question's last token: under torch.no_grad(), decoder(input_ids).last_hidden_state[:, -1:]"
-                " for questions padded on the left.")
+                " the question's last token: under torch.no_grad(),"
+                " decoder(input_ids).last_hidden_state[:, -1:] for questions padded on the left.")
         return self.text(text.to(like))
 
     def queries(self,

@@ -62,7 +62,7 @@ def run_budgets(
         return []
     return [(whole_grid if name == "fastv" else possible, possible)]
 
-# %% ../nbs/51_compare.ipynb #203cd37a
+# %% ../nbs/51_compare.ipynb #d3cccdce
 def _no_runs(compressors, budgets, sizes:CompressorConfig)->ValueError:
     "Why a comparison has no runs."
     name = compressors[-1]
@@ -182,7 +182,7 @@ def prepare_data(
         for rows in (config.load_rows(), *held_out.values()):
             extract_features(model, processor, rows)
 
-# %% ../nbs/51_compare.ipynb #87dba3d4
+# %% ../nbs/51_compare.ipynb #7e13d9cf
 def _common_value(values:list):
     "The value that all runs share, or the list of all values."
     return values[0] if all(value == values[0] for value in values) else values
@@ -230,7 +230,7 @@ def run_jobs(
                 pool.shutdown(cancel_futures=True)  # items that have not begun are dropped
                 raise
 
-# %% ../nbs/51_compare.ipynb #31ead4f7
+# %% ../nbs/51_compare.ipynb #243cccc4
 def _check_settings(runs:Sequence[Quickstart], output_dir:Path):
     "Error if the folder holds a comparison with other settings."
     if (output_dir/"cells").exists():

@@ -27,7 +27,7 @@ from .assets import default_llm, default_tower
 from .collator import Collator
 from .compressors.base import compressor_class, compressor_config
 from .conversations import load_conversations
-from .flops import model_config, shape_of
+from .flops import model_config
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
 from .processor import DeltaLlavaProcessor
 from .runs import add_results, load, read_run, write_card
@@ -116,11 +116,12 @@ def check_sizes(
     config:Quickstart,  # Tower, image size, compressor and budgets
 ):
     "Error if tower, image size, compressor and budgets do not fit, before anything is written."
-    patch = shape_of(config.tower).patch_size
+    model = model_config(config.tower, config.llm, tokens=1, image_size=config.image_size)
+    patch = model.vision_config.patch_size
     if config.image_size % patch:
         raise ValueError(f"image_size={config.image_size} must be a multiple of the tower's patch size "
                          f"{patch}.")
-    sizes = model_config(config.tower, config.llm, tokens=1, image_size=config.image_size).projector_config()
+    sizes = model.projector_config()
     projector = compressor_config(config.compressor, sizes, tokens=config.tokens)
     for tokens in {*config.train_budgets, *config.evaluation_budgets}:
         projector.check_budget(tokens, sizes.grid)
@@ -235,7 +236,7 @@ def evaluate_set(
         scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
     return scores
 
-# %% ../nbs/50_quickstart.ipynb #a390d82b
+# %% ../nbs/50_quickstart.ipynb #c1a407f6
 def evaluate_sets(
     model:DeltaLlavaForConditionalGeneration,  # Trained
     processor:DeltaLlavaProcessor,  # Its processor
@@ -372,7 +373,7 @@ def draw_figures(
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
-# %% ../nbs/50_quickstart.ipynb #d66ba17a
+# %% ../nbs/50_quickstart.ipynb #72abdf73
 def write_report(
     config:Quickstart,  # Settings of the run
     run:dict,  # Its `run.json`

@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig, Dinov2Config, GPT2Config, LlamaConfig
 from delta_llava import cli
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS, build_compressor, compressor_config
 from delta_llava.config import ProjectorConfig, paper_text_config, relative_levels
-from delta_llava.flops import (DEVICES, PAPER_FIGURES, SHAPES, Cost, Setup, at_budget, authors_cost, cache_bytes, cost, counted, counted_cost, counted_llm, counted_tower, decode_flops, met, model_config,
-                               numel, paper_figures, prefill_flops, project, projector_terms, cost_report, roofline, shape_of, tower_flops, traffic)
+from delta_llava.flops import (DEVICES, PAPER_NUMBERS, PRETRAINED_CONFIGS, Cost, Setup, at_budget, authors_cost, kv_cache_bytes, cost, counted, counted_cost, counted_llm, counted_tower, decode_flops, matches, model_config,
+                               num_parameters, paper_numbers, prefill_flops, projector_forward, projector_terms, cost_report, roofline, pretrained_config, tower_flops, memory_traffic)
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration
 
 REFERENCE = json.loads((Path(__file__).parent/"data"/"flops.json").read_text())
@@ -21,7 +21,7 @@ CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch1
 LLMS = dict(vicuna7b="lmsys/vicuna-7b-v1.5", vicuna13b="lmsys/vicuna-13b-v1.5", qwen2_7b="Qwen/Qwen2-7B")
 NAMES = [*COMPRESSORS, *VARIANTS]
 
-SHAPES |= {  # small enough to be built for real
+PRETRAINED_CONFIGS |= {  # small enough to be built for real
     "tiny-tower": CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=48, patch_size=8),
     "tiny-llama": LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, eos_token_id=None, bos_token_id=None, pad_token_id=0),
     "tiny-qwen2": Qwen2Config(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, bos_token_id=None, pad_token_id=0),
@@ -29,7 +29,7 @@ SHAPES |= {  # small enough to be built for real
 tiny = lambda **kwargs: Setup(**dict(tower="tiny-tower", llm="tiny-llama", tokens=9, text=7, answer=3) | kwargs)
 
 def sizes(tower=CLIP, d=4096):
-    config = shape_of(tower)
+    config = pretrained_config(tower)
     return ProjectorConfig(grid=config.image_size//config.patch_size, tokens=1, levels=relative_levels(config.num_hidden_layers), d_vision=config.hidden_size, d_llm=d)
 
 def built(name, tokens, like=None, **options):
@@ -51,7 +51,7 @@ def possible(name, like=None):
 @pytest.mark.parametrize("name", NAMES)
 def test_projector_is_what_is_counted(name, tower, d):
     like = sizes(tower, d)
-    for projector in possible(name, like): assert sum(projector_terms(name, projector.config).values()) == counted(project(projector)), projector.config.tokens
+    for projector in possible(name, like): assert sum(projector_terms(name, projector.config).values()) == counted(projector_forward(projector)), projector.config.tokens
 
 def test_budgets_are_those_that_the_systems_have():
     assert {name: [p.config.tokens for p in possible(name)] for name in ("delta", "mlp", "mqt", "prumerge")} == dict(
@@ -63,11 +63,11 @@ def test_budgets_are_those_that_the_systems_have():
     ("cabstractor", 36, dict(hidden=512, depth=2, mlp_depth=3)), ("cabstractor", 38, dict(eos=2, depth=0)), ("qwen", 64, dict(post=False)), ("mlp", 576, dict(depth=1)), ("mqt", 256, {})])
 def test_every_switch_is_in_the_equation(name, tokens, options):
     projector = built(name, tokens, **options)
-    assert sum(projector_terms(name, projector.config).values()) == counted(project(projector))
+    assert sum(projector_terms(name, projector.config).values()) == counted(projector_forward(projector))
 
 @pytest.mark.parametrize("name,side", [(CLIP, 336), (CLIP, 224), ("openai/clip-vit-base-patch32", 384), (SIGLIP, 384)])
 def test_tower_is_what_is_counted(name, side):
-    config = shape_of(name)
+    config = pretrained_config(name)
     for levels in (relative_levels(config.num_hidden_layers), (1, 2)): assert tower_flops(config, levels[-1], side) == counted_tower(config, levels, side)
     if name != SIGLIP: assert tower_flops(config, 3, side, attention=True) == counted_tower(config, (1, 3), side, attention=True)
 
@@ -84,20 +84,20 @@ def test_all_stages_are_what_is_counted(name, llm):
 
 @pytest.mark.parametrize("llm", LLMS.values())
 def test_full_llm_is_what_is_counted(llm):
-    whole = (shape_of(llm).num_hidden_layers, 213),
-    assert counted_llm(llm, whole, 2) == (prefill_flops(shape_of(llm), whole), decode_flops(shape_of(llm), whole, 2))
+    whole = (pretrained_config(llm).num_hidden_layers, 213),
+    assert counted_llm(llm, whole, 2) == (prefill_flops(pretrained_config(llm), whole), decode_flops(pretrained_config(llm), whole, 2))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("llm", LLMS.values())
 def test_every_compressor_at_every_budget_with_the_full_llms(llm):
     seen = {}
     for name in NAMES:
-        for projector in possible(name, sizes(CLIP, shape_of(llm).hidden_size)):
+        for projector in possible(name, sizes(CLIP, pretrained_config(llm).hidden_size)):
             setup = Setup(llm=llm, compressor=name, tokens=projector.config.tokens, text=69, answer=2, question=20)
             ours = cost(setup)
-            if setup.seen not in seen: seen[setup.seen] = counted_llm(llm, setup.seen, 2)
-            assert (ours.prefill, ours.decode) == seen[setup.seen] and ours.projector == counted(project(projector))
-            if setup.asked: assert ours == counted_cost(setup)
+            if setup.layer_tokens not in seen: seen[setup.layer_tokens] = counted_llm(llm, setup.layer_tokens, 2)
+            assert (ours.prefill, ours.decode) == seen[setup.layer_tokens] and ours.projector == counted(projector_forward(projector))
+            if setup.question_tokens: assert ours == counted_cost(setup)
 
 # The real model, really run
 
@@ -111,16 +111,16 @@ def test_generation_costs_what_the_equations_say(name, llm):
     setup = tiny(compressor=name, tokens=36 if name == "mlp" else 9, llm=llm, question=5)
     model,visual = real(setup),setup.config.image_seq_length
     ids = torch.cat([torch.full((1, visual), setup.config.image_token_id), torch.randint(1, 99, (1, setup.text))], dim=1)
-    extra = dict(question_ids=torch.randint(1, 99, (1, 5))) if setup.asked else {}
+    extra = dict(question_ids=torch.randint(1, 99, (1, 5))) if setup.question_tokens else {}
     with FlopCounterMode(display=False) as counter: out = model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 48, 48), max_new_tokens=setup.answer, do_sample=False, return_dict_in_generate=True, **extra)
     image_word = setup.answer*2*64  # our head has one word more than the LLM
     assert out.sequences.shape[1] - ids.shape[1] == setup.answer
     assert counter.get_total_flops() == cost(setup).total + image_word
     held = sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-    assert held == cache_bytes(setup, new=setup.answer - 1, element=4)
+    assert held == kv_cache_bytes(setup, new_tokens=setup.answer - 1, element_size=4)
 
 def test_causal_attention_is_what_is_left_without_later_tokens():
-    config,one = shape_of("tiny-qwen2"),((3, 1),)
+    config,one = pretrained_config("tiny-qwen2"),((3, 1),)
     steps = counted_llm("tiny-qwen2", one, 30)
     assert sum(steps) - 29*2*64*99 == prefill_flops(config, ((3, 30),), causal=True) < prefill_flops(config, ((3, 30),))
 
@@ -158,7 +158,7 @@ def test_projectors_have_the_references_totals():
 
 def test_authors_estimate_tower_and_fastv():
     for V,giga in REFERENCE["authors_projector_estimate_GF"].items(): assert authors_cost(Setup(tokens=int(V))).projector/1e9 == near(giga)
-    clip,vision = shape_of(CLIP),REFERENCE["vision"]
+    clip,vision = pretrained_config(CLIP),REFERENCE["vision"]
     assert [tower_flops(clip, *a)/1e12 for a in ((24, 336), (23, 336), (24, 224))] == [near(vision[k]) for k in ("authors_total", "without_last_block", "clip224")]
     for V,tera in REFERENCE["fastv_prefill_k2_vicuna7b"].items():
         ranking = 2*4096*(576 + 68.5) if V != "576" else 0  # the reference leaves it out
@@ -167,8 +167,8 @@ def test_authors_estimate_tower_and_fastv():
 # The paper's figures
 
 def test_which_figures_of_the_paper_come_from_which_formula():
-    verdicts = {(r["what"], r["V"], r["paper"]): r["met by"] for r in paper_figures()}
-    assert len(verdicts) == len(PAPER_FIGURES)
+    verdicts = {(r["what"], r["V"], r["paper"]): r["met by"] for r in paper_numbers()}
+    assert len(verdicts) == len(PAPER_NUMBERS)
     assert all(v == "authors' formula" for (what, *_),v in verdicts.items() if what in ("prefill", "tower", "projector ratio"))
     assert all(v.startswith("authors' formula") and "exact" not in v for (what, *_),v in verdicts.items() if what in ("decode", "total"))
     assert verdicts["total saved", "576 → 1", "81 %"] == "authors' formula" and verdicts["total saved", "576 → 1", "70 %"] == "neither"
@@ -176,7 +176,7 @@ def test_which_figures_of_the_paper_come_from_which_formula():
     assert verdicts["decode", "576", "0.31"] == "authors' formula, G = 29.3–30.2"
 
 def test_a_figure_is_met_when_it_rounds_to_it():
-    assert met("6.72", 6.7163) and not met("6.72", 6.7263) and met("≤ 0.002", .0024) and not met("≤ 0.002", .0026) and met("81 %", 81.45) and not met("70 %", 70.6)
+    assert matches("6.72", 6.7163) and not matches("6.72", 6.7263) and matches("≤ 0.002", .0024) and not matches("≤ 0.002", .0026) and matches("81 %", 81.45) and not matches("70 %", 70.6)
 
 # Bytes and bounds
 
@@ -184,10 +184,10 @@ def test_weights_are_the_modules_own():
     setup = at_budget(144, answer=2)
     with torch.device("meta"): model = DeltaLlavaForConditionalGeneration(setup.config)
     vicuna,V,d = 6_738_415_616,32000,4096
-    assert numel(model.get_decoder(), model.lm_head) == vicuna + 2*d
-    moved = traffic(setup)
-    assert moved.tower == 2*(numel(model.vision_tower) + 3*336**2 + 576*4096)
-    assert moved.projector == 2*(numel(model.multi_modal_projector) + 576*4096 + 144*d)
+    assert num_parameters(model.get_decoder(), model.lm_head) == vicuna + 2*d
+    moved = memory_traffic(setup)
+    assert moved.tower == 2*(num_parameters(model.vision_tower) + 3*336**2 + 576*4096)
+    assert moved.projector == 2*(num_parameters(model.multi_modal_projector) + 576*4096 + 144*d)
     assert moved.prefill == 2*(vicuna - V*d + 212.5*d + 2*32*d*212.5 + V)
     assert moved.decode == 2*(vicuna - V*d + d + 2*32*d*(212.5 + 1) + V)
 
@@ -195,11 +195,11 @@ def test_decode_reads_the_cache_that_is_there():
     "Step by step: weights once, the rows' caches read, one token of each written."
     setup = tiny(compressor="fastv", llm="tiny-llama", answer=5)
     steps = [replace(setup, answer=n + 1) for n in range(1, 5)]
-    once = lambda n: cache_bytes(setup, n, 3) - cache_bytes(setup, n - 1, 3)
-    growing = [traffic(b, 3).decode - traffic(a, 3).decode for a,b in zip(steps, steps[1:])]
-    first = traffic(steps[0], 3).decode - cache_bytes(setup, 1, 3)
-    assert growing == [first + cache_bytes(setup, n, 3) for n in (2, 3, 4)] and once(1) == 2*3*2*64*4
-    assert cache_bytes(setup) == 2*2*64*(2*(36 + 7) + 2*(9 + 7)) < cache_bytes(replace(setup, compressor="mlp", tokens=36))
+    once = lambda n: kv_cache_bytes(setup, n, 3) - kv_cache_bytes(setup, n - 1, 3)
+    growing = [memory_traffic(b, 3).decode - memory_traffic(a, 3).decode for a,b in zip(steps, steps[1:])]
+    first = memory_traffic(steps[0], 3).decode - kv_cache_bytes(setup, 1, 3)
+    assert growing == [first + kv_cache_bytes(setup, n, 3) for n in (2, 3, 4)] and once(1) == 2*3*2*64*4
+    assert kv_cache_bytes(setup) == 2*2*64*(2*(36 + 7) + 2*(9 + 7)) < kv_cache_bytes(replace(setup, compressor="mlp", tokens=36))
 
 def test_what_bounds_a_stage():
     bound = lambda *a: {r["stage"]: r["bound"] for r in roofline(*a)}
@@ -225,14 +225,14 @@ def test_bad_setups_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words): Setup(**kwargs)
 
 def test_what_has_no_equation_is_refused(monkeypatch):
-    monkeypatch.setitem(SHAPES, "experts", MixtralConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    monkeypatch.setitem(PRETRAINED_CONFIGS, "experts", MixtralConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
     with pytest.raises(ValueError, match="equations are for LLMs like"): cost(tiny(llm="experts"))
     with pytest.raises(ValueError, match="no equation for a tower"): tower_flops(GPT2Config(), 2, 224)
     with pytest.raises(ValueError, match="has no CLS token"): cost(Setup(tower=SIGLIP, compressor="prumerge", tokens=36))
     with pytest.raises(ValueError, match="adaptive=True"): projector_terms("prumerge", compressor_config("prumerge", sizes(), tokens=36, adaptive=True))
     with pytest.raises(ValueError, match="must be whole"): counted_cost(Setup())
     with pytest.raises(ValueError, match="the authors' formula is for"): authors_cost(Setup(compressor="mqt", tokens=36))
-    with pytest.raises(ValueError, match="batch=0"): traffic(Setup(), 0)
+    with pytest.raises(ValueError, match="batch=0"): memory_traffic(Setup(), 0)
     with pytest.raises(SystemExit, match="batch=0"): cli.main(["flops", "--batch", "0"])
 
 def test_costs_add_up():

@@ -1,140 +1,290 @@
-"The whole road in miniature, with the real tower, LLM and pictures; and recipes that cannot be."
+"The quickstart on a small scale, with the real vision tower, LLM and images; settings that are refused."
 import json
 import re
+import runpy
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from delta_llava import quickstart
-from delta_llava.quickstart import SETS, Recipe, answer, held_out_images, load_trained, run, score_trained, training_images
+from delta_llava.answerer import Answerer
+from delta_llava.quickstart import (
+    HELD_OUT_SETS,
+    QUESTION,
+    Quickstart,
+    evaluate_run,
+    held_out_images,
+    meets_target,
+    read_quickstart,
+    run_quickstart,
+    training_images,
+)
+from delta_llava.runs import load, read_run
 from delta_llava.tower import open_image
+from delta_llava.train import run_stage
 
-TINY = Recipe(steps=2, batch_size=2, train_images=8, test_images=2, tokens=16, train_budgets=(16,), test_budgets=(4, 16))
+TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2, train_budgets=(16,),
+                  eval_budgets=(4, 16))
+BENCHMARKS = Path(__file__).parent.parent/"benchmarks"
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "The same miniature twice, in two folders."
+    "The same run twice, in two folders."
     folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
-    return folders, [run(TINY, folder) for folder in folders]
+    return folders, [run_quickstart(replace(TINY, output_dir=folder)) for folder in folders]
 
-def unchanging(record):
-    "A record without what depends on the folder, the clock and the command."
-    return {k: v for k,v in record.items() if k not in ("seconds", "resumed", "command", "picture", "commit")}
 
-def steps_left(monkeypatch):
-    "Optimizer steps of the runs to come."
-    taken,step = [],torch.optim.AdamW.step
+def reproducible(run):
+    "A run without what depends on the folder, the clock and the command."
+    settings = {k: v for k, v in run["settings"].items() if k != "output_dir"}
+    result = {k: v for k, v in run["result"].items() if k in ("losses", "scores")}
+    return settings, result, run["example"], run["reference"], run["word"], run["seeds"]
+
+
+def count_optimizer_steps(monkeypatch):
+    "A list that grows with each optimizer step from now on."
+    steps = []
+    step = torch.optim.AdamW.step
+
     def counted(self, *args, **kwargs):
-        taken.append(1)
+        steps.append(1)
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    return taken
+    return steps
 
-# ---------------------------------------------------------------- the road
+
+# ---------------------------------------------------------------- whole runs
+
 
 @pytest.mark.slow
 def test_two_runs_give_the_same_numbers(runs):
-    (one, two), records = runs
-    assert unchanging(records[0]) == unchanging(records[1])
-    scores = records[0]["result"]["scores"]
-    assert scores.keys() == SETS.keys() and all(s.keys() == {"4", "16"} for s in scores.values())
+    (one, two), (first, second) = runs
+    assert reproducible(first) == reproducible(second)
+    scores = first["result"]["scores"]
+    assert scores.keys() == HELD_OUT_SETS.keys()
+    for budgets in scores.values():
+        assert budgets.keys() == {"4", "16"}
+        for s in budgets.values():
+            assert s.keys() == {"matched_loss", "mismatched_loss", "p", "forced_choice_accuracy",
+                                "pointing_accuracy", "pointing_chance", "energy", "box_area"}
     assert (one/"projector.safetensors").read_bytes() == (two/"projector.safetensors").read_bytes()
-    assert records[0]["seeds"] == [0] and records[0]["recipe"] == json.loads(json.dumps(asdict(TINY)))
+    settings = json.loads(json.dumps(asdict(replace(TINY, output_dir=one)), default=str))
+    assert first["kind"] == "quickstart" and first["seeds"] == [0]
+    assert {k: first["settings"][k] for k in settings} == settings
+
 
 @pytest.mark.slow
 def test_report_is_whole(runs):
-    (folder, _), (record, _) = runs
+    (folder, _), (run, _) = runs
     page = (folder/"report.html").read_text()
     body = page.split("</style>")[1]
     assert not re.search(r"[{}]", body) and not re.search(r"\bnan\b", body.lower())
     figures = re.findall(r'src="([^"]+)"', page)
     assert figures == ["examples.png", "gradcam.png", "loss.png"]
-    for name in figures: assert min(open_image(folder/name).size) > 100
-    assert body.count("<tr") == 1 + 4*2 and body.count('class="main"') == 4 and (folder/"record.json").exists()
-    for name in SETS: assert name.replace("_", " ") in body
-    assert record["said"] in body and f"<em>{record['word']}</em>" in body and "{{" not in page
+    for name in figures:
+        assert min(open_image(folder/name).size) > 100
+    assert body.count("<tr") == 1 + 4*2 and body.count('class="main"') == 4
+    assert 'href="run.json"' in body and (folder/"run.json").exists()
+    for name in HELD_OUT_SETS:
+        assert name.replace("_", " ") in body
+    assert run["reference"] in body and f"<em>{run['word']}</em>" in body
+
 
 @pytest.mark.slow
 def test_trained_model_answers(runs):
-    (folder, _), (record, _) = runs
-    model,processor,recipe = load_trained(folder)
-    assert recipe == TINY and not model.training
-    said = answer(model, processor, open_image(record["picture"]))
-    assert said == record["example"] == answer(model, processor, open_image(record["picture"]), tokens=16)
-    assert isinstance(answer(model, processor, open_image(record["picture"]), "What colour is it?", tokens=4, max_new_tokens=3), str)
+    (folder, _), (run, _) = runs
+    assert read_quickstart(folder) == replace(TINY, output_dir=folder)
+    model, processor = load(folder)
+    assert not model.training
+    answerer, image = Answerer(model, processor), open_image(run["image"])
+    said = answerer.answer(image, QUESTION, max_new_tokens=24)
+    assert said == run["example"] == answerer.answer(image, QUESTION, tokens=16, max_new_tokens=24)
+    assert isinstance(answerer.answer(image, "What color is it?", tokens=4, max_new_tokens=3), str)
+
 
 @pytest.mark.slow
 def test_model_card_tells_how_to_load_it(runs):
     (folder, _), _ = runs
     scope = dict(folder=folder)
     exec(re.search(r"```python\n(.*?)```", (folder/"README.md").read_text(), re.S)[1], scope)
-    ours,theirs = (m.multi_modal_projector.state_dict() for m in (load_trained(folder)[0], scope["model"]))
+    ours, theirs = (m.multi_modal_projector.state_dict() for m in (load(folder)[0], scope["model"]))
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
-@pytest.mark.slow
-def test_same_recipe_goes_on_another_is_refused(runs, monkeypatch):
-    (_, folder), (_, record) = runs
-    taken = steps_left(monkeypatch)
-    again = run(TINY, folder)
-    assert unchanging(again) == unchanging(record) and not taken  # nothing is trained twice
-    assert again["resumed"] and not record["resumed"] and "since it was resumed" in (folder/"report.html").read_text() and "since it was resumed" in (folder/"README.md").read_text()
-    with pytest.raises(ValueError, match="holds a run of another recipe"): run(replace(TINY, seed=1), folder)
-    assert json.loads((folder/"recipe.json").read_text())["seed"] == 0 and (folder/"report.html").exists()
 
 @pytest.mark.slow
-def test_trained_folder_is_scored_again_and_speaks(runs):
-    "The same numbers as in the run's own record, and the words that `answer` gives."
-    (folder, _), (record, _) = runs
-    rows = score_trained(folder)
-    assert [(r["set"], r["tokens"]) for r in rows] == [(name, t) for name in SETS for t in TINY.test_budgets]
+def test_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, monkeypatch):
+    (_, folder), (_, run) = runs
+    steps = count_optimizer_steps(monkeypatch)
+    again = run_quickstart(replace(TINY, output_dir=folder))
+    assert reproducible(again) == reproducible(run) and not steps
+    with pytest.raises(ValueError, match="seed"):
+        run_quickstart(replace(TINY, seed=1, output_dir=folder))
+    assert read_run(folder)["settings"]["seed"] == 0 and (folder/"report.html").exists()
+
+
+@pytest.mark.slow
+def test_run_is_evaluated_again_with_captions(runs):
+    "The same scores as in the run itself, and the captions that the answerer gives."
+    (folder, _), (run, _) = runs
+    rows = evaluate_run(folder)
+    expected = [(name, t) for name in HELD_OUT_SETS for t in TINY.eval_budgets]
+    assert [(r["set"], r["tokens"]) for r in rows] == expected
+    keys = ("matched_loss", "mismatched_loss", "p", "forced_choice_accuracy")
     for r in rows:
-        own = record["result"]["scores"][r["set"]][str(r["tokens"])]
-        assert {k: r[k] for k in ("right", "shuffled", "p", "naming")} == {k: own[k] for k in ("right", "shuffled", "p", "naming")} and len(r["said"]) == len(r["true"]) == 2
-    assert next(r for r in rows if r["tokens"] == TINY.tokens)["said"][0] == record["example"]
-    few = score_trained(folder, (9,), 3)
-    assert {r["tokens"] for r in few} == {9} and len(few[0]["said"]) == 3 and 0 <= few[0]["recall"] <= 1
+        own = run["result"]["scores"][r["set"]][str(r["tokens"])]
+        assert {k: r[k] for k in keys} == {k: own[k] for k in keys}
+        assert len(r["captions"]) == len(r["references"]) == 2
+    assert next(r for r in rows if r["tokens"] == TINY.tokens)["captions"][0] == run["example"]
+    few = evaluate_run(folder, (9,), 3)
+    assert {r["tokens"] for r in few} == {9} and len(few[0]["captions"]) == 3
+    assert 0 <= few[0]["recall"] <= 1
 
-# ---------------------------------------------------------------- its parts
 
-def test_pictures_of_the_sets_are_apart(tmp_path):
-    rows,held = training_images(TINY, tmp_path), held_out_images(TINY, tmp_path)
-    assert len(rows) == 8 and held.keys() == SETS.keys() and all(len(h) == 2 for h in held.values())
-    for name,part in held.items():
-        counts = {len(row["objects"]) for row in part}
-        assert counts == {1} if "one thing" in name else counts <= {2, 3}
+@pytest.mark.slow
+def test_full_grid(tmp_path):
+    "All 144 patches as visual tokens, as in `delta-llava train --tokens 144`."
+    config = replace(TINY, tokens=144, train_budgets=(), eval_budgets=(), output_dir=tmp_path)
+    run_stage(config)
+    losses = read_run(tmp_path)["result"]["losses"]
+    assert all(0 < loss < 20 for loss in losses)
+    model, _ = load(tmp_path)
+    assert not model.multi_modal_projector.training
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_held_out_images_differ_from_training_images(tmp_path):
+    rows, held_out = training_images(TINY, tmp_path), held_out_images(TINY, tmp_path)
+    assert len(rows) == 8 and held_out.keys() == HELD_OUT_SETS.keys()
+    for name, part in held_out.items():
+        assert len(part) == 2
+        fewest, most = HELD_OUT_SETS[name][1]
+        assert {len(row["objects"]) for row in part} <= set(range(fewest, most + 1))
     captions = [row["conversations"][1]["value"] for row in rows]
     again = training_images(TINY, tmp_path/"again")
     assert [row["conversations"][1]["value"] for row in again] == captions
     other = training_images(replace(TINY, seed=1), tmp_path/"other")
-    assert not {tuple(map(str, row["objects"])) for row in other} & {tuple(map(str, row["objects"])) for row in rows}  # seeds share no scene
+    objects = {tuple(map(str, row["objects"])) for row in rows}
+    assert not {tuple(map(str, row["objects"])) for row in other} & objects  # seeds share no scene
 
-@pytest.mark.parametrize("name,p,naming,expected", [("heldout_scenes, one thing", .001, .32, True), ("heldout_scenes, one thing", .001, .30, False),
-    ("heldout_artist, several things", .001, .19, True), ("heldout_artist, several things", .001, .18, False), ("heldout_artist, several things", .02, .9, False)])
-def test_goal(name, p, naming, expected):
-    assert quickstart.reached(name, dict(p=p, naming=naming)) is expected
+
+@pytest.mark.parametrize("name,p,accuracy,expected", [
+    ("heldout_scenes, one object", .001, .32, True),
+    ("heldout_scenes, one object", .001, .30, False),
+    ("heldout_artist, several objects", .001, .19, True),
+    ("heldout_artist, several objects", .001, .18, False),
+    ("heldout_artist, several objects", .02, .9, False)])
+def test_target(name, p, accuracy, expected):
+    assert meets_target(name, dict(p=p, forced_choice_accuracy=accuracy)) is expected
+
 
 @pytest.mark.parametrize("fields,error", [
-    (dict(steps=0), "steps=0 must be at least 1"), (dict(batch_size=0), "batch_size=0 must be at least 1"), (dict(train_images=0), "train_pictures=0"),
-    (dict(test_images=1), "test_pictures=1 must be at least 2"), (dict(tokens=4), "tokens=4 must be one of test_budgets"),
-    (dict(tokens=25, train_budgets=()), "tokens=25 must be one of test_budgets")])
-def test_recipes_that_cannot_be(fields, error):
-    with pytest.raises(ValueError, match=re.escape(error)): Recipe(**fields)
+    (dict(max_steps=0), "max_steps=0 must be at least 1"),
+    (dict(batch_size=0), "batch_size=0 must be at least 1"),
+    (dict(train_images=0), "train_images=0"),
+    (dict(test_images=1), "test_images=1 must be at least 2"),
+    (dict(tokens=4), "tokens=4 must be one of eval_budgets"),
+    (dict(data=Path("rows.json")), "data=rows.json"),
+    (dict(tokens=25, train_budgets=()), "tokens=25 must be one of eval_budgets")])
+def test_settings_that_are_refused(fields, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        Quickstart(**fields)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fields,error", [(dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
-                                          (dict(train_budgets=(5,)), "tokens=5 must be the square"), (dict(test_budgets=(16, 169)), "tokens=169 must be the square")])
-def test_recipes_that_do_not_fit_the_tower(fields, error, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(error)): run(replace(TINY, **fields), tmp_path)
-    assert not (tmp_path/"scenes").exists()
+
+@pytest.mark.parametrize("fields,error", [
+    (dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
+    (dict(train_budgets=(5,)), "tokens=5 must be the square"),
+    (dict(eval_budgets=(16, 169)), "tokens=169 must be the square")])
+def test_settings_that_do_not_fit_the_tower(fields, error, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        run_quickstart(replace(TINY, output_dir=tmp_path/"q", **fields))
+    assert not (tmp_path/"q"/"scenes").exists()
+
 
 def test_empty_budgets_are_the_main_one():
-    recipe = Recipe(tokens=1, train_budgets=(), test_budgets=())
-    assert recipe.train_budgets == recipe.test_budgets == (1,)
+    config = Quickstart(tokens=1, train_budgets=(), eval_budgets=())
+    assert config.evaluation_budgets == (1,)
+    assert replace(config, tokens=4).evaluation_budgets == (4,)
+
 
 def test_report_needs_a_map(tmp_path):
-    with pytest.raises(ValueError, match="a map over a single token"): run(Recipe(tokens=1, test_budgets=()), tmp_path/"q")
+    with pytest.raises(ValueError, match="a map over a single token"):
+        run_quickstart(Quickstart(tokens=1, eval_budgets=(), output_dir=tmp_path/"q"))
     assert not (tmp_path/"q").exists()
 
-def test_folder_without_a_trained_projector(tmp_path):
-    with pytest.raises(ValueError, match="holds no trained projector"): load_trained(tmp_path)
+
+def test_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        read_quickstart(tmp_path)
+
+
+def test_recipe_of_an_earlier_version_is_read(tmp_path):
+    record = json.loads((Path(__file__).parent.parent/"runs"/"quickstart-seed0.json").read_text())
+    (tmp_path/"recipe.json").write_text(json.dumps(record["recipe"]))
+    (tmp_path/"record.json").write_text(json.dumps(record))
+    config = read_quickstart(tmp_path)
+    assert config == Quickstart(output_dir=tmp_path)
+    (tmp_path/"recipe.json").write_text(json.dumps(record["recipe"] | dict(colour="red")))
+    with pytest.raises(ValueError, match="unknown fields \\['colour'\\]"):
+        read_quickstart(tmp_path)
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def test_caption_benchmark_trains_and_evaluates_once(tmp_path, monkeypatch):
+    module = runpy.run_path(str(BENCHMARKS/"captions.py"))
+    scope = module["Captions"].train_and_evaluate.__globals__
+    trained, evaluated = [], []
+
+    def run_stage(config):
+        if (config.output_dir/"run.json").exists():
+            return
+        trained.append(config.output_dir.name)
+        config.output_dir.mkdir(parents=True)
+        run = dict(kind="quickstart", settings=asdict(config), commit="c", seconds=1.)
+        run["result"] = dict(losses=[3., 2.])
+        (config.output_dir/"run.json").write_text(json.dumps(run, default=str))
+
+    def evaluate_run(folder):
+        evaluated.append(folder.name)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        name, seed = folder.name.split("-")
+        row = dict.fromkeys(module["SCORES"], .5) | dict(seed=int(seed), compressor=name, set="one")
+        row |= dict(captions=["A fox."]*5, references=["A key."]*5)
+        return [row | dict(tokens=t) for t in read_quickstart(folder).eval_budgets]
+    monkeypatch.setitem(scope, "run_stage", run_stage)
+    monkeypatch.setitem(scope, "evaluate_run", evaluate_run)
+    captions = module["Captions"](seeds=(0, 1), folder=tmp_path/"c", record=tmp_path/"r.json")
+    with pytest.raises(KeyboardInterrupt):
+        captions()
+    captions()
+    assert trained == [f"{name}-{seed}" for seed in (0, 1) for name in ("delta", "fastv")]
+    assert evaluated == ["delta-0", "fastv-0", "fastv-0", "delta-1", "fastv-1"]
+    record = json.loads((tmp_path/"r.json").read_text())
+    expected = []
+    for seed in (0, 1):
+        expected += [(seed, "delta", t) for t in (16, 4, 1)] + [(seed, "fastv", t) for t in (64, 16, 4, 1)]
+    assert [(r["seed"], r["compressor"], r["tokens"]) for r in record["result"]] == expected
+    assert record["patches"] == 64 and record["seeds"] == [0, 1] and len(record["trainings"]) == 4
+    assert len(record["result"][0]["captions"]) == 3 and record["fastv_layer"] == 2
+
+
+def test_caption_benchmark_trains_both_systems_alike():
+    settings = runpy.run_path(str(BENCHMARKS/"captions.py"))["Captions"]().settings()
+    assert {(s.compressor, s.train_budgets, s.tokens) for s in settings} == {
+        ("delta", (16, 4, 1), 16), ("fastv", (64,), 64)}
+    differ = ("compressor", "tokens", "train_budgets", "eval_budgets", "seed", "output_dir")
+    common = [{k: v for k, v in vars(s).items() if k not in differ} for s in settings]
+    assert all(c == common[0] for c in common)
+
+
+def test_initialization_benchmark_compares_equal_settings(tmp_path):
+    benchmark = runpy.run_path(str(BENCHMARKS/"closed_form_init.py"))["Benchmark"]()
+    authors = benchmark.settings(0, "delta", "authors", tmp_path)
+    closed_form = benchmark.settings(0, "delta", "closed_form", tmp_path)
+    assert replace(authors, closed_form_init=True) == closed_form and not authors.closed_form_init

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-from delta_llava.harness import TASKS, harness_cmd, read_result, write_tasks
+from delta_llava.tasks import TASK_NAMES, write_tasks
+from delta_llava.harness import harness_cmd, read_result
 from delta_llava.quickstart import QUESTION
-from delta_llava.train import write_record
+from delta_llava.runs import write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Scored:
             told = write_tasks(f"{folder}/tasks", self.n, seed=self.seed)
             write_tasks(f"{folder}/asked", self.n, seed=self.seed, caption=QUESTION)
             for t in self.tokens:
-                scores, settings = self.score(f"{folder}/tasks", TASKS, f"{folder}/out{t}", t)
+                scores, settings = self.score(f"{folder}/tasks", TASK_NAMES, f"{folder}/out{t}", t)
                 asked, more = self.score(f"{folder}/asked", ("scenes_caption",), f"{folder}/asked{t}", t)
                 scores["scenes_caption_asked"], settings["tasks"]["scenes_caption_asked"] = asked["scenes_caption"], more["tasks"]["scenes_caption"]
                 found.append(dict(scores=scores, settings=settings))

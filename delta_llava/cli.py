@@ -26,15 +26,18 @@ from .assets import resolve
 from .checkpoints import convert
 from .compare import compare, plan, table
 from .compressors.base import compressor_class
-from .doctor import examine
+from .doctor import check_dataset
 from .evaluate import unavailable_benchmarks, paper_table, mean_and_range
 from .flops import DEVICES, Setup, as_table, cost_report
 from .launch import ROWS, estimate, estimate_report, torchrun_cmd, write_launch
-from .quickstart import Recipe, answer, fit, load_trained, run, score_trained
+from .quickstart import Quickstart, answer, fit, run, evaluate_run
+from .runs import load
 from .speed import Sweep, speed_report
-from .train import Finetune, Pretrain, write_card, write_record
+from .train import Finetune, Pretrain
+from .runs import write_card, write_record
 from .gradcam import draw_answer, word_cams
-from .harness import harness_cmd, write_tasks
+from .harness import harness_cmd
+from .tasks import write_tasks
 from .processor import build_processor
 from .tower import open_image
 
@@ -44,12 +47,12 @@ def _me()->str:
     return "delta-llava" if which("delta-llava") else os.path.relpath(Path(sys.executable).with_name("delta-llava"))
 
 @dataclass(frozen=True, kw_only=True)
-class Quickstart(Recipe):
+class Quickstart(Quickstart):
     "Train a Delta projector between a pretrained tower and a pretrained LLM, test it on held-out pictures, write a report."
     folder:Path=Path("runs/quickstart")  # Gets the projector, the record, the figures and the report
 
     def __call__(self):
-        recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+        recipe = Quickstart(**{f.name: getattr(self, f.name) for f in fields(Quickstart)})
         record = run(recipe, self.folder)
         print(f"\n{'pictures':32}{'tokens':>7}{'right':>8}{'shuffled':>10}{'p':>9}{'naming':>8}{'pointing':>10}")
         for name,budgets in record["result"]["scores"].items():
@@ -60,14 +63,14 @@ class Quickstart(Recipe):
 
 # %% ../nbs/52_cli.ipynb #888dd5f1
 @dataclass(frozen=True, kw_only=True)
-class Train(Recipe):
+class Train(Quickstart):
     "Train any compressor on the quickstart's pictures: stage 1 alone, without the report."
     train_budgets:tuple[int,...]=()  # Budgets of the training steps; without them the main one alone
     test_budgets:tuple[int,...]=()  # Budgets to test later; without them the main one alone
     folder:Path|None=None  # Gets the projector and the record; without it runs/train-COMPRESSOR
 
     def __call__(self):
-        recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+        recipe = Quickstart(**{f.name: getattr(self, f.name) for f in fields(Quickstart)})
         folder,start = self.folder or Path("runs")/f"train-{self.compressor}", time.perf_counter()
         _,_,log = fit(recipe, folder)
         losses = [e["loss"] for e in log if "loss" in e]
@@ -91,7 +94,7 @@ class Compare:
     folder:Path=Path("runs/compare")  # Gets a file for each training, and the record
 
     def __call__(self):
-        like = Recipe(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_images", "test_images", "llm_dtype")})
+        like = Quickstart(**{k: getattr(self, k) for k in ("steps", "batch_size", "train_images", "test_images", "llm_dtype")})
         path = compare(plan(self.compressors, self.budgets, self.seeds, self.starts, like), self.folder, self.jobs)
         lines = {}
         for row in table(json.loads(path.read_text())):
@@ -111,7 +114,7 @@ def _checked_image(path:Path, tokens:Sequence[int], folder:Path):
     "The picture, the model and its processor; bad input fails before the model is loaded."
     image = open_image(path)
     _check_budgets(tokens, folder)
-    return image, *load_trained(folder)
+    return image, *load(folder)
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -169,7 +172,7 @@ class Doctor:
         if self.llm is not None:
             tokenizer = AutoTokenizer.from_pretrained(resolve(self.llm).path, local_files_only=True)
             processor = build_processor(CLIPImageProcessorPil(), tokenizer, self.tokens, self.template)
-        try: report = examine(self.data, self.images, out, self.text_rows, processor, self.max_length, workers)
+        try: report = check_dataset(self.data, self.images, out, self.text_rows, processor, self.max_length, workers)
         except KeyboardInterrupt: sys.exit(f"\nStopped; {out} is as it was.")
         print(f"{report.summary()}\nThe rows that train: {out/'index.json'}\nAll that was found: {out/'report.json'}")
         if report.outcomes["left out"]: sys.exit(1)
@@ -245,12 +248,12 @@ class Evaluate:
     def score(self):
         "Score the folders, write the record, print a table and what is missing."
         out = self.checked()
-        rows = [row for folder in self.folders for row in score_trained(folder, self.tokens, self.images)]
+        rows = [row for folder in self.folders for row in evaluate_run(folder, self.tokens, self.images)]
         write_record(out, sorted({r["seed"] for r in rows}), rows, folders=list(map(str, self.folders)), images=self.images)
         cells = {}
         for r in rows: cells.setdefault((r["set"], r["tokens"]), []).append(r)
         shown = lambda c,k,form: mean_and_range(v, form) if len(v := [r[k] for r in c if r[k] is not None]) > 1 else f"{v[0]:{form}}" if v else "not run"
-        forms = dict(right=".2f", shuffled=".2f", p=".0e", naming=".0%", cider=".0f", cider_truth=".0f", f1=".2f", all_right=".0%")
+        forms = dict(right=".2f", shuffled=".2f", p=".0e", naming=".0%", cider=".0f", cider_reference=".0f", f1=".2f", exact_match=".0%")
         print("\n" + as_table([dict(images=name.replace("_", " "), tokens=t) | {k: shown(c, k, form) for k,form in forms.items()} for (name,t),c in cells.items()]))
         print(f"\nThe record, with all captions: {out}\n\n{unavailable_benchmarks(self.folders[0], self.tokens or sorted({r['tokens'] for r in rows}, reverse=True))}")
 

@@ -300,7 +300,7 @@ def test_defaults_are_the_published_ones(name, wanted, tmp_path):
     )
     theirs = to_layout_state(reference, reference.state_dict())
     write(
-        {(reference.outer or "model.mm_projector.") + k: v.contiguous() for k, v in theirs.items()},
+        {(reference.prefix or "model.mm_projector.") + k: v.contiguous() for k, v in theirs.items()},
         tmp_path,
         "bin",
         stem="mm_projector",

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import tiny_vlm
 from delta_llava import evaluate
-from delta_llava.data import make_conversation, concept_names, load_conversations, plan_scene, with_article, write_scenes
+from delta_llava.scenes import make_conversation, concept_names, plan_scene, with_article, write_scenes
+from delta_llava.conversations import load_conversations
 from delta_llava.evaluate import derangement, answer_losses, forced_choice_accuracy, matched_mismatched_loss, encode_images
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import answer
@@ -174,8 +175,8 @@ def test_captions_are_those_of_one_picture_at_a_time(tmp_path):
 def test_things_are_counted_exactly():
     rows = naming_rows(["fox", "key"], ["owl"], ["cake", "bus", "lion"])
     said = ["A FOX and a key.", "An owl, a fox and an owl.", "I see a pancake and a lion."]
-    assert evaluate.object_scores(said, rows) == dict(precision=4/5, recall=4/6, f1=8/11, all_right=1/3)  # a pancake is no cake, and an owl said twice is one
-    assert evaluate.object_scores([""]*3, rows) == dict(precision=0, recall=0, f1=0, all_right=0)
+    assert evaluate.object_scores(said, rows) == dict(precision=4/5, recall=4/6, f1=8/11, exact_match=1/3)  # a pancake is no cake, and an owl said twice is one
+    assert evaluate.object_scores([""]*3, rows) == dict(precision=0, recall=0, f1=0, exact_match=0)
     with pytest.raises(ValueError, match="2 captions for 3 rows"): evaluate.object_scores(said[:2], rows)
 
 def test_references_are_the_datas_own_phrasings():
@@ -199,7 +200,7 @@ def test_cider_by_hand():
 def test_cider_without_its_package(monkeypatch):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     scores = evaluate.caption_scores(["A fox.", "A key."], naming_rows(["fox"], ["key"]))
-    assert scores["all_right"] == 1 and scores["cider"] is None
+    assert scores["exact_match"] == 1 and scores["cider"] is None
     with pytest.raises(ImportError, match="captions"): evaluate.cider(["a", "b"], [["a"], ["b"]])
     assert "needs `pip install 'delta-llava[captions]'`" in evaluate.missing("runs/q", [4])
 
@@ -208,9 +209,9 @@ def test_the_true_caption_is_the_best_that_the_model_was_taught():
     rows = scenes(24, (2, 3))
     said = [evaluate.references(r)[0] for r in rows]
     best = evaluate.caption_scores(said, rows)
-    assert best["cider"] == best["cider_truth"] and best["all_right"] == 1
+    assert best["cider"] == best["cider_reference"] and best["exact_match"] == 1
     worse = evaluate.caption_scores([said[i] for i in derangement(24).tolist()], rows)
-    assert worse["cider"] < .3*best["cider"] and worse["cider_truth"] == best["cider_truth"]
+    assert worse["cider"] < .3*best["cider"] and worse["cider_reference"] == best["cider_reference"]
 
 # ---------------------------------------------------------------- the paper's tables
 
@@ -318,18 +319,18 @@ def test_ours_stand_beside_with_their_spread(tmp_path):
     (tmp_path/"captions.json").write_text(json.dumps(dict(patches=64, result=result)))
     (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[
         dict(label="mlp", calibrated=True, scores=dict(a={"64": dict(naming=.5)}, b={"64": dict(naming=1.)})), dict(label="delta", calibrated=False, scores=dict(a={"4": dict(naming=.1)}))])))
-    columns = evaluate.own_columns(6, tmp_path)
+    columns = evaluate.recorded_columns(6, tmp_path)
     rows = evaluate.paper_tables()["tables"]["6"]["rows"]
     of = lambda heading,*row: columns[heading][[r[:3] for r in rows].index(list(row))]
     assert of("here: F1 of the things", "Ours", "LLaVA-1.5-7B", "4") == "0.50 (0.30–0.70, n=2)"  # first the mean over the sets of a seed
     assert of("here: CIDEr, own scenes", "FastV", "LLaVA-1.5-7B", "576") == of("here: CIDEr, own scenes", "Ours", "LLaVA-1.5-7B", "576") == "90 (90–90, n=1)"
     assert {of("here: F1 of the things", "Ours", llm, t) for llm,t in (("LLaVA-1.5-13B", "4"), ("LLaVA-1.5-13B", "576"), ("LLaVA-1.5-7B", "64"), ("LLaVA-1.5-7B", "1"))} == {"not run"}
-    forced_choice_accuracy, = evaluate.own_columns(1, tmp_path).values()
+    forced_choice_accuracy, = evaluate.recorded_columns(1, tmp_path).values()
     assert forced_choice_accuracy[0] == "75% (75%–75%, n=1)" and set(forced_choice_accuracy[1:]) == {"not run"}
     pruned = dict(label="prumerge", calibrated=True, scores=dict(a={"36": dict(naming=.25)}))
     (tmp_path/"compare.json").write_text(json.dumps(dict(recipe=dict(steps=9, batch_size=2), result=[pruned])))
-    assert [t for t in next(iter(evaluate.own_columns(1, tmp_path).values())) if t != "not run"] == ["25% (25%–25%, n=1) at 36 tokens"]  # stands at "~32"
-    assert evaluate.own_columns(2, tmp_path) == {"here": ["not run"]*3}
+    assert [t for t in next(iter(evaluate.recorded_columns(1, tmp_path).values())) if t != "not run"] == ["25% (25%–25%, n=1) at 36 tokens"]  # stands at "~32"
+    assert evaluate.recorded_columns(2, tmp_path) == {"here": ["not run"]*3}
 
 def test_figure_has_means_and_bars_to_the_extremes():
     rows = [dict(seed=s, compressor=c, tokens=t, set=n, f1=(.1 + .2*s)*(1 + (c == "delta"))*t/16) for s in (0, 1, 2) for c,budgets in (("delta", (16, 4)), ("fastv", (64, 16, 4))) for t in budgets for n in ("a", "b")]

@@ -17,8 +17,10 @@ from tiny_vlm import byte_tokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from delta_llava import harness
-from delta_llava.data import draw_scene, plan_scene
-from delta_llava.harness import TASKS, Answerer, HarnessModel, gqa_facts, harness_cmd, image_aspect, load_any, pope_facts, read_result, with_aspect, write_tasks
+from delta_llava.scenes import draw_scene, plan_scene
+from delta_llava.tasks import TASK_NAMES, write_tasks
+from delta_llava.harness import Answerer, HarnessModel, gqa_questions, harness_cmd, load_any, pope_questions, read_result
+from delta_llava.tower import image_aspect, with_aspect
 from delta_llava.processor import build_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,13 +214,13 @@ def test_without_lmms_eval_the_extra_is_named(monkeypatch):
 
 def test_facts_hold_in_the_plan():
     scenes = [plan_scene(i, "heldout_scenes", seed=9, n_objects=(1, 3)) for i in range(60)]
-    for scene, fact in pope_facts(scenes):
+    for scene, fact in pope_questions(scenes):
         name = fact["question"].removeprefix("Is there ").removesuffix(" in the picture?").split(" ", 1)[1]
         assert (name in {o.name for o in scene.objects}) == (fact["answer"] == "yes")
     kinds = set()
     for scene in scenes:
         box = {o.name: o.box for o in scene.objects}
-        for fact in gqa_facts(scene):
+        for fact in gqa_questions(scene):
             kinds.add(fact["kind"])
             words = fact["question"].removesuffix("?").removeprefix("What is ")
             if fact["kind"] == "count": assert fact["answer"] == str(len(box))
@@ -232,14 +234,14 @@ def test_facts_hold_in_the_plan():
 def test_adversarial_things_meet_what_is_shown():
     scenes = [plan_scene(i, "heldout_scenes", seed=9, n_objects=(2, 3)) for i in range(60)]
     together = {(a.name, b.name) for s in scenes for a in s.objects for b in s.objects}
-    wrong = {k: [any((f["question"].split(" ", 3)[3].removesuffix(" in the picture?"), o.name) in together for o in s.objects) for s, f in pope_facts(scenes) if f["kind"] == k and f["answer"] == "no"] for k in ("random", "adversarial")}
+    wrong = {k: [any((f["question"].split(" ", 3)[3].removesuffix(" in the picture?"), o.name) in together for o in s.objects) for s, f in pope_questions(scenes) if f["kind"] == k and f["answer"] == "no"] for k in ("random", "adversarial")}
     assert sum(wrong["adversarial"]) > .9*len(scenes) > 2*sum(wrong["random"])
 
 
 def test_task_files_are_whole(tmp_path):
     counts = write_tasks(tmp_path, n=3, caption="What is in the picture?")
     yaml.SafeLoader.add_constructor("!function", lambda loader, node: getattr(harness, node.value.rpartition(".")[2]))  # a name that is not there fails
-    for task in TASKS:
+    for task in TASK_NAMES:
         told = yaml.safe_load((tmp_path/f"{task}.yaml").read_text())
         rows = Dataset.from_parquet(str(tmp_path/told["dataset_kwargs"]["data_files"]["test"]), cache_dir=str(tmp_path/"cache"))
         assert told["task"] == task and told["metadata"]["scenes"]["n"] == 3 and len(rows) == sum(counts[task].values())
@@ -266,13 +268,13 @@ def test_the_real_harness_offline(whole, tmp_path):
         assert run.returncode == 0 and list((tmp_path/f"out{b}").rglob("*_results.json")), (run.stdout + run.stderr)[-3000:]
         found.append(read_result(tmp_path/f"out{b}"))
         samples = {p.name.split("_samples_")[1]: [json.loads(line) for line in p.read_text().splitlines()] for p in (tmp_path/f"out{b}").rglob("*_samples_*.jsonl")}
-        assert samples.keys() == {f"{t}.jsonl" for t in TASKS} and all(len(s) == 6 for s in samples.values())
+        assert samples.keys() == {f"{t}.jsonl" for t in TASK_NAMES} and all(len(s) == 6 for s in samples.values())
         words.append({t: [s["filtered_resps"] for s in rows] for t, rows in samples.items() if t != "scenes_choice_likely.jsonl"})
     assert words[0] == words[1]
     (scores, told), (again, other) = found
-    assert scores == again and scores.keys() == set(TASKS)
+    assert scores == again and scores.keys() == set(TASK_NAMES)
     assert {"pope_accuracy", "pope_f1", "pope_yes_ratio"} <= scores["scenes_pope"].keys() and "caption_cider" in scores["scenes_caption"] and "acc" in scores["scenes_choice_likely"]
     assert dict(told, batch_size=4) == other and (told["visual_tokens"], told["image_aspect"], told["template"]) == (4, "original", "v1")
     assert told["versions"]["lmms_eval"] == "0.7.3" and told["checkpoint"]["sha256"]
-    assert told["tasks"].keys() == set(TASKS) and all(t["ocr"] is False and t["split"] == "test" and "<image>" in t["first_prompt"] for t in told["tasks"].values())
+    assert told["tasks"].keys() == set(TASK_NAMES) and all(t["ocr"] is False and t["split"] == "test" and "<image>" in t["first_prompt"] for t in told["tasks"].values())
     assert told["tasks"]["scenes_pope"]["metadata"]["scenes"]["split"] == "heldout_scenes" and told["tasks"]["scenes_gqa"]["generation_kwargs"]["max_new_tokens"] == 16

@@ -179,9 +179,9 @@ def test_compressor_in_the_registry():
     with torch.device("meta"):
         assert sum(p.numel() for p in FastV().parameters()) == 20_979_712
     state = model.state_dict()
-    theirs = to_reference(state, FastV.names, FastV.outer)
+    theirs = to_reference(state, FastV.state_dict_map, FastV.prefix)
     assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias"} < set(theirs)
-    back = from_reference(theirs, FastV.names, FastV.outer)
+    back = from_reference(theirs, FastV.state_dict_map, FastV.prefix)
     for k in state:
         assert_close(back[k], state[k], rtol=0, atol=0)
     model(torch.randn(1, 36, 32)).sum().backward()

@@ -265,8 +265,8 @@ def test_no_sync_and_no_data_on_meta():
 def test_its_weights_are_llavas():
     theirs = {f"model.mm_projector.{k}": torch.randn_like(v) for k, v in tiny().mlp.state_dict().items()}
     model = tiny()
-    model.load_state_dict(from_reference(theirs, PruMerge.names, PruMerge.outer))
-    back = to_reference(model.state_dict(), PruMerge.names, PruMerge.outer)
+    model.load_state_dict(from_reference(theirs, PruMerge.state_dict_map, PruMerge.prefix))
+    back = to_reference(model.state_dict(), PruMerge.state_dict_map, PruMerge.prefix)
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
     with torch.device("meta"):
         assert sum(p.numel() for p in PruMerge().parameters()) == sum(p.numel() for p in MLP(MLPConfig()).parameters()) == 20_979_712

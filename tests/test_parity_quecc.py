@@ -40,7 +40,7 @@ def build(folder, case, times=1.) -> QueCC:
         grid=case["raw_grid"], tokens=(case["raw_grid"]//case["kernel"])**2, levels=tuple(range(ctor["multi_dim"]//ctor["vision_hidden"])),
         d_vision=ctor["vision_hidden"], d_llm=ctor["hidden_size"], d_text=ctor["text_dim"], heads=ctor["num_heads"]))
     assert model.config.kernel == case["kernel"]
-    model.load_state_dict(from_reference({k: v*times for k, v in reference_state(folder, case).items()}, QueCC.names, QueCC.outer))
+    model.load_state_dict(from_reference({k: v*times for k, v in reference_state(folder, case).items()}, QueCC.state_dict_map, QueCC.prefix))
     return model.eval()
 
 
@@ -72,13 +72,13 @@ def test_output_notices_one_percent(output_case):
         with pytest.raises(AssertionError): close(ours[key], theirs[key], key)
 
 
-@pytest.mark.parametrize("outer", ["", QueCC.outer])
+@pytest.mark.parametrize("outer", ["", QueCC.prefix])
 def test_reference_round_trip(output_case, outer):
     folder, _, case = output_case
     theirs = {outer + k: v for k, v in reference_state(folder, case).items()}
     model = build(folder, case)
-    model.load_state_dict(from_reference(theirs, QueCC.names, QueCC.outer))
-    back = to_reference(model.state_dict(), QueCC.names, outer)
+    model.load_state_dict(from_reference(theirs, QueCC.state_dict_map, QueCC.prefix))
+    back = to_reference(model.state_dict(), QueCC.state_dict_map, outer)
     assert set(back) == set(theirs)
     for key in theirs: assert_close(back[key], theirs[key], rtol=0, atol=0)
 
@@ -87,8 +87,8 @@ def test_reference_round_trip(output_case, outer):
 def real_model(tokens: int, times=1.) -> QueCC:
     "True widths, filled by a closed form under the reference's names."
     with torch.device("meta"): model = QueCC(QueCCConfig(tokens=tokens))
-    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), QueCC.names).items()}
-    model.load_state_dict(from_reference(theirs, QueCC.names), assign=True)
+    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), QueCC.state_dict_map).items()}
+    model.load_state_dict(from_reference(theirs, QueCC.state_dict_map), assign=True)
     return model.eval()
 
 

@@ -4,9 +4,11 @@ import pytest
 from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
 
-from delta_llava.data import Collator, load_conversations
+from delta_llava.collator import Collator
+from delta_llava.conversations import load_conversations
 from delta_llava.tower import open_image
-from delta_llava.train import build_stage_model, freeze, stage_arguments, train_stage
+from delta_llava.train import build_stage_model
+from delta_llava.trainer import freeze, stage_arguments, train_stage
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 pytestmark = pytest.mark.slow
@@ -67,7 +69,7 @@ def moved(model, before):
     [
         ("pretrain", {}),
         ("finetune", {}),
-        ("finetune", dict(packed=True)),
+        ("finetune", dict(packing=True)),
         (
             "finetune",
             dict(gradient_checkpointing=True, per_device_train_batch_size=2, gradient_accumulation_steps=2),
@@ -77,7 +79,7 @@ def moved(model, before):
 )
 def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options):
     options = dict(options)
-    collator = dict(max_length=512, packed=options.pop("packed", False))
+    collator = dict(max_length=512, packing=options.pop("packed", False))
     model, processor, rows = model_and_rows(parts, tmp_path, kind)
     start = {name: p.clone() for name, p in model.named_parameters()}
     freeze(model, kind)

@@ -17,10 +17,10 @@ from delta_llava.compressors.base import (
     compressor_config,
     compressor_name,
 )
-from delta_llava.data import Collator
+from delta_llava.collator import Collator
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
-from delta_llava.quickstart import Recipe, run
+from delta_llava.quickstart import Quickstart, run
 from delta_llava.tower import vision_features
 from delta_llava.vlm import (
     DeltaLlavaConfig,
@@ -242,7 +242,7 @@ def test_tokens_without_a_place_get_no_map(name):
     with pytest.raises(ValueError, match="have no place in the picture"):
         word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
     with pytest.raises(ValueError, match="have no place in the picture"):
-        run(Recipe(compressor=name))
+        run(Quickstart(compressor=name))
 
 
 @every
@@ -286,7 +286,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     for packed in (False, True):
         if packed and name == "fastv":
             break
-        batch = Collator(processor=processor, packed=packed, **images)(rows)
+        batch = Collator(processor=processor, packing=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
@@ -303,7 +303,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
                 processor=build_processor(
                     processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144
                 ),
-                packed=True,
+                packing=True,
             )
         return
     assert (found[False][0], found[True][0]) == (4, 2)

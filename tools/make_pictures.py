@@ -52,7 +52,7 @@ ARTISTS = {
     ),
 }
 
-# name and code point; the order decides which things meet in a training picture (see nbs/30_data), so add only at the end
+# name and code point; the order decides which things meet in a training picture (see nbs/30b_conversations), so add only at the end
 CONCEPTS = """
 fox 1f98a, cat 1f408, elephant 1f418, horse 1f40e, cow 1f404, pig 1f416, rabbit 1f407, penguin 1f427,
 owl 1f989, duck 1f986, turtle 1f422, snake 1f40d, octopus 1f419, crab 1f980, shark 1f988, butterfly 1f98b,

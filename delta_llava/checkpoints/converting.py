@@ -86,7 +86,7 @@ def to_layout_state(
         return to_reference(state, HF_MLP)
     if isinstance(projector, DeltaProjector):
         return to_authors_state(state)
-    return to_reference(state, projector.names)
+    return to_reference(state, projector.state_dict_map)
 
 def from_layout_state(
     projector:Compressor,  # Gives the names
@@ -98,7 +98,7 @@ def from_layout_state(
         return from_reference(state, HF_MLP)
     if isinstance(projector, DeltaProjector):
         return from_authors_state(state)
-    return from_reference(state, projector.names)
+    return from_reference(state, projector.state_dict_map)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #3acd9778
 def check_shapes(
@@ -512,7 +512,7 @@ def _exported_projector(
     to:str,  # Layout
 )->dict[str, LazyTensor]:  # By the layout's full names
     "A projector's tensors as another layout stores them."
-    prefix = "multi_modal_projector." if to == "llava-hf" else projector.outer or "model.mm_projector."
+    prefix = "multi_modal_projector." if to == "llava-hf" else projector.prefix or "model.mm_projector."
     state = to_layout_state(projector, projector.state_dict(), to)
     return {prefix + k: LazyTensor(tuple(v.shape), v.contiguous) for k, v in state.items()}
 

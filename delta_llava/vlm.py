@@ -417,8 +417,12 @@ def supervised_loss(
 # %% ../nbs/22_vlm.ipynb #3b6da3ef
 @dataclass
 class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
-    "Output of the model: that of the LLM, and the visual tokens."
-    image_hidden_states:Tensor|None=None  # `[n, d]` Visual tokens of all images, in order
+    "Output of the LLM, its cache included, and the visual tokens."
+    loss:Tensor|None = None  # If there were `labels`
+    logits:Tensor|None = None  # `[b, t, vocabulary]`; none in training mode with `labels`
+    hidden_states:tuple|None = None  # Of each layer of the LLM, if asked for
+    attentions:tuple|None = None  # Of each layer of the LLM, if asked for
+    image_hidden_states:Tensor|None = None  # `[n, d]` Visual tokens of all images, in order
 
 # %% ../nbs/22_vlm.ipynb #9a38076a
 class VisualGeneration:

@@ -1,6 +1,6 @@
 """FastV: the reference's selection of tokens and its LlamaModel, number by number.
 
-Then caches, padding, decoders and gradients, against a model that drops nothing but hides the same tokens by a mask."""
+Then caches, padding, decoders and gradients, against a model that hides by a mask what FastV drops."""
 
 import copy
 
@@ -37,21 +37,20 @@ IMAGE, PAD = 7, 0
 def pytest_generate_tests(metafunc):
     for kind in ("selection", "llama"):
         if f"{kind}_case" in metafunc.fixturenames:
-            found = cases(
-                metafunc,
-                "fastv",
-                where=lambda name, case: case["name"].startswith("llama") == (kind == "llama"),
-            )
+            def of_kind(name, case, kind=kind):
+                return case["name"].startswith("llama") == (kind == "llama")
+
+            found = cases(metafunc, "fastv", where=of_kind)
             assert found, f"no {kind} case of fastv in the folder of fixtures"
             metafunc.parametrize(f"{kind}_case", found)
 
 
 # ---- the reference
 def select(folder, name, case, times=1.0):
-    heard = tensors(folder, name)[f"in.{case['name']}.attn_last_row"][:, :, 0].mean(1) * times
+    attention = tensors(folder, name)[f"in.{case['name']}.attn_last_row"][:, :, 0].mean(1) * times
     places = torch.arange(case["seq"])[None]
     return select_tokens(
-        heard,
+        attention,
         (places >= case["sys_length"]) & (places < case["sys_length"] + case["image_tokens"]),
         case["rank"],
     )
@@ -95,7 +94,7 @@ def hide(decoder, embeds, gone, layer, visible=None, position_ids=None, **kwargs
         mask = mask & visible[:, None, None].bool()
     mask = mask | (
         torch.eye(n, dtype=torch.bool) & ~mask.any(-1, keepdim=True)
-    )  # who hears nobody, padding, hears itself
+    )  # what attends to no token, padding, attends to itself
     handles = [
         b.register_forward_pre_hook(
             lambda m, args, kw: (args, kw | dict(attention_mask=mask)), with_kwargs=True
@@ -207,16 +206,16 @@ def test_refused_sizes(call, text):
 
 # ---- the choice
 @pytest.mark.parametrize("seed", range(8))
-def test_survivors_equal_a_loop(seed):
+def test_select_tokens_equals_a_loop(seed):
     g = torch.Generator().manual_seed(seed)
     b, t, keep = 4, 20, 1 + seed
-    heard = torch.rand(b, t, generator=g)
+    attention = torch.rand(b, t, generator=g)
     images = torch.rand(b, t, generator=g) < 0.5
     visible = torch.arange(t) >= torch.tensor([0, 3, 6, 2])[:, None]
     images &= visible
-    index, shown = select_tokens(heard, images, keep, visible)
+    index, shown = select_tokens(attention, images, keep, visible)
     for row in range(b):
-        best = sorted((j for j in range(t) if images[row, j]), key=lambda j: -heard[row, j])[:keep]
+        best = sorted((j for j in range(t) if images[row, j]), key=lambda j: -attention[row, j])[:keep]
         want = sorted(best + [j for j in range(t) if visible[row, j] and not images[row, j]])
         mine = index[row].tolist()
         assert mine == sorted(set(mine))
@@ -265,7 +264,10 @@ def row(before, after, n=12):
 def batch(*rows, side="left"):
     "Token ids and mask, padded."
     longest = max(map(len, rows))
-    fill = lambda r: [PAD] * (longest - len(r))
+
+    def fill(r):
+        return [PAD] * (longest - len(r))
+
     ids = torch.tensor([fill(r) + r if side == "left" else r + fill(r) for r in rows])
     return ids, (ids != PAD).long()
 
@@ -537,8 +539,8 @@ def test_gradients_equal_those_of_hiding():
     assert_close(gin, want_in, rtol=1e-4, atol=1e-4)
     assert set(gp) == set(want_p) and len(gp) > 40
     for k in gp:
-        assert_close(gp[k], want_p[k], rtol=1e-3, atol=1e-3, msg=lambda m: f"{k}: {m}")
-    assert gin[(ids == IMAGE)].abs().sum(-1).gt(0).all()  # dropped ones too: the first two layers hear them
+        assert_close(gp[k], want_p[k], rtol=1e-3, atol=1e-3, msg=lambda m, name=k: f"{name}: {m}")
+    assert gin[(ids == IMAGE)].abs().sum(-1).gt(0).all()  # dropped ones too: the first two layers read them
 
 
 def test_gradient_checkpointing_changes_nothing():

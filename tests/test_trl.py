@@ -1,4 +1,4 @@
-"TRL's `SFTTrainer` trains our model as it is: with our collator, and with its own way from messages and pictures to a batch."
+"TRL's `SFTTrainer` trains our model: with our collator, and with TRL's own batches of messages and images."
 
 import pytest
 from tiny_stage import EachStep, stage, write_parts
@@ -112,7 +112,7 @@ def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options
 
 
 def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
-    "TRL's own way, without a collator of ours: the same words, the same labels, the same pixels; it pads on the other side."
+    "Without our collator: the same ids, labels and pixels; TRL pads on the other side."
     _, processor, rows = model_and_rows(parts, tmp_path)
     rows = [rows[i] for i in (0, 5, 25)]
 

@@ -1,4 +1,4 @@
-"The model as an ordinary transformers model: every tower end to end, saving, resuming, generating, and what it refuses."
+"The model as a transformers model: every tower, saving, resuming, generating, and what it refuses."
 
 import copy
 import dataclasses
@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from delta_llava.adapter import cache_argument
 from delta_llava.assets import load_llm
 from delta_llava.config import ProjectorConfig, dinov2_s14
 from delta_llava.processor import build_processor
@@ -44,6 +45,7 @@ from delta_llava.vlm import (
     build_vlm,
     load_projector,
     save_projector,
+    tower_fingerprint,
 )
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -83,7 +85,7 @@ def test_budgets_of_vit_b32_at_384(tokens):
     assert out.image_hidden_states.shape == (tokens, 64)
     assert not torch.equal(
         out.logits, model(prompt(tokens), images("clip_b32_384", seed=2), tokens=tokens).logits
-    )  # the picture matters
+    )  # the image matters
 
 
 @pytest.mark.parametrize("name", ["clip_b32_224", "siglip_so400m_384", "dinov2_s14"])
@@ -479,7 +481,7 @@ def test_the_table_grows_only_if_it_must(vocab, tied, rows):
 
 @pytest.mark.slow
 def test_real_parts_keep_their_knowledge(tmp_path):
-    "The LLM knows in our class what it knew alone, a picture in front of it or not."
+    "The LLM inside the model answers as it does alone, with an image or without."
     cfg = dinov2_s14()
     llm, tokenizer = load_llm()
     model = build_vlm(load_tower(None, cfg.levels), llm, tokenizer, cfg).eval()
@@ -612,3 +614,149 @@ def test_projector_of_another_kind_of_tower(tmp_path):
         ValueError, match="model_type: projector siglip_vision_model, model clip_vision_model"
     ):
         load_projector(tmp_path, tiny())
+
+
+def test_projector_of_a_tower_with_other_weights(tmp_path):
+    "Other weights are an error unless it is forced; another precision is not."
+    model, other = tiny(), tiny(seed=9)
+    save_projector(model, tmp_path)
+    with pytest.raises(ValueError, match="a vision tower with other weights.*force=True"):
+        load_projector(tmp_path, other)
+    load_projector(tmp_path, other, force=True)
+    assert same_weights(projector_of(other), projector_of(model))
+    for dtype in (torch.bfloat16, torch.float16):
+        load_projector(tmp_path, tiny().to(dtype))
+    shorter = tiny(projector=projector_config(levels=(1, 2, 3, 4)))  # fewer blocks of the same tower
+    save_projector(shorter, tmp_path / "short")
+    known = json.loads((tmp_path / "short" / "projector.json").read_text())["tower"]["fingerprint"]
+    assert len(known) < len(json.loads((tmp_path / "projector.json").read_text())["tower"]["fingerprint"])
+    about = json.loads((tmp_path / "projector.json").read_text())
+    del about["tower"]["fingerprint"]  # as earlier versions wrote it
+    (tmp_path / "projector.json").write_text(json.dumps(about))
+    load_projector(tmp_path, tiny(seed=9))
+
+
+def test_the_fingerprint_of_a_tower_that_is_spread_over_processes(tmp_path):
+    model = build_vlm(*parts(), byte_tokenizer(), projector_config())
+    whole = tower_fingerprint(model.vision_tower)
+    torch.nn.init.zeros_(model.vision_tower.embeddings.position_embedding.weight)  # like a shard
+    save_projector(model, tmp_path, state=projector_of(model).state_dict())
+    assert json.loads((tmp_path / "projector.json").read_text())["tower"]["fingerprint"] == whole
+
+
+# what transformers offers to any model
+
+def test_embeddings_are_resized_with_the_head(tmp_path):
+    for tied in (False, True):
+        model = tiny(tie_word_embeddings=tied)
+        before = model(prompt(4), images(), tokens=4).logits
+        model.resize_token_embeddings(300, mean_resizing=False)
+        assert_close(model(prompt(4), images(), tokens=4).logits[..., :264], before)
+        assert model.config.text_config.vocab_size == model.language_model.config.vocab_size == 300
+        model.save_pretrained(tmp_path / str(tied))
+        again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / str(tied))
+        assert same_weights(again, model)
+        assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+
+
+def test_load_options(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    load = DeltaLlavaForConditionalGeneration.from_pretrained
+    assert load(tmp_path, dtype=torch.bfloat16).get_decoder().dtype == torch.bfloat16
+    placed = load(tmp_path, device_map={"": "cpu"})
+    assert_close(placed(prompt(4), images(), tokens=4).logits, model(prompt(4), images(), tokens=4).logits)
+    assert "LlamaDecoderLayer" in placed._no_split_modules
+    eager = load(tmp_path, attn_implementation="eager")
+    assert eager.language_model.config._attn_implementation == "eager"
+    _, info = load(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_attention_of_the_llm_can_be_set():
+    model = tiny()
+    before = model(prompt(4), images(), tokens=4)
+    model.language_model.set_attn_implementation("eager")
+    after = model(prompt(4), images(), tokens=4, output_attentions=True)
+    assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-5)
+    assert len(after.attentions) == 2 and after.attentions[0].shape[-1] == prompt(4).shape[1]
+    model.set_attn_implementation("sdpa")
+    assert model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_gradient_checkpointing_changes_nothing():
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny(projector=projector_config(drop_path=0.0)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model(prompt(4), images(), tokens=4, labels=prompt(4)).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        assert_close(grads[0][name], grads[1][name])
+
+
+def test_adapters_of_peft(tmp_path):
+    from peft import LoraConfig
+
+    model = tiny(projector=projector_config(drop_path=0.0)).train()
+    names = [f"language_model.{n}" for n, m in model.language_model.named_modules() if n.endswith("q_proj")]
+    before = model(prompt(4), images(), tokens=4, labels=prompt(4)).loss
+    model.add_adapter(LoraConfig(r=2, target_modules=names))
+    out = model(prompt(4), images(), tokens=4, labels=prompt(4))
+    assert_close(out.loss, before)  # LoRA starts at zero
+    out.loss.backward()
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(learns) == 2 * len(names) and all("lora_" in n for n in learns)
+    model.eval().generate(prompt(4), pixel_values=images(), tokens=4, **GREEDY)
+
+
+def test_sampling_and_several_answers():
+    model, ids = tiny(), torch.cat([prompt(4), prompt(4, before=(80, 81))])
+    torch.manual_seed(0)
+    answers = model.generate(
+        ids, pixel_values=images(n=2), tokens=4, do_sample=True, num_return_sequences=3, max_new_tokens=4
+    )
+    assert len(answers) == 6 and answers[:, : ids.shape[1]].equal(ids.repeat_interleave(3, 0))
+    assert IMAGE not in answers[:, ids.shape[1] :]
+
+
+def test_generating_without_images():
+    model, ids = tiny(), torch.tensor([[72, 105, 63]])
+    own = model.language_model.generate(ids, suppress_tokens=[IMAGE], **GREEDY)
+    assert own.equal(model.generate(ids, **GREEDY)) and own.equal(model.generate(input_ids=ids, **GREEDY))
+
+
+def test_a_cache_is_continued():
+    "A second question about the same image reads the cache of the first."
+    model, ids = tiny(), prompt(4)
+    first = model.generate(ids, pixel_values=images(), tokens=4, return_dict_in_generate=True, **GREEDY)
+    question = torch.cat([first.sequences, torch.tensor([[66, 67]])], dim=1)
+    cache = first.past_key_values
+    second = model.generate(question, **{cache_argument(): cache}, **GREEDY)
+    assert second.equal(model.generate(question, pixel_values=images(), tokens=4, **GREEDY))
+    step = model(torch.tensor([[65]]), past_key_values=model(ids, images(), tokens=4).past_key_values)
+    whole = model(torch.cat([ids, torch.tensor([[65]])], 1), images(), tokens=4)
+    assert_close(step.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_as_a_tuple():
+    model = tiny()
+    out = model(prompt(4), images(), tokens=4, use_cache=False)
+    logits, visual = model(prompt(4), images(), tokens=4, use_cache=False, return_dict=False)
+    assert_close(logits, out.logits)
+    assert_close(visual, out.image_hidden_states)
+    hidden = model(prompt(4), images(), tokens=4, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3 and hidden[-1].shape == (1, prompt(4).shape[1], 64)
+
+
+def test_images_need_ids():
+    model = tiny()
+    embeds = model.get_input_embeddings()(prompt(4))
+    with pytest.raises(ValueError, match="images need input_ids"):
+        model(pixel_values=images(), inputs_embeds=embeds, tokens=4)
+    assert_close(
+        model(prompt(4), images(), inputs_embeds=embeds, tokens=4).logits,
+        model(prompt(4), images(), tokens=4).logits,
+    )

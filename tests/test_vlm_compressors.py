@@ -17,10 +17,10 @@ from delta_llava.compressors.base import (
     compressor_config,
     compressor_name,
 )
-from delta_llava.collator import Collator
+from delta_llava.data import Collator
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
-from delta_llava.quickstart import Quickstart, run
+from delta_llava.quickstart import Recipe, run
 from delta_llava.tower import vision_features
 from delta_llava.vlm import (
     DeltaLlavaConfig,
@@ -49,7 +49,7 @@ def tiny(name, **options):
 
 
 def inputs(model, rows=((72, 105), (65, 66, 67, 68)), seed=1):
-    "Prompts of unequal length, padded on the left, each with one picture; a question where the projector reads it."
+    "Prompts of unequal length, padded on the left, each with one image; a question where needed."
     v = model.config.image_seq_length
     ids = [[*row, *[IMAGE] * v, 63, 10] for row in rows]
     width = max(map(len, ids))
@@ -214,8 +214,8 @@ def test_a_variant_is_what_its_name_says():
         )
 
 
-def test_every_picture_gets_its_own_question():
-    "Two pictures in the first row, none in the second."
+def test_every_image_gets_its_own_question():
+    "Two images in the first row, none in the second."
     processor = build_processor(
         CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384),
         byte_tokenizer(),
@@ -226,7 +226,10 @@ def test_every_picture_gets_its_own_question():
     image = Image.new("RGB", (8, 8))
     batch = processor([image, image], ["<image> <image> a", "b"], questions=["What?", "Nothing."])
     assert batch["question_ids"].shape[0] == 2 and batch["question_ids"][0].equal(batch["question_ids"][1])
-    turns = lambda q: [{"from": "human", "value": q}, {"from": "gpt", "value": "a"}]
+
+    def turns(question):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
+
     collate = Collator(processor=processor, features=torch.randn(1, 144, 512), paths=["p"])
     batch = collate(
         [
@@ -239,10 +242,10 @@ def test_every_picture_gets_its_own_question():
 
 @pytest.mark.parametrize("name", ["mqt", "qwen", "prumerge"])
 def test_tokens_without_a_place_get_no_map(name):
-    with pytest.raises(ValueError, match="have no place in the picture"):
+    with pytest.raises(ValueError, match="have no place in the image"):
         word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
-    with pytest.raises(ValueError, match="have no place in the picture"):
-        run(Quickstart(compressor=name))
+    with pytest.raises(ValueError, match="have no place in the image"):
+        run(Recipe(compressor=name))
 
 
 @every
@@ -257,7 +260,10 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     )
     model.resize_token_embeddings(len(processor.tokenizer))
     model.config.image_token_index = model.config.image_token_id = processor.image_token_id
-    say = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+
+    def say(question, answer):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
     rows = [
         dict(id="long", image=None, conversations=say("Hm? " * 200, "Well. " * 100)),
         dict(id="a", image="a", conversations=say("<image>\nWhat is it?", "A cat")),
@@ -286,7 +292,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     for packed in (False, True):
         if packed and name == "fastv":
             break
-        batch = Collator(processor=processor, packing=packed, **images)(rows)
+        batch = Collator(processor=processor, packed=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
@@ -303,7 +309,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
                 processor=build_processor(
                     processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144
                 ),
-                packing=True,
+                packed=True,
             )
         return
     assert (found[False][0], found[True][0]) == (4, 2)
@@ -312,7 +318,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
 
 
 @every
-def test_no_picture_still_gives_finite_visual_tokens_and_gradients(name):
+def test_no_image_still_gives_finite_visual_tokens_and_gradients(name):
     model = tiny(name).train()
     tokens = model.dummy_visual_tokens()
     tokens.sum().backward()
@@ -364,9 +370,8 @@ def test_fastv_scores_an_answer_as_it_generates_it():
     model = tiny("fastv")
     batch = inputs(model)
     length = batch["input_ids"].shape[1]
-    made = model.generate(
-        **batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    greedy = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    made = model.generate(**batch, **greedy, output_logits=True, return_dict_in_generate=True)
     for row in range(2):
         real = batch["attention_mask"][row].bool()
         one = {k: v[row : row + 1] for k, v in batch.items()}

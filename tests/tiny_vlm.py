@@ -1,4 +1,4 @@
-"Small models with the true grids and depths of the presets, and a byte-level tokenizer, for the tests of the model."
+"Small models with the grids and depths of the presets, and a byte-level tokenizer."
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 IMAGE = 259
 CLIP = dict(hidden_size=128, intermediate_size=64, num_attention_heads=2)
 L14 = dict(num_hidden_layers=24, patch_size=14, **CLIP)
-TOWERS = {  # preset, its tower at small width, side of the pictures in px
+TOWERS = {  # preset, its tower at small width, side of the images in px
     "clip_b32_224": (
         presets.clip_b32_224,
         lambda: CLIPVisionConfig(num_hidden_layers=12, image_size=224, patch_size=32, **CLIP),

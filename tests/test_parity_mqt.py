@@ -151,7 +151,7 @@ def test_folded_takes_both_orders():
 def test_maps_know_no_picture():
     module = shaken()
     seen = []
-    hook = module.resample.attend.register_forward_pre_hook(lambda m, args: seen.append(m.maps(*args[:2])))
+    hook = module.resample.attend.register_forward_pre_hook(lambda m, args: seen.append(m.attention_weights(*args[:2])))
     for seed in (1, 2): module(features(seed=seed))
     hook.remove()
     assert seen[0].shape == (1, 4, 9, 36)
@@ -213,7 +213,7 @@ def test_start_of_the_reference():
     torch.manual_seed(0)
     module = MQT(replace(SMALL, d_vision=256, d_llm=400, queries=64))
     attend = module.resample.attend
-    for tensor, std in ((module.resample.query, .02), (module.proj.weight, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
+    for tensor, std in ((module.resample.query, .02), (module.out_proj.weight, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
         assert abs(tensor.std().item()/std - 1) < .05
     assert not attend.qkv.bias.any() and not attend.out.bias.any()
 

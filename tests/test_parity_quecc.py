@@ -128,7 +128,7 @@ def test_every_budget_of_any_grid_and_width(grid, levels, d_vision, heads, d_llm
     for g in range(1, grid+1):
         build = lambda: small(grid=grid, tokens=g*g, levels=levels, d_vision=d_vision, heads=heads, d_llm=d_llm, d_text=d_text)
         if grid % g:
-            with pytest.raises(ValueError, match="the kernel of QueCCConfig must; use one of"): build()
+            with pytest.raises(ValueError, match="as the kernel of QueCCConfig requires; use one of"): build()
             continue
         model = build()
         assert model.config.budgets(grid) == [g*g] and model.config.kernel == grid//g
@@ -139,7 +139,7 @@ def test_another_grid_has_the_budget_that_the_kernel_makes_of_it():
     model, (x, h) = small(), given(grid=8)
     with pytest.raises(ValueError, match=r"tokens=9 is not possible for QueCCConfig on a 8×8 grid; use one of \[16\]"): model(x, text=h)
     assert model(x, tokens=16, text=h).shape == (2, 16, 24)
-    with pytest.raises(ValueError, match="a kernel of 2×2 patches cannot cut a 7×7 grid"): model(x[:, :49], text=h)
+    with pytest.raises(ValueError, match="a kernel of 2×2 patches does not divide a 7×7 grid"): model(x[:, :49], text=h)
 
 
 def test_forward_takes_the_last_level_for_its_queries():

@@ -91,15 +91,15 @@ def test_every_grid(config, grid):
 def test_what_follows_the_resampler():
     module = shaken()
     bare = QwenResampler(replace(SMALL, post=False)).eval()
-    bare.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "proj"))})
-    assert_close(module(features()), module.proj(module.ln_post(bare(features()))))
+    bare.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "out_proj"))})
+    assert_close(module(features()), module.out_proj(module.ln_post(bare(features()))))
     names = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
     assert {"transformer.visual.ln_post.weight", "transformer.visual.proj", "transformer.visual.attn_pool.attn.in_proj_weight"} <= set(names)
 
 
 def test_maps_know_the_picture():
     module = shaken()
-    with torch.no_grad(): maps = module.resample.attend.maps(*module.ask(features()[..., -32:], 6)[:2])
+    with torch.no_grad(): maps = module.resample.attend.attention_weights(*module.queries_keys_values(features()[..., -32:], 6)[:2])
     assert maps.shape == (2, 3, 9, 36)
     assert (maps[0] - maps[1]).abs().max() > 1e-2
     assert_close(maps.sum(-1), torch.ones(2, 3, 9))

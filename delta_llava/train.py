@@ -11,14 +11,12 @@ __all__ = ['FREE_SETTINGS', 'ZERO3', 'logger', 'training_budgets', 'stage_collat
 # %% ../nbs/31b_train.ipynb #ad4ee01e
 import json
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import TrainingArguments

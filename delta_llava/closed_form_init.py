@@ -32,7 +32,7 @@ def answer_embeddings(
     table = table.detach().float()
     return table.mean(0) + centered * (table.std() / centered.std())
 
-# %% ../nbs/25_closed_form_init.ipynb #9e4703f8
+# %% ../nbs/25_closed_form_init.ipynb #32da97ca
 class _RidgeRegression:
     "Ridge regression (@eq-ridge) from a layer's inputs to one target per image, over several batches."
     def __init__(self):
@@ -195,7 +195,7 @@ def _init_output_layer(
     stored = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
     stored.copy_(weight)
 
-# %% ../nbs/25_closed_form_init.ipynb #d6b735fd
+# %% ../nbs/25_closed_form_init.ipynb #e40d400d
 @contextmanager
 def _evaluation_mode(
     projector:Compressor,  # Any mode
@@ -231,7 +231,7 @@ def _check_arguments(
         projector.config.check_budget(budget, first.grid)
     return first
 
-# %% ../nbs/25_closed_form_init.ipynb #2d0e9f3a
+# %% ../nbs/25_closed_form_init.ipynb #fb1162de
 def _budget_of_each_layer(
     projector:Compressor,  # In evaluation mode
     layers:Sequence[nn.Module],  # Its input layers
@@ -251,11 +251,11 @@ def _budget_of_each_layer(
         left = [layer for i, layer in enumerate(left) if i not in reached]
     return found
 
-# %% ../nbs/25_closed_form_init.ipynb #e54aad28
+# %% ../nbs/25_closed_form_init.ipynb #0d00f1c7
 @torch.no_grad()
 def closed_form_init(
     projector:Compressor,  # Changed in place
-    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set of `[n, c]`
+    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set
     embeddings:Float[Tensor, "images d"],  # Where each image's visual tokens should lie: `answer_embeddings`
     *,
     tokens:Sequence[int]=(),  # Budgets to initialize for; empty takes the projector's own

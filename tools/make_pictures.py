@@ -1,4 +1,4 @@
-"""Build `delta_llava/pictures/`: 64 everyday objects, each drawn by three artists, as one RGBA sheet per artist.
+"""Build `delta_llava/pictures/`: 64 everyday objects by three artists, as one RGBA sheet per artist.
 
     python tools/make_pictures.py            fetch the three packages with npm and write the folder
     python tools/make_pictures.py --check    fetch, build in memory, and fail if the folder differs in a byte

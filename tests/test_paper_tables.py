@@ -102,9 +102,8 @@ def guide_values(name):
     "A variable of the reading guide, which typed the tables by hand, apart from these."
     notebook = json.loads((ROOT/"nbs"/"00_reading_guide.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
-    scope = {}
-    exec(re.search(rf"^{name} = .*?(?=^\w|\Z)", code, re.M | re.S)[0], scope)
-    return scope[name]
+    assignment = re.search(rf"^\w*{name} = (.*?)(?=^\w|\Z)", code, re.M | re.S)
+    return eval(assignment[1])
 
 
 def test_table_1_equals_the_reading_guides_copy():

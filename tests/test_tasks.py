@@ -104,7 +104,7 @@ def test_task_files_are_complete(tmp_path, function_loader):
 
 def test_every_metric_of_a_task_file_is_computed(tmp_path, function_loader):
     "`process_results` returns exactly the metrics that the file lists, over all kinds of questions."
-    write_tasks(tmp_path, n=6)
+    write_tasks(tmp_path, n=30)
     for task in TASK_NAMES[:4]:
         settings = yaml.load((tmp_path/f"{task}.yaml").read_text(), Loader=function_loader)
         data = tmp_path/settings["dataset_kwargs"]["data_files"]["test"]

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from delta_llava.compare import possible
 from delta_llava.config import dinov2_s14
-from delta_llava.data import Collator
+from delta_llava.collator import Collator
 from delta_llava.evaluate import derangement
 from delta_llava.gradcam import (
     answer_cam,
@@ -50,9 +50,10 @@ from delta_llava.gradcam import (
     pointing_game,
     shuffled_weights,
 )
-from delta_llava.quickstart import Recipe, fit, held_out_images, load_trained
+from delta_llava.quickstart import Quickstart, fit, held_out_images
+from delta_llava.runs import load
 from delta_llava.tower import vision_features
-from delta_llava.train import commit, write_record
+from delta_llava.runs import commit, write_record
 
 METHODS = (
     "gradcam",
@@ -147,7 +148,7 @@ class Truth:
         rows, self.parts = [], []
         for name in self.compressors:
             for seed in self.seeds if name not in self.one_seed else self.seeds[:1]:
-                recipe = Recipe(seed=seed, steps=self.train_steps, compressor=name, llm_dtype=self.llm_dtype)
+                recipe = Quickstart(seed=seed, steps=self.train_steps, compressor=name, llm_dtype=self.llm_dtype)
                 if not (self.folder / f"{name}-{seed}" / "projector.safetensors").exists():
                     fit(recipe, self.folder / f"{name}-{seed}")
                 rows += self.score(name, seed)
@@ -169,7 +170,7 @@ class Truth:
     def score(self, name, seed):
         "One row of scores for each picture, budget and method of one trained model; kept in the folder, so that a broken run goes on."
         folder, found = self.folder / f"{name}-{seed}", []
-        model, processor, recipe = load_trained(folder)
+        model, processor, recipe = load(folder)
         held = held_out_images(
             replace(recipe, test_images=self.images), self.folder / f"held-out-{self.images}"
         )

@@ -1,8 +1,9 @@
-"""Score a trained model on the offline tasks through lmms-eval, at several budgets. Run it where lmms-eval is (`make eval`):
+"""Score a trained model on the offline tasks through lmms-eval (`make eval`), at several budgets:
 
-    .venv-eval/bin/python benchmarks/harness.py                    # what the quickstart trained; writes runs/harness.json
+    .venv-eval/bin/python benchmarks/harness.py     # the quickstart's model; writes runs/harness.json
 
-Next to the five tasks, the captions are asked for once more in the words that the quickstart's training used, as `scenes_caption_asked`.
+Beside the five tasks, captions are asked for once more with the question of the quickstart's training, as
+`scenes_caption_asked`.
 """
 import os
 import subprocess
@@ -13,15 +14,16 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-from delta_llava.harness import TASKS, harness_cmd, read_result, write_tasks
+from delta_llava.harness import harness_cmd, read_result
 from delta_llava.quickstart import QUESTION
-from delta_llava.train import write_record
+from delta_llava.runs import write_record
+from delta_llava.tasks import TASK_NAMES, write_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class HarnessRun:
     "Score a trained model on the offline tasks at several budgets."
-    pretrained: Path = Path("runs/quickstart")  # What a training wrote
+    pretrained: Path = Path("runs/quickstart")  # Folder of a trained model
     tokens: tuple[int, ...] = (36, 9)  # Budgets
     n: int = 20  # Scenes
     seed: int = 4_000_000  # Of the scenes
@@ -29,20 +31,25 @@ class Scored:
     out: Path = Path("runs/harness.json")  # The record
 
     def __call__(self):
-        found = []
+        results = []
         with TemporaryDirectory() as folder:
-            told = write_tasks(f"{folder}/tasks", self.n, seed=self.seed)
+            questions = write_tasks(f"{folder}/tasks", self.n, seed=self.seed)
             write_tasks(f"{folder}/asked", self.n, seed=self.seed, caption=QUESTION)
-            for t in self.tokens:
-                scores, settings = self.score(f"{folder}/tasks", TASKS, f"{folder}/out{t}", t)
-                asked, more = self.score(f"{folder}/asked", ("scenes_caption",), f"{folder}/asked{t}", t)
-                scores["scenes_caption_asked"], settings["tasks"]["scenes_caption_asked"] = asked["scenes_caption"], more["tasks"]["scenes_caption"]
-                found.append(dict(scores=scores, settings=settings))
-        print(write_record(self.out, [self.seed], found, questions=told))
+            for budget in self.tokens:
+                scores, settings = self.score(f"{folder}/tasks", TASK_NAMES, f"{folder}/out{budget}", budget)
+                asked = self.score(f"{folder}/asked", ("scenes_caption",), f"{folder}/asked{budget}", budget)
+                scores["scenes_caption_asked"] = asked[0]["scenes_caption"]
+                settings["tasks"]["scenes_caption_asked"] = asked[1]["tasks"]["scenes_caption"]
+                results.append(dict(scores=scores, settings=settings))
+        print(write_record(self.out, [self.seed], results, questions=questions))
 
-    def score(self, tasks: str, names: tuple[str, ...], out: str, tokens: int):
-        subprocess.run(harness_cmd(self.pretrained, out, tasks, names, self.batch_size, python=sys.executable, tokens=tokens), env=os.environ | dict(HF_HUB_OFFLINE="1"), check=True)
+    def score(self, tasks: str, names: tuple[str, ...], out: str, tokens: int) -> tuple[dict, dict]:
+        "Scores and settings of one run of lmms-eval."
+        cmd = harness_cmd(self.pretrained, out, tasks, names, self.batch_size, python=sys.executable,
+                          tokens=tokens)
+        subprocess.run(cmd, env=os.environ | dict(HF_HUB_OFFLINE="1"), check=True)
         return read_result(out)
 
 
-if __name__ == "__main__": tyro.cli(Scored)()
+if __name__ == "__main__":
+    tyro.cli(HarnessRun)()

@@ -26,9 +26,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from delta_llava.assets import resolve
-from delta_llava.data import Collator, check_turns, pack_rows, read_rows, training_turns
+from delta_llava.collator import Collator, pack_rows
+from delta_llava.conversations import check_turns, read_rows, training_turns
 from delta_llava.processor import as_messages, build_processor
-from delta_llava.train import write_record
+from delta_llava.runs import write_record
 from delta_llava.vlm import supervised_loss
 
 ROWS, TEXT_ONLY = 665_298, 40_688
@@ -103,7 +104,7 @@ class Lengths(ProcessorMixin):
 
 def collators(max_length):
     "Ours, on rows that are lengths."
-    return {way: Collator(processor=Lengths(), max_length=max_length, packed=way == "packed") for way in ("padded", "packed")}
+    return {way: Collator(processor=Lengths(), max_length=max_length, packing=way == "packed") for way in ("padded", "packed")}
 
 
 def one_pass(llm, batch):
@@ -183,7 +184,7 @@ class Packing:
         torch.set_num_threads(1)
         llm = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=self.hidden, intermediate_size=round(2.6875*self.hidden), num_hidden_layers=self.layers, num_attention_heads=self.hidden//64 or 1))
         llm.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-        collate, seconds, tokens = collators(self.max_length//self.scale), dict(padded=[], packed=[]), dict(padded=0, packed=0)
+        collate, seconds, tokens = collators(self.max_length//self.scale), dict(padded=[], packing=[]), dict(padded=0, packing=0)
         chosen = [b for _, b in zip(range(self.batches + 1), in_batches(lengths.tolist(), self.batch_size, False, self.seed + 1))]
         for n, numbers in enumerate(tqdm(chosen, desc=f"time at V={v}")):  # the first one warms up
             made = {way: c([dict(id=int(i), image=None, conversations=max(2, round(lengths[i]/self.scale))) for i in numbers]) for way, c in collate.items()}

@@ -44,7 +44,7 @@ from delta_llava.grid import sincos_2d
 from delta_llava.launch import SavedBytes
 from delta_llava.projector import DeltaProjector, WindowAttention
 from delta_llava.speed import median_and_quartiles
-from delta_llava.train import write_record
+from delta_llava.runs import write_record
 
 
 class PlainAttention(nn.Module):
@@ -95,10 +95,10 @@ class Straightforward(nn.Module):
         "The block on images [b, c, row, col], with 1×1 convolutions."
         block, g = self.p.mix, x.shape[-1]
         point = lambda layer, y: F.conv2d(y, layer.weight[..., None, None], layer.bias)
-        t = rearrange(point(block.far, x), "b c row col -> b (row col) c")
+        t = rearrange(point(block.attn_branch, x), "b c row col -> b (row col) c")
         t = t + self.self_attention(block.emhsa, block.norm(t))
         t = rearrange(t, "b (row col) c -> b c row col", row=g).contiguous()
-        p = point(block.near, t)
+        p = point(block.conv_branch, t)
         y = block.mhca.norm(block.mhca.conv(p).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         p = p + point(block.mhca.out, F.relu(y))
         y = torch.cat([t, p], 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from delta_llava.speed import Sweep, speed_report
-from delta_llava.train import write_record
+from delta_llava.runs import write_record
 
 FULL = dict(
     tower="hub:openai/clip-vit-large-patch14-336",

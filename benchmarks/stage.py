@@ -24,11 +24,15 @@ from transformers import AutoModelForImageTextToText
 
 from delta_llava.assets import default_llm, default_tower
 from delta_llava.compressors.base import build_compressor, compressor_config
-from delta_llava.data import Collator, load_conversations, write_scenes
-from delta_llava.launch import PAPER_TIMES, ROWS, Rows, image_side, row_flops, shape_of, skeleton
+from delta_llava.collator import Collator
+from delta_llava.conversations import load_conversations
+from delta_llava.scenes import write_scenes
+from delta_llava.launch import PAPER_TIMES, ROWS, RowLengths, image_side, row_flops, pretrained_config, meta_model
 from delta_llava.speed import measured_device, median_and_quartiles
 from delta_llava.tower import open_image
-from delta_llava.train import Finetune, Pretrain, freeze, build_stage_model, write_record
+from delta_llava.train import Finetune, Pretrain, build_stage_model
+from delta_llava.trainer import freeze
+from delta_llava.runs import write_record
 
 
 def seconds_of(written):
@@ -64,7 +68,7 @@ class StageSteps:
         self.tower = self.tower or ("hub:openai/clip-vit-large-patch14-336" if self.full else default_tower())
         self.llm = self.llm or ("hub:lmsys/vicuna-7b-v1.5" if self.full else default_llm())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.all = (image_side(self.stage("pretrain", 1))//shape_of(self.tower).patch_size)**2
+        self.all = (image_side(self.stage("pretrain", 1))//pretrained_config(self.tower).patch_size)**2
         if self.repeats < 1 or len(self.tokens) < 2: raise ValueError(f"repeats={self.repeats} must be at least 1, and tokens={self.tokens} two budgets or more: ratios are to the first.")
 
     def size(self, kind): return self.batch_size or ({"pretrain": 32, "finetune": 16}[kind] if self.full else 4)
@@ -80,7 +84,7 @@ class StageSteps:
         torch.manual_seed(self.seed)
         first = self.stage("pretrain", min(self.tokens))
         if self.full:
-            with self.device: model = AutoModelForImageTextToText.from_config(skeleton(first).config, dtype=torch.bfloat16)
+            with self.device: model = AutoModelForImageTextToText.from_config(meta_model(first).config, dtype=torch.bfloat16)
             make = lambda kind, v: self.random_rows(model.config, kind, v)
         else:
             model, processor = build_stage_model(first)
@@ -135,9 +139,9 @@ class StageSteps:
         "One line of the result."
         n, supervised = len(batch["input_ids"]), int((batch["labels"][:, 1:] != -100).sum())
         length = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-        rows = Rows(count=n, text=length//n - v, answer=supervised//n)
+        rows = RowLengths(count=n, text=length//n - v, answer=supervised//n)
         settings = self.stage(kind, v, self.name(v))
-        flops = n*sum(row_flops(settings, skeleton(settings), rows).values())
+        flops = n*sum(row_flops(settings, meta_model(settings), rows).values())
         middle, paper = statistics.median(seconds), PAPER_TIMES.get(v)
         paper = round(seconds_of(paper[kind == "finetune"])/seconds_of(PAPER_TIMES[self.tokens[0]][kind == "finetune"]), 3) if paper and self.tokens[0] in PAPER_TIMES else None
         return dict(stage=kind, tokens=v, projector=self.name(v), batch=n, text=rows.text, answer=rows.answer, seconds=median_and_quartiles(seconds), ratio=median_and_quartiles([s/b for s, b in zip(seconds, base)]), paper_ratio=paper,

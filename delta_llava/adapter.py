@@ -13,13 +13,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 
 # %% ../nbs/09_adapter.ipynb #4444d251
@@ -37,8 +36,8 @@ class AdapterError(RuntimeError):
 
 
 def installed(
-    package: str,  # Name of the distribution, such as `"transformers"`
-) -> str:  # Its version, or `"not installed"`
+    package:str,  # Name of the distribution, such as `"transformers"`
+)->str:  # Its version, or `"not installed"`
     "Installed version of a package."
     try:
         return version(package)
@@ -47,34 +46,37 @@ def installed(
 
 
 def adapter_error(
-    package: str,  # A key of `TESTED`
-    part: str,  # What is missing or has changed
-    reason: str,  # What this package needs it for
-) -> AdapterError:  # To be raised by the caller
+    package:str,  # A key of `TESTED`
+    part:str,  # What is missing or has changed
+    reason:str,  # What this package needs it for
+)->AdapterError:  # To be raised by the caller
     "The error about one part, with the installed version, the tested range and a way out."
     low, high = TESTED[package]
     return AdapterError(
-        f"{package} {installed(package)}: {part} is missing or has changed; delta_llava needs it because {reason}. "
-        f"Tested with {package} {low} to {high}: install one of these versions, or adapt delta_llava/adapter.py."
+        f"{package} {installed(package)}: {part} is missing or has changed; delta_llava needs it "
+        f"because {reason}. "
+        f"Tested with {package} {low} to {high}: install one of these, or adapt delta_llava/adapter.py."
     )
 
 # %% ../nbs/09_adapter.ipynb #854164c3
 PARTS = {  # name: (module that holds it, reason)
-    "DynamicLayer": ("transformers.cache_utils", "FastV gives pruned decoder layers a cache of their own length"),
+    "DynamicLayer": ("transformers.cache_utils", "FastV gives pruned layers caches of their own length"),
+    "DynamicCache": ("transformers", "FastV edits the layers of this kind of cache only"),
     "create_causal_mask": ("transformers.masking_utils", "FastV makes masks for layers with fewer tokens"),
-    "find_packed_sequence_indices": ("transformers.masking_utils", "FastV refuses rows that hold several conversations"),
-    "GradientCheckpointingLayer": ("transformers.modeling_layers", "FastV works with hooks, which recomputation may skip"),
-    "BaseModelOutputWithPooling": ("transformers.modeling_outputs", "image features have the form that transformers expects"),
+    "find_packed_sequence_indices": ("transformers.masking_utils", "FastV refuses packed rows"),
+    "GradientCheckpointingLayer": ("transformers.modeling_layers", "recomputation may run hooks again"),
+    "BaseModelOutputWithPooling": ("transformers.modeling_outputs", "it is the form of image features"),
     "CausalLMOutputWithPast": ("transformers.modeling_outputs", "the model's output extends it"),
-    "MODEL_FOR_CAUSAL_LM_MAPPING": ("transformers", "old folders name the LLM's weights without the LLM's prefix"),
+    "MODEL_FOR_CAUSAL_LM_MAPPING": ("transformers", "old folders lack the prefix of the LLM's decoder"),
     "CONFIG_MAPPING": ("transformers", "foreign checkpoints name their config by model type"),
-    "LlavaImageProcessorPil": ("transformers.models.llava.image_processing_pil_llava", "the PIL backend is the reproducible one"),
+    "LlavaImageProcessorPil": (
+        "transformers.models.llava.image_processing_pil_llava", "the PIL backend is the reproducible one"),
     "CLIPImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "BitImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "make_flat_list_of_images": ("transformers.image_utils", "the processor takes images in any nesting"),
-    "MultiModalData": ("transformers.processing_utils", "the processor reports numbers of placeholders to serving engines"),
+    "MultiModalData": ("transformers.processing_utils", "serving engines ask for numbers of placeholders"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
-    "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are merged into dequantized weights"),
+    "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are added to dequantized weights"),
     "ModelManifest": ("lmms_eval.models.registry_v2", "the plug-in registers itself with lmms-eval"),
     "GenerationResult": ("lmms_eval.api.instance", "the plug-in answers requests of lmms-eval"),
     "lmms": ("lmms_eval.api.model", "the plug-in is a model of lmms-eval"),
@@ -83,7 +85,7 @@ PARTS = {  # name: (module that holds it, reason)
 
 @cache
 def moving_part(
-    name: str,  # A key of `PARTS`
+    name:str,  # A key of `PARTS`
 ):  # Class, function or table
     "One part of another library, imported when it is first asked for."
     module, reason = PARTS[name]
@@ -105,12 +107,13 @@ def cache_argument() -> str:  # `"cache"` from transformers 5.24 on, `"past_key_
     names = signature(moving_part("create_causal_mask")).parameters
     found = [name for name in ("cache", "past_key_values") if name in names]
     if not found:
-        raise adapter_error("transformers", "the cache argument of create_causal_mask", PARTS["create_causal_mask"][1])
+        reason = PARTS["create_causal_mask"][1]
+        raise adapter_error("transformers", "the cache argument of create_causal_mask", reason)
     return found[0]
 
 
 def cache_of(
-    kwargs: dict,  # Keyword arguments of a decoder or of one of its layers
+    kwargs:dict,  # Keyword arguments of a decoder or of one of its layers
 ):  # The cache, or `None`
     "The key-value cache among keyword arguments, under its old or its new name."
     found = kwargs.get("cache")
@@ -119,14 +122,14 @@ def cache_of(
 
 def check_dynamic_cache(
     past_key_values,  # Cache of a pass, or `None`
-    extra_layers: tuple[type, ...] = (),  # Layer classes that are known besides transformers' `DynamicLayer`
-) -> None:
+    extra_layers:tuple[type, ...]=(),  # Layer classes that are known besides transformers' `DynamicLayer`
+)->None:
     "Error unless the cache is a plain `DynamicCache` of layers that are known."
     if past_key_values is None:
         return
     kind = type(past_key_values)
     layers = getattr(past_key_values, "layers", None)
-    plain = f"{kind.__module__}.{kind.__name__}" == "transformers.cache_utils.DynamicCache" and isinstance(layers, list)
+    plain = kind is moving_part("DynamicCache") and isinstance(layers, list)
     unknown = {type(layer) for layer in layers} - {moving_part("DynamicLayer")} if plain else set()
     unknown = {cls.__name__ for cls in unknown if not issubclass(cls, extra_layers)}
     if plain and not unknown and not getattr(past_key_values, "offloading", False):
@@ -140,32 +143,32 @@ def check_dynamic_cache(
 # %% ../nbs/09_adapter.ipynb #1a359ddf
 def causal_mask(
     config,  # The decoder's config
-    hidden: Tensor,  # `[b, t, d]` Hidden states that enter the layer
-    visible: Tensor|None,  # `[b, n]` 2D mask of what the layer may attend to, `False` on padding; `None` hides nothing
+    hidden:Tensor,  # `[b, t, d]` Hidden states that enter the layer
+    visible:Tensor|None,  # `[b, n]` `False` on padding; `None` hides nothing
     past_key_values,  # Cache, or `None`
-    layer: int,  # Number of the layer, whose length in the cache counts
-):  # In the form that the config's attention implementation reads; `None` where plain causal attention will do
+    layer:int,  # Number of the layer, whose length in the cache counts
+):  # As the attention implementation reads it; `None` where plain causal attention is right
     "The mask of one decoder layer."
     make = moving_part("create_causal_mask")
     return make(config, hidden, visible, **{cache_argument(): past_key_values}, layer_idx=layer)
 
 
 def is_packed(
-    position_ids: Tensor|None,  # `[b, t]` Positions of a pass; `None` counts
-) -> bool:
+    position_ids:Tensor|None,  # `[b, t]` Positions of a pass; `None` counts
+)->bool:
     "Whether a row holds several sequences, which position ids that start again say."
     return position_ids is not None and moving_part("find_packed_sequence_indices")(position_ids) is not None
 
 
 @cache
 def checkpointing_runs_hooks() -> bool:
-    "Whether gradient checkpointing recomputes a layer with its hooks (transformers < 5.22), after they were removed."
+    "Whether gradient checkpointing recomputes a layer together with its hooks (before transformers 5.22)."
     return "__call__" in vars(moving_part("GradientCheckpointingLayer"))
 
 
 def rotary_function(
-    attention: nn.Module,  # Attention of one decoder layer
-) -> Callable|None:  # `(q, k, cos, sin) -> (q, k)`; `None` if its module has none
+    attention:nn.Module,  # Attention of one decoder layer
+)->Callable|None:  # `(q, k, cos, sin) -> (q, k)`; `None` if its module has none
     "The rotary position embedding that a model's own attention applies."
     modules = [sys.modules[cls.__module__] for cls in type(attention).__mro__]
     found = [module.apply_rotary_pos_emb for module in modules if hasattr(module, "apply_rotary_pos_emb")]
@@ -174,9 +177,9 @@ def rotary_function(
 # %% ../nbs/09_adapter.ipynb #602f9c5a
 @contextmanager
 def changed_hidden_states(
-    llm: nn.Module,  # Causal LM
-    change: Callable,  # `[b, t, d]` hidden states in, those that the head reads out
-) -> Iterator[SimpleNamespace]:  # `calls`: how often the decoder ran
+    llm:nn.Module,  # Causal LM
+    change:Callable,  # `[b, t, d]` hidden states in, those that the head reads out
+)->Iterator[SimpleNamespace]:  # `calls`: how often the decoder ran
     "While it lasts, the LLM's head reads `change(hidden)` in place of the decoder's last hidden states."
     state = SimpleNamespace(calls=0)
 
@@ -195,10 +198,10 @@ def changed_hidden_states(
 
 
 def selected_logits(
-    llm: nn.Module,  # Causal LM
-    select: Callable,  # `[b, t, x]` in, `[s, x]` out
+    llm:nn.Module,  # Causal LM
+    select:Callable,  # `[b, t, x]` in, `[s, x]` out
     **inputs,  # Of its forward pass
-) -> tuple[Tensor, object]:  # `[s, vocabulary]` logits, and the LLM's output
+)->tuple[Tensor, object]:  # `[s, vocabulary]` logits, and the LLM's output
     "Logits of the positions that `select` takes, made by the LLM's own head."
     with changed_hidden_states(llm, lambda hidden: select(hidden)[None]) as decoder:
         output = llm(**inputs)
@@ -206,13 +209,14 @@ def selected_logits(
     if decoder.calls == 0:  # the hook saw nothing: these are all positions
         return select(logits), output
     if decoder.calls > 1 or logits.shape[0] != 1:
-        raise adapter_error("transformers", f"the decoder inside {type(llm).__name__}", "logits are computed where labels are")
+        part = f"the decoder inside {type(llm).__name__}"
+        raise adapter_error("transformers", part, "logits are computed where labels are")
     return logits[0], output
 
 # %% ../nbs/09_adapter.ipynb #8230b02a
 def old_state_dict_map(
     text_config,  # Config of the LLM
-) -> dict[str, str]:  # Pattern -> replacement
+)->dict[str, str]:  # Pattern -> replacement
     "Patterns from the weight names of older delta_llava folders to today's."
     cls = moving_part("MODEL_FOR_CAUSAL_LM_MAPPING")[type(text_config)]
     cls = cls[0] if isinstance(cls, tuple) else cls
@@ -226,9 +230,9 @@ def old_state_dict_map(
 
 
 def rename_keys(
-    state: dict[str, Tensor],  # State dict, with old names or with today's
-    patterns: dict[str, str],  # From `old_state_dict_map`
-) -> dict[str, Tensor]:  # With today's names
+    state:dict[str, Tensor],  # State dict, with old names or with today's
+    patterns:dict[str, str],  # From `old_state_dict_map`
+)->dict[str, Tensor]:  # With today's names
     "A state dict under today's names; names that no pattern matches stay."
     def renamed(name):
         for pattern, replacement in patterns.items():
@@ -238,8 +242,8 @@ def rename_keys(
 
 # %% ../nbs/09_adapter.ipynb #9c7a3f65
 def is_lora_layer(
-    module: nn.Module,  # Any layer
-) -> bool:
+    module:nn.Module,  # Any layer
+)->bool:
     "Whether PEFT put low-rank updates on this layer."
     if "peft" not in sys.modules:
         return False
@@ -247,8 +251,8 @@ def is_lora_layer(
 
 
 def forget_adapters(
-    model: nn.Module,  # A transformers model whose LoRA layers were merged and replaced
-) -> None:
+    model:nn.Module,  # A transformers model whose LoRA layers were merged and replaced
+)->None:
     "Take away the marks of PEFT, so that the model is saved and loaded as an ordinary one."
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
@@ -256,10 +260,10 @@ def forget_adapters(
 
 # %% ../nbs/09_adapter.ipynb #e4fda693
 def check_overrides(
-    base: type,  # Class of another library
-    methods: dict[str, tuple[str, ...]],  # Method -> parameters that the override relies on
-    reason: str,  # What the overrides are for
-) -> None:
+    base:type,  # Class of another library
+    methods:dict[str, tuple[str, ...]],  # Method -> parameters that the override relies on
+    reason:str,  # What the overrides are for
+)->None:
     "Error unless the base class still has the methods, with these parameters."
     for name, parameters in methods.items():
         method = getattr(base, name, None)

@@ -33,20 +33,20 @@ from transformers import (
 
 from .assets import default_tower, resolve
 from delta_llava.compressors.base import (
-    COST_FORMULAS,
     VARIANTS,
     build_compressor,
     compressor_class,
     compressor_config,
-    no_cost_formula,
+    cost_formula,
 )
-from .compressors.fastv import last_row
+from .compressors.fastv import attention_row
 from .config import CompressorConfig, ProjectorConfig, relative_levels
 from .grid import VisionFeatures
 from .mixing import split_channels
-from .projector import Compressor
+from .compressors.base import Compressor
 from .tower import vision_features
-from .vlm import DeltaLlavaConfig, truncated_tower_config
+from .vlm import DeltaLlavaConfig
+from .tower import truncated_config
 
 # %% ../nbs/26_flops.ipynb #72d2276d
 PRETRAINED_CONFIGS = {  # of the paper's parts
@@ -173,7 +173,7 @@ def counted_tower(
     "The same, counted."
     depth = max(*levels, levels[-1] + attention)
     with torch.device("meta"):
-        tower = AutoModel.from_config(truncated_tower_config(config, depth), trust_remote_code=False)
+        tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
     pixels = meta_zeros(3, image_size, image_size)
     return counted(lambda: vision_features(tower, pixels, levels, attention).levels)
 
@@ -331,10 +331,8 @@ def projector_terms(
     compressor_class(compressor)  # an unknown name is an error
     v = config.check_budget(config.tokens if tokens is None else tokens, config.grid)
     name = VARIANTS.get(compressor, (compressor,))[0]
-    if name in COST_FORMULAS:
-        return COST_FORMULAS[name](config, config.grid**2, v)
     if name not in _FORMULAS:
-        raise no_cost_formula(name)
+        return cost_formula(name)(config, config.grid**2, v)
     return _FORMULAS[name](config, config.grid**2, v, reference)
 
 # %% ../nbs/26_flops.ipynb #bc7399ae
@@ -449,7 +447,7 @@ def counted_llm(
         heads = config.num_attention_heads
         query = meta_zeros(heads, q//heads)
         keys = meta_zeros(k*heads//q, layer_tokens[0][1], q//heads)
-        prefill += counted(lambda: last_row(query, keys, 1.))
+        prefill += counted(lambda: attention_row(query, keys, 1.))
     return prefill,decode
 
 # %% ../nbs/26_flops.ipynb #6e87da45

@@ -29,9 +29,9 @@ from delta_llava.flops import (
     attention_widths,
     counted,
     model_config,
-    numel,
-    project,
-    shape_of,
+    num_parameters,
+    projector_forward,
+    pretrained_config,
     tower_flops,
 )
 from .train import ZERO3, Finetune, Pretrain, Stage, sharding_fields
@@ -42,7 +42,7 @@ def image_side(
     stage:Stage,  # Its vision tower and image size
 )->int:  # px
     "Side of the images that the vision tower gets."
-    return stage.image_size or shape_of(stage.tower).image_size
+    return stage.image_size or pretrained_config(stage.tower).image_size
 
 def meta_model(
     stage:Stage,  # Names vision tower, LLM, compressor and budget
@@ -65,11 +65,11 @@ def parameter_counts(
     model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
 )->dict[str, tuple[int, int]]:  # Part -> trained, all
     "Parameters of each part of the model."
-    llm = numel(model.get_decoder(), model.get_output_embeddings())
+    llm = num_parameters(model.get_decoder(), model.get_output_embeddings())
     lora = sum(stage.lora_rank*(m.in_features + m.out_features) for m in decoder_linears(model))
     trained = 0 if stage.stage == "pretrain" else lora or llm
-    projector = numel(model.multi_modal_projector)
-    return dict(tower=(0, numel(model.vision_tower)), projector=(projector, projector),
+    projector = num_parameters(model.multi_modal_projector)
+    return dict(tower=(0, num_parameters(model.vision_tower)), projector=(projector, projector),
                 llm=(trained, llm + (lora if trained == lora else 0)))
 
 # %% ../nbs/32_launch.ipynb #a7f9ba76
@@ -115,9 +115,9 @@ def row_flops(
     if trained != everything:
         llm += 6*trained*length  # LoRA beside the frozen weights
     projector = model.multi_modal_projector
-    tower = tower_flops(shape_of(stage.tower), max(model.config.vision_feature_layer), image_side(stage),
+    tower = tower_flops(pretrained_config(stage.tower), max(model.config.vision_feature_layer), image_side(stage),
                         "attention" in projector.requires)
-    return dict(tower=tower, projector=counted(project(projector), backward=True), llm=llm)
+    return dict(tower=tower, projector=counted(projector_forward(projector), backward=True), llm=llm)
 
 # %% ../nbs/32_launch.ipynb #df9f7b87
 H100_PEAK = DEVICES["h100"].peak  # FLOP/s of one H100 SXM, bfloat16, dense
@@ -203,7 +203,7 @@ def projector_bytes(
     element:int=2,  # Bytes of one number
 )->int:
     "What the projector keeps for the backward pass, for each image, its patch tokens included."
-    work = project(model.multi_modal_projector)
+    work = projector_forward(model.multi_modal_projector)
     with SavedBytes(model.multi_modal_projector) as saved:
         work()
     return saved.total*element//4  # counted in float32
@@ -213,8 +213,8 @@ def gathered_bytes(
     element:int=2,  # Bytes of one number
 )->int:
     "Gathered at a time by a sharded model: what is outside the blocks, two blocks, one block's gradients."
-    blocks = [numel(b) for b in model.get_decoder().layers]
-    return element*(numel(model) - sum(blocks) + 3*max(blocks))
+    blocks = [num_parameters(b) for b in model.get_decoder().layers]
+    return element*(num_parameters(model) - sum(blocks) + 3*max(blocks))
 
 # %% ../nbs/32_launch.ipynb #68abafb0
 NF4 = 1/2 + 1/64 + 4/(64*256)  # bytes of a weight: four bits, and two scales for blocks of weights

@@ -25,10 +25,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .assets import default_tower, load_llm, resolve
+from .assets import default_levels, load_llm, tower_config
 from .compressors.base import compressor_class, compressor_config
-from .config import ProjectorConfig, relative_levels
-from .files import read_json
+from .config import ProjectorConfig
 from .tower import image_processor_for, load_tower, open_image
 from .vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, add_image_token, build_vlm
 
@@ -145,7 +144,7 @@ def expand_images(
                          f"Take max_length={last} or more, or a budget below tokens={tokens}.")
     return expanded[:max_length]
 
-# %% ../nbs/23_processor.ipynb #304a9bff
+# %% ../nbs/23_processor.ipynb #9cb730c1
 def flatten_images(
     images,  # One image, or lists of images, nested or not; `None` is none
 )->list:  # RGB images; arrays and tensors as they are
@@ -216,7 +215,7 @@ class PromptMixin:
         "Token ids and labels of one conversation: `encode_conversation` with this processor."
         return encode_conversation(self, conversation, tokens, max_length)
 
-# %% ../nbs/23_processor.ipynb #0e1c31ad
+# %% ../nbs/23_processor.ipynb #31b31dcb
 class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
     image_token = "<image>"
@@ -335,7 +334,7 @@ def build_processor(
     return DeltaLlavaProcessor(image_processor, tokenizer, tokens=tokens, chat_template=JOIN_PARTS + text,
                                questions=questions, placeholders=placeholders)
 
-# %% ../nbs/23_processor.ipynb #1549b316
+# %% ../nbs/23_processor.ipynb #5e889791
 def answer_spans(
     processor:DeltaLlavaProcessor,  # With tokenizer and chat template
     messages:list[dict],  # From `as_messages`
@@ -399,23 +398,19 @@ def encode_conversation(
     row = tokenize_conversation(processor, conversation)
     return expand_row(row, processor.image_token_id, processor.num_image_tokens(tokens), max_length)
 
-# %% ../nbs/23_processor.ipynb #ea123927
+# %% ../nbs/23_processor.ipynb #1a6fe6f3
 def tower_sizes(
     tower:str,  # `pypi:…`, `hub:…` or a folder
     image_size:int|None=None,  # Side of an image, px; `None` takes the tower's own
 )->ProjectorConfig:  # Grid, levels and channels; all other fields at their defaults
-    "What a projector needs to know of a vision tower, from the tower's `config.json`."
-    config = read_json(resolve(tower).path/"config.json", kind=dict)
-    config = config.get("vision_config", config)
-    size = config["image_size"] if image_size is None else image_size
-    if size % config["patch_size"]:
+    "What a projector needs to know of a vision tower; no weights are loaded."
+    config = tower_config(tower)
+    size = config.image_size if image_size is None else image_size
+    if size % config.patch_size:
         raise ValueError(f"image_size={size} must be a multiple of the tower's patch size "
-                         f"{config['patch_size']}.")
-    # DINOv2-S/14 (the tower that needs no hub) has its own levels
-    depth = config["num_hidden_layers"]
-    levels = (4, 6, 8, 10) if tower == default_tower() else relative_levels(depth)
-    return ProjectorConfig(grid=size // config["patch_size"], tokens=1, levels=levels,
-                           d_vision=config["hidden_size"])
+                         f"{config.patch_size}.")
+    return ProjectorConfig(grid=size // config.patch_size, tokens=1, d_vision=config.hidden_size,
+                           levels=default_levels(tower, config.num_hidden_layers))
 
 # %% ../nbs/23_processor.ipynb #90c0f3c4
 def build_pretrained(

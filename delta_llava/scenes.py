@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from .files import write_atomic
 
@@ -112,7 +113,7 @@ def _draw_names(
         return [names[N_GROUPS*k + group] for k in rng.permutation(group_size)[:n]]
     return [names[N_GROUPS*rng.integers(group_size) + group] for group in rng.permutation(N_GROUPS)[:n]]
 
-# %% ../nbs/30_scenes.ipynb #105dca17
+# %% ../nbs/30_scenes.ipynb #370b262b
 def _largest_side(
     size:int,  # Side of the image, px
     n:int,  # Objects in it
@@ -143,7 +144,7 @@ def _place_box(
             return box
     return None
 
-# %% ../nbs/30_scenes.ipynb #2253b33f
+# %% ../nbs/30_scenes.ipynb #c1886655
 def _try_boxes(
     drawings:list[Image.Image],  # Keep their shapes
     size:int,  # Of the image, px
@@ -243,7 +244,7 @@ def _landscape(rng:np.random.Generator, size:int)->np.ndarray:
     grain = _smooth_noise(rng, 12, size)//3 + _smooth_noise(rng, 48, size)//4 - (y - horizon)*40//size
     return np.where(y < horizon, sky + haze, ground + grain)
 
-# %% ../nbs/30_scenes.ipynb #b90aa3ce
+# %% ../nbs/30_scenes.ipynb #1b07de92
 def paint_background(
     rng:np.random.Generator,  # Draws kind, colors and noise
     size:int,  # Side, px
@@ -360,7 +361,7 @@ def _choice_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple
     options = [f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=True)]
     return [(("\n".join(options),), ("ABCD"[answer],))]
 
-# %% ../nbs/30_scenes.ipynb #4de74940
+# %% ../nbs/30_scenes.ipynb #f7e25bcc
 _TASK_FACTS = {
     "caption": _caption_facts,
     "existence": _existence_facts,
@@ -411,7 +412,7 @@ def _check_tasks(tasks:list[str], n:int, n_objects:tuple[int, int])->None:
     if set(tasks) == {"relation"} and n_objects[1] < 2:
         raise ValueError("tasks=['relation'] needs two objects in an image; use n_objects=(2, 4).")
 
-# %% ../nbs/30_scenes.ipynb #a84b1e65
+# %% ../nbs/30_scenes.ipynb #68091cba
 def write_scenes(
     folder:str|Path,  # Gets `<split>.json` and `images/`; splits may share one folder
     n:int,  # Images
@@ -430,7 +431,7 @@ def write_scenes(
     folder = Path(folder)
     (folder/"images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for scene in scenes:
+    for scene in tqdm(scenes, "drawing scenes", unit=" images", disable=n < 200):
         for task in tasks:
             rows += _scene_rows(scene, task, paraphrase)
         draw_scene(scene).save(folder/"images"/f"{scene.id}.png", compress_level=1)

@@ -21,9 +21,9 @@ from transformers import AutoModelForImageTextToText, CompileConfig, StaticCache
 
 from .assets import default_llm, default_tower
 from .compressors.base import build_compressor, compressor_config
-from .flops import Device, Setup, as_table, roofline, shape_of
+from .flops import Device, Setup, as_table, roofline, pretrained_config
 from .processor import build_pretrained
-from .projector import Compressor
+from .compressors.base import Compressor
 from .tower import vision_features
 from .vlm import DeltaLlavaForConditionalGeneration
 
@@ -56,7 +56,7 @@ class StageTimer(StoppingCriteria):
     @contextmanager
     def hooks(self,
         model:DeltaLlavaForConditionalGeneration,  # Gets hooks until the block ends
-    )->Iterator["Laps"]:
+    )->Iterator["StageTimer"]:
         "Mark also the question's pass, the projector, and the first call of the whole model."
         projector,found = model.multi_modal_projector,[]
         def once(module, args):  # gone before a step is compiled
@@ -225,7 +225,7 @@ class Sweep:
     )->Setup:
         "The same for the cost model."
         parts = dict(tower=self.tower or default_tower(), llm=self.llm or default_llm(), text=self.text, answer=self.answer, image_size=self.image_size)
-        seen = shape_of(parts["tower"])
+        seen = pretrained_config(parts["tower"])
         whole = tokens == ((self.image_size or seen.image_size)//seen.patch_size)**2
         return Setup(**parts, compressor="mlp" if whole and self.compressor == "delta" else self.compressor, tokens=tokens)
 

@@ -5,13 +5,13 @@ from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, projector_config
 
 from delta_llava.adapter import CLIPImageProcessorPil
 from delta_llava.answerer import Answerer, AnswerScore, EncodedAnswer, Request, RequestEncoder, shared_prompt
-from delta_llava.compressors.base import COMPRESSORS, VARIANTS, compressor_class, compressor_config, compressor_name
+from delta_llava.compressors import base
 from delta_llava.processor import build_processor
 from delta_llava.scenes import draw_scene, plan_scene
 from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
-every = pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS])
+every = pytest.mark.parametrize("name", [*base.COMPRESSORS, *base.VARIANTS])
 
 QUESTIONS = [
     "What?",
@@ -33,10 +33,11 @@ def scene_image(i):
 def build(name="delta", template="v1"):
     "A tiny model of one compressor at 9 tokens (the MLP has 144) with its processor, images of 384 px."
     torch.manual_seed(0)
-    sizes = compressor_config(name, projector_config("clip_b32_384"), tokens=144 if name == "mlp" else 9)
-    compressor = compressor_name(compressor_class(name)(sizes))
-    config = DeltaLlavaConfig(vision_config=TOWERS["clip_b32_384"][1](), text_config=llm_config(num_hidden_layers=4),
-                              compressor=compressor, projector=sizes.to_dict(), image_token_index=IMAGE)
+    sizes = base.compressor_config(name, projector_config("clip_b32_384"), tokens=144 if name == "mlp" else 9)
+    compressor = base.compressor_name(base.compressor_class(name)(sizes))
+    config = DeltaLlavaConfig(vision_config=TOWERS["clip_b32_384"][1](),
+                              text_config=llm_config(num_hidden_layers=4), compressor=compressor,
+                              projector=sizes.to_dict(), image_token_index=IMAGE)
     model = DeltaLlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for p in model.get_decoder().layers.parameters():
@@ -44,7 +45,8 @@ def build(name="delta", template="v1"):
     requires = model.multi_modal_projector.requires
     pixels = CLIPImageProcessorPil(size=dict(shortest_edge=384), crop_size=dict(height=384, width=384))
     placeholders = sizes.placeholders(sizes.tokens) if "decoder" in requires else None
-    processor = build_processor(pixels, byte_tokenizer(), sizes.tokens, template, "text" in requires, placeholders)
+    processor = build_processor(pixels, byte_tokenizer(), sizes.tokens, template, "text" in requires,
+                                placeholders)
     return model, processor
 
 

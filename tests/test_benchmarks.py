@@ -11,9 +11,10 @@ from tiny_stage import write_parts
 from tiny_vlm import byte_tokenizer, tiny
 from transformers import CLIPImageProcessorPil
 
-from delta_llava.data import load_conversations, write_scenes
+from delta_llava.conversations import load_conversations
+from delta_llava.scenes import write_scenes
 from delta_llava.processor import build_processor
-from delta_llava.quickstart import Recipe
+from delta_llava.quickstart import Quickstart
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -119,7 +120,7 @@ def test_scores_of_a_map_that_knows_the_box(tmp_path):
         )
     )
     truth, before = module["Truth"](images=6, erased=4), {k: v.clone() for k, v in model.state_dict().items()}
-    found = sum((truth.batch(model, processor, rows[i : i + 3], 16, i, Recipe()) for i in (0, 3)), [])
+    found = sum((truth.batch(model, processor, rows[i : i + 3], 16, i, Quickstart()) for i in (0, 3)), [])
     assert all(
         torch.equal(v, before[k]) for k, v in model.state_dict().items()
     )  # the shuffled parts are whole again

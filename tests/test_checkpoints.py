@@ -1,4 +1,7 @@
-"""Checkpoints of other layouts. The sources are written by hand, with the true names and at small width: nothing here comes from our own export."""
+"""Checkpoints of other layouts.
+
+The sources are written by hand, with the true names and at small width: nothing comes from our own export.
+"""
 
 import json
 import os
@@ -6,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import close, info, tensors, under
+from parity import close, tensors, under
 from safetensors.torch import load_file, save_file
 from tiny_vlm import byte_tokenizer
 from torch.nn import functional as F
-from torch.testing import assert_close
 from transformers import (
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -21,9 +22,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from delta_llava import checkpoints
-from delta_llava.checkpoints import Lazy, Weights, convert, new_folder, write_weights
+from delta_llava.checkpoints import convert
+from delta_llava.checkpoints.converting import to_layout_state
+from delta_llava.checkpoints.inferring import HEAD, LLM
+from delta_llava.checkpoints.reading import LazyTensor, Weights, write_weights
 from delta_llava.compressors.base import build_compressor, compressor_class
+from delta_llava.files import new_folder
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, save_projector
 
 STATE = Path(__file__).parent / "data" / "parity"
@@ -90,7 +94,9 @@ def llm_shapes(prefix="model.", head="lm_head."):
 
 
 def tower_shapes(prefix="model.vision_tower.vision_tower.vision_model."):
-    wb = lambda name, *s: {f"{prefix}{name}.weight": s, f"{prefix}{name}.bias": s[:1]}
+    def wb(name, *shape):
+        return {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[:1]}
+
     out = {
         f"{prefix}embeddings.class_embedding": (C,),
         f"{prefix}embeddings.patch_embedding.weight": (C, 3, PATCH, PATCH),
@@ -121,7 +127,7 @@ def mlp_shapes(prefix="model.mm_projector.", one="0.", two="2."):
 
 
 def delta_shapes(prefix="model.mm_projector."):
-    "The authors' 45 tensors: names of the stored fixture, sizes of this model (one 128 is the tower's, 96 the fixture's LLM)."
+    "The authors' 45 tensors: names of the stored fixture, sizes of this model (96 is the fixture's LLM)."
     return {
         prefix + k: tuple(D if s == 96 and k.startswith("mlp.") else s for s in v.shape)
         for k, v in under(STATE, "delta_llava", "state.").items()
@@ -198,16 +204,17 @@ KINDS = ("delta", "tokenpacker", "mqt", "quecc", "cabstractor", "qwen", "mlp", "
 
 
 def stage1(tmp_path, name, kind="bin", dtype=None):
-    state, prefix, said = fixture(name)
+    state, prefix, overrides = fixture(name)
     state = {prefix + k: v if dtype is None else v.to(dtype) for k, v in state.items()}
-    return state, write(state, tmp_path / "theirs", kind, stem="mm_projector") / f"mm_projector.{kind}", said
+    folder = write(state, tmp_path / "theirs", kind, stem="mm_projector")
+    return state, folder / f"mm_projector.{kind}", overrides
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_projector_there_and_back(name, kind, tmp_path):
-    state, file, said = stage1(tmp_path, name, kind)
-    done = convert(file, tmp_path / "ours", **said)
+    state, file, overrides = stage1(tmp_path, name, kind)
+    done = convert(file, tmp_path / "ours", **overrides)
     assert done.config == load_projector(tmp_path / "ours").config
     convert(tmp_path / "ours", tmp_path / "back", to="authors", format=kind)
     same(state, read(tmp_path / "back" / f"mm_projector.{kind}"))
@@ -216,16 +223,16 @@ def test_projector_there_and_back(name, kind, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["delta", "mlp"])
 def test_precision_is_kept(name, dtype, tmp_path):
-    state, file, said = stage1(tmp_path, name, dtype=dtype)
-    convert(file, tmp_path / "ours", **said)
+    state, file, overrides = stage1(tmp_path, name, dtype=dtype)
+    convert(file, tmp_path / "ours", **overrides)
     assert {v.dtype for v in load_file(tmp_path / "ours" / "projector.safetensors").values()} == {dtype}
     convert(tmp_path / "ours", tmp_path / "back", to="authors")
     same(state, read(tmp_path / "back"))
 
 
 def test_delta_computes_what_the_authors_code_does(tmp_path):
-    _, file, said = stage1(tmp_path, "delta")
-    convert(file, tmp_path / "ours", **said)
+    _, file, overrides = stage1(tmp_path, "delta")
+    convert(file, tmp_path / "ours", **overrides)
     projector, t = load_projector(tmp_path / "ours"), tensors(STATE, "delta_llava")
     assert (
         projector.config.rank,
@@ -238,8 +245,8 @@ def test_delta_computes_what_the_authors_code_does(tmp_path):
 
 
 def test_tokenpacker_computes_what_its_code_does(tmp_path):
-    _, file, said = stage1(tmp_path, "tokenpacker")
-    convert(file, tmp_path / "ours", **said)
+    _, file, overrides = stage1(tmp_path, "tokenpacker")
+    convert(file, tmp_path / "ours", **overrides)
     t = tensors(STATE, "tokenpacker")
     close(
         load_projector(tmp_path / "ours").project(t["in.g4.multi"], t["in.g4.single"], 2),
@@ -249,8 +256,8 @@ def test_tokenpacker_computes_what_its_code_does(tmp_path):
 
 
 def test_mlp_computes_what_its_code_does(tmp_path):
-    state, file, said = stage1(tmp_path, "mlp")
-    convert(file, tmp_path / "ours", **said)
+    state, file, overrides = stage1(tmp_path, "mlp")
+    convert(file, tmp_path / "ours", **overrides)
     x, w = torch.randn(1, 16, 48), {k.removeprefix("model.mm_projector."): v for k, v in state.items()}
     close(
         load_projector(tmp_path / "ours")(x),
@@ -263,12 +270,12 @@ def test_mlp_computes_what_its_code_does(tmp_path):
     "prefix", ["base_model.model.model.mm_projector.", "mm_projector.", "module.model.mm_projector."]
 )
 def test_prefixes_of_lora_and_parallel_training(prefix, tmp_path):
-    state, _, said = fixture("mlp")
+    state, _, overrides = fixture("mlp")
     file = (
         write({prefix + k: v for k, v in state.items()}, tmp_path, "bin", stem="non_lora_trainables")
         / "non_lora_trainables.bin"
     )
-    convert(file, tmp_path / "ours", **said)
+    convert(file, tmp_path / "ours", **overrides)
     same({f"mlp.{k}": v for k, v in state.items()}, load_file(tmp_path / "ours" / "projector.safetensors"))
 
 
@@ -291,9 +298,9 @@ def test_defaults_are_the_published_ones(name, wanted, tmp_path):
             d_vision=c, d_llm=d, levels=(1, 2, 3, 4) if name in ("delta", "tokenpacker") else (1,)
         ),
     )
-    theirs = checkpoints.to_theirs(reference, reference.state_dict())
+    theirs = to_layout_state(reference, reference.state_dict())
     write(
-        {(reference.outer or "model.mm_projector.") + k: v.contiguous() for k, v in theirs.items()},
+        {(reference.prefix or "model.mm_projector.") + k: v.contiguous() for k, v in theirs.items()},
         tmp_path,
         "bin",
         stem="mm_projector",
@@ -309,7 +316,7 @@ def test_defaults_are_the_published_ones(name, wanted, tmp_path):
 @pytest.mark.parametrize("scale,tokens", [(1, 576), (2, 144), (3, 64), (4, 36), (6, 16), (24, 1)])
 def test_scale_factor_of_the_config_is_the_budget(scale, tokens, tmp_path):
     reference = build_compressor("delta", compressor_class("delta").Config(d_vision=128, d_llm=64))
-    theirs = checkpoints.to_theirs(reference, reference.state_dict())
+    theirs = to_layout_state(reference, reference.state_dict())
     write(
         {"model.mm_projector." + k: v.contiguous() for k, v in theirs.items()},
         tmp_path,
@@ -326,7 +333,7 @@ def test_scale_factor_of_the_config_is_the_budget(scale, tokens, tmp_path):
 
 # ---- what is refused
 def test_names_that_are_missing_unknown_or_misshapen(tmp_path):
-    state, prefix, said = fixture("delta")
+    state, prefix, overrides = fixture("delta")
     state = {prefix + k: v for k, v in state.items()}
     some = prefix + "combined_block.ntb.mhca.norm.weight"
     cases = [
@@ -341,24 +348,24 @@ def test_names_that_are_missing_unknown_or_misshapen(tmp_path):
     for i, (wrong, words) in enumerate(cases):
         file = write(wrong, tmp_path / str(i), "bin", stem="mm_projector") / "mm_projector.bin"
         with pytest.raises(ValueError) as error:
-            convert(file, tmp_path / "ours", **said)
+            convert(file, tmp_path / "ours", **overrides)
         assert words in str(error.value), error.value
         assert not (tmp_path / "ours").exists()
 
 
 def test_settings_that_are_missing_or_contradict(tmp_path):
-    _, file, said = stage1(tmp_path, "delta")
+    _, file, overrides = stage1(tmp_path, "delta")
     for wrong, words in [
-        (dict(said, levels=None), "levels is missing: the projector reads 2 levels"),
-        (dict(said, levels=(1, 2, 3)), "are 3, but the weights read 2"),
-        (dict(said, heads=3), "heads=3 must divide"),
-        (dict(said, rank=8), "rank=8, but the weights say rank=16"),
-        (dict(said, tokens=10), "tokens=10 must be the square"),
-        (dict(said, compressor="mqt"), "compressor='mqt', but the weights are those of 'delta'"),
-        (dict(said, nonsense=1), "are no settings of 'delta'"),
-        (dict(said, to="gguf"), "use one of"),
-        (dict(said, to="authors"), "convert it to 'ours' first"),
-        (dict(said, format="pt"), "use 'bin' or 'safetensors'"),
+        (dict(overrides, levels=None), "levels is missing: the projector reads 2 levels"),
+        (dict(overrides, levels=(1, 2, 3)), "are 3, but the weights read 2"),
+        (dict(overrides, heads=3), "heads=3 must divide"),
+        (dict(overrides, rank=8), "rank=8, but the weights say rank=16"),
+        (dict(overrides, tokens=10), "tokens=10 must be the square"),
+        (dict(overrides, compressor="mqt"), "compressor='mqt', but the weights are those of 'delta'"),
+        (dict(overrides, nonsense=1), "are no settings of 'delta'"),
+        (dict(overrides, to="gguf"), "use one of"),
+        (dict(overrides, to="authors"), "convert it to 'ours' first"),
+        (dict(overrides, format="pt"), "use 'bin' or 'safetensors'"),
     ]:
         with pytest.raises(ValueError) as error:
             convert(file, tmp_path / "ours", **wrong)
@@ -389,22 +396,22 @@ def test_a_program_in_a_bin_is_not_run(old, tmp_path):
 
 
 def test_files_of_the_old_format_are_read(tmp_path):
-    state, _, said = fixture("mlp")
+    state, _, overrides = fixture("mlp")
     state = {f"model.mm_projector.{k}": v for k, v in state.items()}
     torch.save(state, tmp_path / "mm_projector.bin", _use_new_zipfile_serialization=False)
-    convert(tmp_path / "mm_projector.bin", tmp_path / "ours", **said)
+    convert(tmp_path / "mm_projector.bin", tmp_path / "ours", **overrides)
 
 
 def test_damaged_files(tmp_path):
     for kind, stem in (("bin", "mm_projector"), ("safetensors", "mm_projector")):
-        state, _, said = fixture("mlp")
+        state, _, overrides = fixture("mlp")
         file = (
             write({f"model.mm_projector.{k}": v for k, v in state.items()}, tmp_path / kind, kind, stem=stem)
             / f"{stem}.{kind}"
         )
         file.write_bytes(file.read_bytes()[:300])
         with pytest.raises(ValueError, match="damaged"):
-            convert(file, tmp_path / "ours", **said)
+            convert(file, tmp_path / "ours", **overrides)
     torch.save(torch.ones(3), tmp_path / "t.bin")
     with pytest.raises(ValueError, match="holds no tensors by name"):
         convert(tmp_path / "t.bin", tmp_path / "ours")
@@ -431,18 +438,18 @@ def test_sources_that_are_none(tmp_path):
 
 
 def test_targets_that_are_taken(tmp_path):
-    _, file, said = stage1(tmp_path, "mlp")
+    _, file, overrides = stage1(tmp_path, "mlp")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
     for target in ("full", "file"):
         with pytest.raises(ValueError, match="exists and is not empty"):
-            convert(file, tmp_path / target, **said)
+            convert(file, tmp_path / target, **overrides)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"] and (
         tmp_path / "file"
     ).read_text() == "keep"
     (tmp_path / "empty").mkdir()
-    convert(file, tmp_path / "empty", **said)
+    convert(file, tmp_path / "empty", **overrides)
     load_projector(tmp_path / "empty")
 
 
@@ -591,7 +598,7 @@ def test_tower_from_a_folder_when_the_checkpoint_lacks_it(tmp_path):
     ours = load(tmp_path / "ours").vision_tower.state_dict()
     same(ours, tower.state_dict(), names=list(ours))
     done = convert(folder, tmp_path / "part", projector_only=True, grid=4, **DELTA)
-    assert "load_projector" in done.wrote and load_projector(tmp_path / "part").config.grid == 4
+    assert "load_projector" in done.written and load_projector(tmp_path / "part").config.grid == 4
 
 
 def test_tower_of_another_maker_must_be_named(tmp_path):
@@ -625,7 +632,7 @@ def test_an_unknown_tensor_of_a_whole_model_is_refused(tmp_path):
     state = read(folder)
     write({k: v for k, v in state.items() if k != "model.layers.1.mlp.up_proj.weight"}, folder)
     with pytest.raises(
-        ValueError, match="lacks 1 tensors, e.g. 'model.language_model.layers.1.mlp.up_proj.weight'"
+        ValueError, match="lacks 1 tensors, e.g. 'language_model.model.layers.1.mlp.up_proj.weight'"
     ):
         convert(folder, tmp_path / "ours", **DELTA)
     with pytest.raises(ValueError, match="model_type='llava_mpt'"):
@@ -658,9 +665,8 @@ def test_tied_head(stored, tmp_path):
     write(state, folder)
     convert(folder, tmp_path / "ours", **DELTA)
     model = load(tmp_path / "ours")
-    assert model.lm_head.weight is model.get_input_embeddings().weight and "lm_head.weight" not in read(
-        tmp_path / "ours"
-    )
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not any("lm_head" in name for name in read(tmp_path / "ours"))
     convert(tmp_path / "ours", tmp_path / "back", to="authors")
     same({k: v for k, v in kept(state).items() if k != "lm_head.weight"}, read(tmp_path / "back"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is True
@@ -680,7 +686,7 @@ def test_tied_head_that_shares_memory_in_a_bin(tmp_path):
     write(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, folder, "bin")
     convert(folder, tmp_path / "ours", **DELTA)
     ours = read(tmp_path / "ours")
-    assert torch.equal(ours["lm_head.weight"], ours["model.language_model.embed_tokens.weight"])
+    assert torch.equal(ours[HEAD + "weight"], ours[LLM + "embed_tokens.weight"])
 
 
 def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
@@ -696,7 +702,7 @@ def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
     grown = authors(tmp_path / "grown")
     convert(grown, tmp_path / "grown-ours", **DELTA)
     state = read(tmp_path / "grown-ours")
-    for k in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+    for k in (LLM + "embed_tokens.weight", HEAD + "weight"):
         assert len(state[k]) == VOCAB + 1 and not state[k][VOCAB].any()
     done = convert(tmp_path / "grown-ours", tmp_path / "grown-back", to="authors")
     assert (
@@ -706,7 +712,7 @@ def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
 
 
 def test_a_model_of_ours_that_never_was_the_authors(tmp_path):
-    "No config of theirs is kept with it, so the tower's name must be given; then their fields come from ours."
+    "It holds no config of theirs, so the tower's name must be given; their fields come from ours."
     convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
     (tmp_path / "ours" / "authors_config.json").unlink()
     with pytest.raises(ValueError, match="tower is missing: the authors' code loads the tower by name"):
@@ -757,6 +763,53 @@ def test_what_the_authors_code_cannot_compute_is_refused(change, words, tmp_path
     assert not (tmp_path / "back").exists()
 
 
+OLD_PREFIXES = {
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
+@pytest.mark.parametrize("to", ["authors", "llava-hf"])
+def test_a_model_folder_of_an_earlier_version_is_converted(to, tmp_path):
+    "Names as `save_pretrained` wrote them before the model held a whole causal LM."
+    if to == "authors":
+        convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+    else:
+        hf(tmp_path / "hf")
+        convert(tmp_path / "hf", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to=to)
+    new = read(tmp_path / "ours")
+    assert {k.split(".")[0] for k in new} == {"vision_tower", "multi_modal_projector", "language_model"}
+    old = {}
+    for name, tensor in new.items():
+        prefix = next(p for p in OLD_PREFIXES if name.startswith(p))
+        old[OLD_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
+    write(old, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "again", to=to)
+    same(read(tmp_path / "back"), read(tmp_path / "again"))
+
+
+def test_a_damaged_folder_of_ours_is_refused(tmp_path):
+    convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+    state = read(tmp_path / "ours")
+    name = "multi_modal_projector.mlp.2.bias"
+    for wrong, words in (
+        ({k: v for k, v in state.items() if k != name}, "lacks 1 tensors, e.g. 'mlp.2.bias'"),
+        (state | {"multi_modal_projector.extra": torch.ones(1)}, "has unknown 1 tensors, e.g. 'extra'"),
+        (state | {name: torch.ones(3)}, "size mismatch for mlp.2.bias"),
+    ):
+        write(wrong, tmp_path / "ours")
+        with pytest.raises(ValueError, match=words) as error:
+            convert(tmp_path / "ours", tmp_path / "back", to="authors")
+        assert "\n" not in str(error.value)
+    (tmp_path / "ours" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        convert(tmp_path / "ours", tmp_path / "back", to="authors")
+    assert not (tmp_path / "back").exists()
+
+
 # ---- llava-hf
 def hf(folder, layer=-2, seed=0, **config):
     torch.manual_seed(seed)
@@ -803,7 +856,7 @@ IDS = torch.tensor([[5, 6, *[259] * 16, 7, 8, 9]])
 
 
 def respelled(folder, spelling):
-    "The same checkpoint as transformers saves it now, as it lies on the hub, or under the names that the modules have."
+    "The same checkpoint as transformers saves it now, as on the hub, or under the names of the modules."
     state = read(folder)
     if spelling == "hub":
         state = {
@@ -892,7 +945,7 @@ def test_a_llava_hf_model_starts_a_delta_model(tmp_path):
     llm.model, llm.lm_head = theirs.model.language_model, theirs.lm_head
     config = compressor_class("delta").Config(grid=4, tokens=4, levels=(1, 3), d_vision=C, d_llm=D, heads=4)
     model = build_vlm(theirs.model.vision_tower, llm, byte_tokenizer(), config)
-    assert model.get_decoder() is theirs.model.language_model
+    assert model.get_decoder() is theirs.model.language_model and model.language_model is llm
     ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 7]])
     assert model(input_ids=ids, pixel_values=torch.randn(1, 3, SIDE, SIDE)).logits.isfinite().all()
 
@@ -903,13 +956,14 @@ def test_no_more_than_one_file_is_open(tmp_path):
     weights = Weights(folder)
     for name in weights.shapes:
         weights[name]
-        assert weights.last[0] == weights.file[name]
+        assert weights.open_path == weights.file_of[name]
 
 
 def test_parts_hold_no_more_than_asked(tmp_path):
     state = {f"w{i}": torch.randn(100) for i in range(7)}
     with new_folder(tmp_path / "parts") as folder:
-        files = write_weights({k: Lazy((100,), v.clone) for k, v in state.items()}, folder, part_size=900)
+        lazy = {k: LazyTensor((100,), v.clone) for k, v in state.items()}
+        files = write_weights(lazy, folder, part_size=900)
     assert [f.name for f in files] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
     assert max(sum(t.nbytes for t in load_file(tmp_path / "parts" / f.name).values()) for f in files) <= 900
     same(state, read(tmp_path / "parts"))

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig
 from delta_llava import cli, quickstart
 from delta_llava.config import dinov2_s14
 from delta_llava.projector import DeltaProjector
-from delta_llava.quickstart import Recipe
+from delta_llava.quickstart import Quickstart
 from delta_llava.vlm import save_projector
 
 
@@ -45,7 +45,7 @@ def image(tmp_path):
 def trained(tmp_path):
     "A folder as `run` leaves it, with an untrained projector."
     folder = save_projector(DeltaProjector(dinov2_s14(d_llm=64)), tmp_path / "trained")
-    (folder / "recipe.json").write_text(json.dumps(asdict(Recipe())))
+    (folder / "recipe.json").write_text(json.dumps(asdict(Quickstart())))
     return folder
 
 
@@ -234,8 +234,8 @@ def test_quickstart_passes_every_field(tmp_path, monkeypatch, capsys):
     )
     recipe, folder = run.call_args.args
     assert (
-        recipe == Recipe(seed=7, steps=3, train_budgets=(4, 16), calibrated=False)
-        and type(recipe) is Recipe
+        recipe == Quickstart(seed=7, steps=3, train_budgets=(4, 16), calibrated=False)
+        and type(recipe) is Quickstart
         and folder == tmp_path
     )
     text = capsys.readouterr().out
@@ -488,9 +488,9 @@ def scored(seed, tokens, **more):
             p=1e-5,
             naming=0.5,
             f1=0.25 * seed,
-            all_right=0.5,
+            exact_match=0.5,
             cider=300.0,
-            cider_truth=400.0,
+            cider_reference=400.0,
             said=["A fox."],
         )
         | more
@@ -500,7 +500,7 @@ def scored(seed, tokens, **more):
 def test_evaluate_scores_every_seed_and_says_what_is_missing(tmp_path, trained, monkeypatch, capsys):
     other = tmp_path / "seed1"
     shutil.copytree(trained, other)
-    (other / "recipe.json").write_text(json.dumps(asdict(Recipe(seed=1))))
+    (other / "recipe.json").write_text(json.dumps(asdict(Quickstart(seed=1))))
     score = Mock(side_effect=lambda folder, tokens, images: [scored(int(folder == other), t) for t in tokens])
     monkeypatch.setattr(cli, "score_trained", score)
     cli.main(["evaluate", str(trained), str(other), "--tokens", "16", "4", "--pictures", "8"])
@@ -524,7 +524,7 @@ def test_evaluate_scores_every_seed_and_says_what_is_missing(tmp_path, trained, 
 
 def test_evaluate_without_cider_says_so(trained, monkeypatch, capsys):
     monkeypatch.setattr(
-        cli, "score_trained", Mock(return_value=[scored(0, 16, cider=None, cider_truth=None)])
+        cli, "score_trained", Mock(return_value=[scored(0, 16, cider=None, cider_reference=None)])
     )
     cli.main(["evaluate", str(trained), "--out", str(trained / "e.json")])
     said = capsys.readouterr().out
@@ -542,7 +542,7 @@ def test_evaluate_prints_the_papers_tables(tmp_path, capsys):
 def test_evaluate_refuses_before_a_model_is_loaded(tmp_path, trained, loaded, capsys):
     other = tmp_path / "other"
     shutil.copytree(trained, other)
-    (other / "recipe.json").write_text(json.dumps(asdict(Recipe(steps=7))))
+    (other / "recipe.json").write_text(json.dumps(asdict(Quickstart(steps=7))))
     for args, word in (
         [[], "name a trained folder, or --tables"],
         [[tmp_path / "none"], "holds no trained projector (no recipe.json)"],

@@ -1,8 +1,12 @@
-"The doctor finds each damage where it is and nowhere else; what it writes can be trained on; it never writes half a file."
-import io, json
+"The doctor finds each damage where it is and nowhere else; its index can be trained on and is never partial."
+import hashlib
+import io
+import json
+import os
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,307 +15,501 @@ from tiny_vlm import byte_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from delta_llava import doctor
-from delta_llava.data import load_conversations, read_rows
-from delta_llava.doctor import PROBLEMS, REPAIRS, Problem, examine, examine_image, examine_row, repair
+from delta_llava.collator import Collator
+from delta_llava.conversations import load_conversations, read_rows
+from delta_llava.doctor import (
+    OUTCOMES,
+    PROBLEMS,
+    REPAIRS,
+    Problem,
+    check_dataset,
+    image_problems,
+    repair_row,
+    row_problems,
+)
 from delta_llava.processor import build_processor
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+FILES = ("index.json", "report.json", "report.txt")
+
 
 def encoded(form, **options):
-    Image.fromarray(NOISE).save(buffer := io.BytesIO(), form, **options)
+    buffer = io.BytesIO()
+    Image.fromarray(NOISE).save(buffer, form, **options)
     return buffer.getvalue()
+
 
 @pytest.fixture
 def images(tmp_path):
-    "An image folder with one picture for each kind of damage."
-    folder = tmp_path/"images"; folder.mkdir()
-    for i in range(3): Image.fromarray(np.roll(NOISE, i)).save(folder/f"good{i}.png")
+    "An image folder with one image for each kind of damage."
+    folder = tmp_path/"images"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.roll(NOISE, i)).save(folder/f"good{i}.png")
     whole = encoded("PNG")
-    for name, content in {"half.png": whole[:len(whole)//2], "page.jpg": b"<html>404</html>", "empty.png": b"", "named.png": encoded("JPEG"), "bare": encoded("PNG"), "only.webp": encoded("WEBP"),
-                          "two.jpg": encoded("JPEG"), "two.png": whole}.items(): (folder/name).write_bytes(content)
+    contents = {
+        "half.png": whole[:len(whole)//2],
+        "page.jpg": b"<html>404</html>",
+        "empty.png": b"",
+        "named.png": encoded("JPEG"),
+        "bare": whole,
+        "only.webp": encoded("WEBP"),
+        "two.jpg": encoded("JPEG"),
+        "two.png": whole,
+    }
+    for name, content in contents.items():
+        (folder/name).write_bytes(content)
     first = Image.fromarray(NOISE)
     first.save(folder/"moving.gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
-    for name, size in {"tiny.png": (40, 20), "narrow.png": (400, 40), "thread.png": (4, 1000)}.items(): first.resize(size).save(folder/name)
+    for name, size in {"tiny.png": (40, 20), "narrow.png": (400, 40), "thread.png": (4, 1000)}.items():
+        first.resize(size).save(folder/name)
     first.save(tmp_path/"secret.png")
     (folder/"link.png").symlink_to(tmp_path/"secret.png")
     return folder
 
-def row(*values, roles=("human", "gpt"), **fields):
-    turns = [{"from": roles[k % 2], "value": v} for k, v in enumerate(values)]
+
+def make_row(*values, roles=("human", "gpt"), **fields):
+    turns = [{"from": roles[k % 2], "value": value} for k, value in enumerate(values)]
     return {"id": "x", "image": "good0.png", "conversations": turns, **fields}
 
-def shown(image): return row(f"<image>\nWhat is {str(image)[:9]}?", "A fox.", image=image)
+
+def row_of(image):
+    return make_row(f"<image>\nWhat is {str(image)[:9]}?", "A fox.", image=image)
+
+
+def messages(*texts):
+    "Turns as chat messages: the user's and the assistant's alternate."
+    return [dict(role=("user", "assistant")[k % 2], content=text) for k, text in enumerate(texts)]
+
 
 @pytest.fixture(scope="module")
-def processor(): return build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=9, template="v1")
+def processor():
+    return build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=9, template="v1")
 
-# Each row with what is found in it, what is tried on it, and what becomes of it
+
+# Each row with what is found in it, what is repaired, and what becomes of it
+LEFT_OUT = {
+    "missing": (row_of("lost.png"), ["missing"]),
+    "a folder": (row_of("."), ["missing"]),
+    "truncated": (row_of("half.png"), ["truncated"]),
+    "no image": (row_of("page.jpg"), ["unreadable"]),
+    "no bytes": (row_of("empty.png"), ["unreadable"]),
+    "out of the folder": (row_of("../secret.png"), ["path-escape"]),
+    "out by a link": (row_of("link.png"), ["path-escape"]),
+    "absolute": (row_of("/etc/hostname"), ["path-escape"]),
+    "other ending, ambiguous": (row_of("two.gif"), ["missing"]),
+    "thread": (row_of("thread.png"), ["bad-size"]),
+    "empty answer": (make_row("<image>\nWho?", " \n"), ["empty-answer"]),
+    "roles exchanged": (make_row("<image>\nWho?", "I", roles=("gpt", "human")), ["wrong-role"]),
+    "three in a row": (make_row("<image>\nA", "I", "J", roles=("human", "human")), ["wrong-role"]),
+    "unknown role": (make_row("<image>\nB", "I", roles=("human", "robot")), ["wrong-role"]),
+    "no turns": (make_row(), ["no-turns"]),
+    "number as text": (make_row("<image>\nC", 4), ["bad-turn"]),
+    "half a character": (make_row("<image>\nD", "A \ud83e"), ["broken-text"]),
+    "mark in an answer": (make_row("<image>\nE", "<image>"), ["mark-in-answer"]),
+    "mark without image": (make_row("<image>\nF", "A fox.", image=None), ["mark-without-image"]),
+    "two images": (make_row("<image>\nG", "A fox.", image=["good0.png", "good1.png"]), ["several-images"]),
+    "two marks": (make_row("<image><image>\nH", "A fox."), ["several-images"]),
+    "no path": (make_row("<image>\nI", "A fox.", image=7), ["bad-image"]),
+    "no object": (["fox"], ["no-object"]),
+    "cut away": (make_row("<image>\nJ" + "?"*900, "A fox."), ["cut-away"]),
+    "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-mark", "truncated"]),
+    "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-mark", "missing"]),
+}
+KEPT = {
+    "animated": (row_of("moving.gif"), ["animated"]),
+    "wrong extension": (row_of("named.png"), ["wrong-extension"]),
+    "no extension": (row_of("bare"), ["wrong-extension"]),
+    "tiny": (row_of("tiny.png"), ["tiny"]),
+    "narrow": (row_of("narrow.png"), ["narrow"]),
+    "empty question": (make_row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"]),
+    "blank question": (make_row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"]),
+    "over-long": (make_row("<image>\nJ", "A fox. "*200), ["over-long"]),
+}
+REPAIRED = {
+    "other roles": (make_row("<image>\nK", "A fox.", roles=("User", "assistant")), ["wrong-role"], ["roles"]),
+    "messages": ({"id": 3, "image": "good0.png", "conversations": messages("<image>\nL", "A fox.")},
+                 ["bad-turn"], ["roles"]),
+    "list of one": (make_row("<image>\nM", "A fox.", image=["good1.png"]), ["bad-image"], ["image"]),
+    "empty path": (make_row("Who are you?", "A model.", image=""), ["bad-image"], ["image"]),
+    "blanks and a backslash": (make_row("<image>\nN", "A fox.", image=" .\\good1.png "),
+                               ["missing"], ["path"]),
+    "other ending": (make_row("<image>\nO", "A fox.", image="only.jpg"), ["missing"], ["path"]),
+    "no mark": (make_row("What is it?", "A fox.", "Sure?", "Yes."), ["no-mark"], ["mark"]),
+    "mark in other letters": (make_row("What is it?", "A fox.", "Now < Image/>?", "Yes."),
+                              ["no-mark"], ["mark"]),
+    "mark in other letters, and in an answer": (make_row("<Image>\nWhat tag is that?", "It is <Image>."),
+                                                ["no-mark"], ["mark"]),
+    "last question open": (make_row("<image>\nP", "A fox.", "Sure?"), ["no-answer"], ["question"]),
+    "all at once": ({"id": 5, "image": [" .\\only.gif"],
+                     "conversations": [dict(role="USER", content="Q"),
+                                       dict(role="Assistant", content="A fox."),
+                                       dict(role="user", content="R")]},
+                    ["bad-turn"], ["roles", "image", "path", "mark", "question"]),
+}
 DAMAGE = {
-    "missing": (shown("lost.png"), ["missing"], [], "left out"),
-    "a folder": (shown("."), ["missing"], [], "left out"),
-    "truncated": (shown("half.png"), ["truncated"], [], "left out"),
-    "no picture": (shown("page.jpg"), ["unreadable"], [], "left out"),
-    "no bytes": (shown("empty.png"), ["unreadable"], [], "left out"),
-    "out of the folder": (shown("../secret.png"), ["path-escape"], [], "left out"),
-    "out by a link": (shown("link.png"), ["path-escape"], [], "left out"),
-    "absolute": (shown("/etc/hostname"), ["path-escape"], [], "left out"),
-    "other ending, ambiguous": (shown("two.gif"), ["missing"], [], "left out"),
-    "thread": (shown("thread.png"), ["bad-size"], [], "left out"),
-    "animated": (shown("moving.gif"), ["animated"], [], "kept"),
-    "wrong extension": (shown("named.png"), ["wrong-extension"], [], "kept"),
-    "no extension": (shown("bare"), ["wrong-extension"], [], "kept"),
-    "tiny": (shown("tiny.png"), ["tiny"], [], "kept"),
-    "narrow": (shown("narrow.png"), ["narrow"], [], "kept"),
-    "empty answer": (row("<image>\nWho?", " \n"), ["empty-answer"], [], "left out"),
-    "empty question": (row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"], [], "kept"),
-    "blank question": (row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"], [], "kept"),
-    "roles exchanged": (row("<image>\nWho?", "I", roles=("gpt", "human")), ["wrong-role"], [], "left out"),
-    "three in a row": (row("<image>\nA", "I", "J", roles=("human", "human")), ["wrong-role"], [], "left out"),
-    "unknown role": (row("<image>\nB", "I", roles=("human", "robot")), ["wrong-role"], [], "left out"),
-    "no turns": (row(), ["no-turns"], [], "left out"),
-    "number as text": (row("<image>\nC", 4), ["bad-turn"], [], "left out"),
-    "half a character": (row("<image>\nD", "A \ud83e"), ["broken-text"], [], "left out"),
-    "mark in an answer": (row("<image>\nE", "<image>"), ["mark-in-answer"], [], "left out"),
-    "mark without image": (row("<image>\nF", "A fox.", image=None), ["mark-without-image"], [], "left out"),
-    "two images": (row("<image>\nG", "A fox.", image=["good0.png", "good1.png"]), ["several-images"], [], "left out"),
-    "two marks": (row("<image><image>\nH", "A fox."), ["several-images"], [], "left out"),
-    "no path": (row("<image>\nI", "A fox.", image=7), ["bad-image"], [], "left out"),
-    "no object": (["fox"], ["no-object"], [], "left out"),
-    "over-long": (row("<image>\nJ", "A fox. "*200), ["over-long"], [], "kept"),
-    "cut away": (row("<image>\nJ" + "?"*900, "A fox."), ["cut-away"], [], "left out"),
-    "other roles": (row("<image>\nK", "A fox.", roles=("User", "assistant")), ["wrong-role"], ["roles"], "repaired"),
-    "messages": ({"id": 3, "image": "good0.png", "conversations": [dict(role="user", content="<image>\nL"), dict(role="assistant", content="A fox.")]}, ["bad-turn"], ["roles"], "repaired"),
-    "list of one": (row("<image>\nM", "A fox.", image=["good1.png"]), ["bad-image"], ["image"], "repaired"),
-    "empty path": (row("Who are you?", "A model.", image=""), ["bad-image"], ["image"], "repaired"),
-    "blanks and a backslash": (row("<image>\nN", "A fox.", image=" .\\good1.png "), ["missing"], ["path"], "repaired"),
-    "other ending": (row("<image>\nO", "A fox.", image="only.jpg"), ["missing"], ["path"], "repaired"),
-    "no mark": (row("What is it?", "A fox.", "Sure?", "Yes."), ["no-mark"], ["mark"], "repaired"),
-    "mark in other letters": (row("What is it?", "A fox.", "Now < Image/>?", "Yes."), ["no-mark"], ["mark"], "repaired"),
-    "mark in other letters, and in an answer": (row("<Image>\nWhat tag is that?", "It is <Image>."), ["no-mark"], ["mark"], "repaired"),
-    "last question open": (row("<image>\nP", "A fox.", "Sure?"), ["no-answer"], ["question"], "repaired"),
-    "all at once": ({"id": 5, "image": [" .\\only.gif"], "conversations": [dict(role="USER", content="Q"), dict(role="Assistant", content="A fox."), dict(role="user", content="R")]},
-                    ["bad-turn"], ["roles", "image", "path", "mark", "question"], "repaired"),
-    "repaired in vain": (row("S", "A fox.", image="half.png"), ["no-mark", "truncated"], [], "left out"),
-    "in vain, without a picture": (row("T", "A fox.", image="lost.png"), ["no-mark", "missing"], [], "left out"),
+    **{name: (row, kinds, [], "left out") for name, (row, kinds) in LEFT_OUT.items()},
+    **{name: (row, kinds, [], "kept") for name, (row, kinds) in KEPT.items()},
+    **{name: (row, kinds, repairs, "repaired") for name, (row, kinds, repairs) in REPAIRED.items()},
 }
 
-def written(file, rows):
-    file.write_text("[" + ",\n ".join(json.dumps(r) for r in rows) + "]")
+
+def write_rows(file, rows):
+    file.write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]")
     return file
+
+
+def kinds_found(report):
+    return [(result.index, [p.kind for p in result.problems]) for result in report.found]
+
+
+# ---------------------------------------------------------------- one row
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_path, processor):
     damaged, kinds, repairs, outcome = DAMAGE[name]
-    if isinstance(damaged, dict): damaged = {**damaged, "id": "d"}
-    rows = [{**shown(f"good{i}.png"), "id": str(i)} for i in range(3)]
-    rows.insert(1, damaged)
-    report = examine(written(tmp_path/"rows.json", rows), images, tmp_path/"out", processor=processor, max_length=500)
-    assert [(d.index, [p.kind for p in d.problems], d.repairs, d.outcome) for d in report.found] == [(1, kinds, repairs, outcome)]
+    if isinstance(damaged, dict):
+        damaged = {**damaged, "id": "d"}
+    good = [{**row_of(f"good{i}.png"), "id": str(i)} for i in range(3)]
+    rows = [good[0], damaged, *good[1:]]
+    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out",
+                           processor=processor, max_length=500)
+    [result] = report.found
+    assert (result.index, [p.kind for p in result.problems]) == (1, kinds)
+    assert (result.repairs, result.outcome) == (repairs, outcome)
     assert report.rows == 4 and report.problems == Counter(kinds) and report.repairs == Counter(repairs)
     assert report.outcomes == Counter(["kept"]*3 + [outcome])
-    index = list(read_rows(tmp_path/"out"/"index.json"))
-    assert [r for r, _ in index if r["id"] != "d"] == [r for r in rows if r is not damaged]
-    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_images=True)) == 4 - (outcome == "left out")
-    if outcome == "kept": assert (tmp_path/"out"/"index.json").read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+    index = tmp_path/"out"/"index.json"
+    assert [row for row, _ in read_rows(index) if row["id"] != "d"] == good
+    loaded = load_conversations(index, images, text_rows=True, open_images=True)
+    assert len(loaded) == 4 - (outcome == "left out")
+    if outcome == "kept":
+        assert index.read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
 
 def test_every_kind_is_planted_somewhere():
     elsewhere = {"text-only", "duplicate-id", "duplicate-row"}
-    assert {k for _, kinds, _, _ in DAMAGE.values() for k in kinds} | elsewhere == set(PROBLEMS)
-    assert {r for _, _, repairs, _ in DAMAGE.values() for r in repairs} == set(REPAIRS)
+    assert {kind for _, kinds, _, _ in DAMAGE.values() for kind in kinds} | elsewhere == set(PROBLEMS)
+    assert {name for _, _, repairs, _ in DAMAGE.values() for name in repairs} == set(REPAIRS)
+
 
 def test_errors_are_what_training_refuses(images, tmp_path):
     "The line between error and warning is the reader's own."
     for name, (damaged, kinds, _, _) in DAMAGE.items():
-        if {"cut-away", "over-long"} & set(kinds): continue
-        file = written(tmp_path/"rows.json", [damaged])
-        if any(p.is_error for p in examine_row(damaged, images)):
-            with pytest.raises(ValueError, match="1 of 1 rows"): load_conversations(file, images, text_rows=True, open_images=True)
-        else: assert len(load_conversations(file, images, text_rows=True, open_images=True)) == 1, name
+        if {"cut-away", "over-long"} & set(kinds):
+            continue
+        file = write_rows(tmp_path/"rows.json", [damaged])
+        if any(p.is_error for p in row_problems(damaged, images)):
+            with pytest.raises(ValueError, match="1 of 1 rows"):
+                load_conversations(file, images, text_rows=True, open_images=True)
+        else:
+            assert len(load_conversations(file, images, text_rows=True, open_images=True)) == 1, name
+
+
+def test_too_long_rows_are_those_that_training_refuses(images, processor, tmp_path):
+    "The doctor's index of a set with rows of all lengths can be collated; each row it left out cannot."
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        question, answer = "a"*rng.integers(1, 120), "b"*rng.integers(1, 120)
+        rows.append(make_row(f"{question}\n<image>", answer, id=i, image=f"good{i % 3}.png"))
+    file = write_rows(tmp_path/"rows.json", rows)
+    report = check_dataset(file, images, tmp_path/"out", processor=processor, max_length=260)
+    collate = Collator(processor=processor, max_length=260)
+    left_out = {result.index for result in report.found if result.outcome == "left out"}
+    assert 0 < len(left_out) < len(rows)
+    for i, row in enumerate(load_conversations(file, images)):
+        if i in left_out:
+            with pytest.raises(ValueError, match=f"^row '{i}': "):
+                collate([row])
+        else:
+            collate([row])
+    collate(list(load_conversations(tmp_path/"out"/"index.json", images)))
+
 
 def test_repairs_lose_nothing(images):
     for damaged, *_ in DAMAGE.values():
-        if not isinstance(damaged, dict): continue
-        before, (after, done) = json.dumps(damaged), repair(damaged, images)
+        if not isinstance(damaged, dict):
+            continue
+        before = json.dumps(damaged)
+        after, done = repair_row(damaged, images)
         assert json.dumps(damaged) == before  # the row that was given is left alone
-        if not done: assert after is damaged
-        spoken = [t.get("value", t.get("content")) for t in damaged["conversations"]]
-        kept = [t.get("value", t.get("content")) for t in after["conversations"]]
-        assert kept[1::2] == spoken[1::2] and len(kept) >= len(spoken) - 1  # every answer
-        assert all(str(b).replace("<image>\n", "", 1).strip() in str(a) or "<" in str(a) for a, b in zip(spoken[::2], kept[::2]))
+        if not done:
+            assert after is damaged
+        texts = [turn.get("value", turn.get("content")) for turn in damaged["conversations"]]
+        kept = [turn.get("value", turn.get("content")) for turn in after["conversations"]]
+        assert kept[1::2] == texts[1::2] and len(kept) >= len(texts) - 1  # every answer
+        for a, b in zip(kept[::2], texts[::2], strict=False):
+            assert str(b).replace("<image>\n", "", 1).strip() in str(a) or "<" in str(a)
         assert after.keys() - {"image"} == damaged.keys() - {"image"}
-        assert repair(after, images) == (after, [])  # nothing is left to do
+        assert repair_row(after, images) == (after, [])  # nothing is left to do
 
-def test_rows_without_pictures(images, tmp_path):
-    rows = [shown("good0.png"), {"id": 2, "conversations": row("Hi?", "Hello.")["conversations"], "model": ""}]
-    file = written(tmp_path/"rows.json", rows)
-    assert examine(file, images).found == [] and examine(file, images).text_only == 1 and "text_rows=True" in examine(file, images).summary()
-    assert [[p.kind for p in d.problems] for d in examine(file, images, text_rows=False).found] == [["text-only"]]
+
+def test_rows_without_images(images, tmp_path):
+    text = {"id": 2, "conversations": make_row("Hi?", "Hello.")["conversations"], "model": ""}
+    file = write_rows(tmp_path/"rows.json", [row_of("good0.png"), text])
+    report = check_dataset(file, images)
+    assert report.found == [] and report.text_only == 1 and "text_rows=True" in report.summary()
+    assert kinds_found(check_dataset(file, images, text_rows=False)) == [(1, ["text-only"])]
+
 
 def test_duplicates(images, tmp_path):
-    a, b = {**shown("good0.png"), "id": "a"}, {**shown("good1.png"), "id": "b"}
-    rows = [a, b, a, {**b, "id": "c"}, {**shown("good2.png"), "id": "a"}, {**a, "id": "e", "model": "m"}]
-    report = examine(written(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    assert [(d.index, [p.kind for p in d.problems]) for d in report.found] == [(2, ["duplicate-row"]), (3, ["duplicate-row"]), (4, ["duplicate-id"]), (5, ["duplicate-row"])]
-    assert "of row 0." in report.found[0].problems[0].says and "row 0 has the id 'a' too" in report.found[2].problems[0].says
-    assert report.outcomes["kept"] == 6  # told, and left to the reader
+    a, b = ({**row_of(f"good{i}.png"), "id": "ab"[i]} for i in range(2))
+    rows = [a, b, a, {**b, "id": "c"}, {**row_of("good2.png"), "id": "a"}, {**a, "id": "e", "model": "m"}]
+    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
+    assert kinds_found(report) == [(2, ["duplicate-row"]), (3, ["duplicate-row"]), (4, ["duplicate-id"]),
+                                   (5, ["duplicate-row"])]
+    assert "of row 0." in report.found[0].problems[0].message
+    assert "row 0 has the id 'a' too" in report.found[2].problems[0].message
+    assert report.outcomes["kept"] == 6  # reported, and left to the reader
 
-@pytest.mark.parametrize("form,ending", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif"), ("PPM", "ppm")])
-def test_cut_pictures_of_every_format(form, ending, tmp_path):
+
+def test_missing_and_null_ids_are_no_duplicates(images, tmp_path):
+    rows = [{**row_of(f"good{i}.png"), "id": None} for i in range(3)]
+    del rows[2]["id"]
+    assert check_dataset(write_rows(tmp_path/"rows.json", rows), images).found == []
+
+
+# ---------------------------------------------------------------- one image
+
+@pytest.mark.parametrize("form,ending", [
+    ("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif"),
+    ("PPM", "ppm"),
+])
+def test_cut_images_of_every_format(form, ending, tmp_path):
     content = encoded(form)
     (tmp_path/f"a.{ending}").write_bytes(content)
-    assert examine_image(f"a.{ending}", tmp_path) == []
+    assert image_problems(f"a.{ending}", tmp_path) == []
     for share in (.4, .9):
         (tmp_path/f"b.{ending}").write_bytes(content[:int(len(content)*share)])
-        assert [p.kind for p in examine_image(f"b.{ending}", tmp_path)] == ["truncated"], share
+        assert [p.kind for p in image_problems(f"b.{ending}", tmp_path)] == ["truncated"], share
+
 
 def test_a_decoder_may_raise_anything(images, monkeypatch):
-    def broken(*args): raise RuntimeError("decoder error -2")
+    def broken(*args):
+        raise RuntimeError("decoder error -2")
     monkeypatch.setattr(doctor, "open_image", broken)
-    [problem] = examine_image("good0.png", images)
-    assert problem.kind == "unreadable" and "decoder error -2 (RuntimeError)" in problem.says
+    [problem] = image_problems("good0.png", images)
+    assert problem.kind == "unreadable" and "decoder error -2 (RuntimeError)" in problem.message
+
 
 def test_camera_jpegs_with_a_preview_are_jpegs(tmp_path):
     image = Image.fromarray(NOISE)
     image.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[image.resize((40, 32))])
-    assert Image.open(tmp_path/"a.jpg").format == "MPO" and examine_image("a.jpg", tmp_path) == []
+    assert Image.open(tmp_path/"a.jpg").format == "MPO"
+    assert image_problems("a.jpg", tmp_path) == []
+
 
 # ---------------------------------------------------------------- any damage
 
-def spoiled(rng, good):
+ODD_VALUES = [None, 7, "", " ", [], {}, "<image>", "<Image>\n", ["good0.png"], "only.jpg", "half.png", "a\0b",
+              "\udc80", "é🦊", "../secret.png", True]
+
+
+def damage_turns(rng, turns, key, odd):
+    "One random change of the turns."
+    k = rng.integers(len(turns))
+    if key == "turn":
+        turns[k] = odd
+    elif key == "swap":
+        turns.reverse()
+    elif key == "cut":
+        turns.pop(k)
+    elif isinstance(turns[k], dict) and key in ("value", "from"):
+        turns[k][key] = odd if rng.integers(2) else str(turns[k].get(key)).upper()
+
+
+def damage_row(rng, good):
     "A row with up to three random changes, from harmless to hopeless."
     bad = json.loads(json.dumps(good))
     for _ in range(rng.integers(0, 4)):
-        if not isinstance(bad, dict): break
-        turns, key = bad.get("conversations"), rng.choice(["image", "conversations", "id", "turn", "value", "from", "swap", "cut", "all"])
-        odd = [None, 7, "", " ", [], {}, "<image>", "<Image>\n", ["good0.png"], "only.jpg", "half.png", "a\0b", "\udc80", "é🦊", "../secret.png", True][rng.integers(16)]
-        if key in ("image", "conversations", "id"): bad[key] = odd
-        elif key == "all" and rng.random() < .2: bad = odd
+        if not isinstance(bad, dict):
+            break
+        key = rng.choice(["image", "conversations", "id", "turn", "value", "from", "swap", "cut", "all"])
+        odd = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+        turns = bad.get("conversations")
+        if key in ("image", "conversations", "id"):
+            bad[key] = odd
+        elif key == "all":
+            bad = odd if rng.random() < .2 else bad
         elif isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            k = rng.integers(len(turns))
-            if key == "turn": turns[k] = odd
-            elif key == "swap": turns.reverse()
-            elif key == "cut": turns.pop(k)
-            elif isinstance(turns[k], dict) and key in ("value", "from"): turns[k][key] = odd if rng.integers(2) else str(turns[k].get(key)).upper()
+            damage_turns(rng, turns, key, odd)
     return bad
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_damage_the_index_loads(seed, images, tmp_path):
     rng = np.random.default_rng(seed)
-    rows = [spoiled(rng, {**shown(f"good{i % 3}.png"), "id": i} if i % 4 else {"id": i, **row("Hi?", "Hello.", image=None)}) for i in range(150)]
-    report = examine(written(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    index = [(r, text) for r, text in read_rows(tmp_path/"out"/"index.json")]
-    assert len(load_conversations(tmp_path/"out"/"index.json", images, text_rows=True, open_images=True)) == len(index) == report.outcomes["kept"] + report.outcomes["repaired"]
-    assert {"kept", "repaired", "left out"} == set(report.outcomes) and report.rows == 150
-    again = examine(tmp_path/"out"/"index.json", images, tmp_path/"again")
-    assert again.outcomes == {"kept": len(index)} and (tmp_path/"again"/"index.json").read_bytes() == (tmp_path/"out"/"index.json").read_bytes()
-    outcomes = {d.index: d.outcome for d in report.found}
-    wanted = [repair(r, images)[0] if outcomes.get(i) == "repaired" else r for i, r in enumerate(rows) if outcomes.get(i) != "left out"]
-    assert [text for _, text in index] == [json.dumps(r) for r in wanted]  # all others untouched, in their order
+    rows = []
+    for i in range(150):
+        good = row_of(f"good{i % 3}.png") if i % 4 else make_row("Hi?", "Hello.", image=None)
+        rows.append(damage_row(rng, {**good, "id": i}))
+    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
+    index = tmp_path/"out"/"index.json"
+    texts = [text for _, text in read_rows(index)]
+    assert len(load_conversations(index, images, text_rows=True, open_images=True)) == len(texts)
+    assert len(texts) == report.outcomes["kept"] + report.outcomes["repaired"]
+    assert set(OUTCOMES) == set(report.outcomes) and report.rows == 150
+    again = check_dataset(index, images, tmp_path/"again")
+    assert again.outcomes == {"kept": len(texts)}
+    assert (tmp_path/"again"/"index.json").read_bytes() == index.read_bytes()
+    outcomes = {result.index: result.outcome for result in report.found}
+    expected = []
+    for i, row in enumerate(rows):
+        if outcomes.get(i) == "repaired":
+            row = repair_row(row, images)[0]
+        if outcomes.get(i) != "left out":
+            expected.append(json.dumps(row))
+    assert texts == expected  # all others untouched, in their order
+
 
 # ---------------------------------------------------------------- files
 
 def test_report_holds_every_problem(images, tmp_path):
-    rows = [{**d, "id": name} if isinstance(d, dict) else d for name, (d, *_) in DAMAGE.items() if not name.startswith(("over", "cut"))]
-    report = examine(written(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    said = json.loads((tmp_path/"out"/"report.json").read_text())
-    assert said["rows"] == len(rows) and said["outcomes"] == {k: report.outcomes[k] for k in ("kept", "repaired", "left out")} and said["checked"] == dict(text_rows=True, max_length=None)
-    assert [f["index"] for f in said["found"]] == list(range(len(rows))) and said["found"][0]["id"] == "missing"
-    assert all(p["hint"] == PROBLEMS[p["kind"]][1] and p["says"] and p["level"] in ("error", "warning") for f in said["found"] for p in f["problems"])
-    assert sum(said["problems"].values()) == sum(len({p["kind"] for p in f["problems"]}) for f in said["found"])
-    import hashlib
+    rows = []
+    for name, (damaged, *_) in DAMAGE.items():
+        if not name.startswith(("over", "cut")):
+            rows.append({**damaged, "id": name} if isinstance(damaged, dict) else damaged)
+    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
+    written = json.loads((tmp_path/"out"/"report.json").read_text())
+    assert written["rows"] == len(rows) and written["checked"] == dict(text_rows=True, max_length=None)
+    assert written["outcomes"] == {name: report.outcomes[name] for name in OUTCOMES}
+    assert [row["index"] for row in written["found"]] == list(range(len(rows)))
+    assert written["found"][0]["id"] == "missing"
+    problems = [p for row in written["found"] for p in row["problems"]]
+    for p in problems:
+        assert (p["level"], p["hint"]) == PROBLEMS[p["kind"]] and p["message"]
+    assert sum(written["problems"].values()) == sum(len({p["kind"] for p in row["problems"]})
+                                                    for row in written["found"])
     content = (tmp_path/"out"/"index.json").read_bytes()
-    assert said["index"] == dict(name="index.json", rows=len(json.loads(content)), sha256=hashlib.sha256(content).hexdigest())
+    assert written["index"] == dict(name="index.json", rows=len(json.loads(content)),
+                                    sha256=hashlib.sha256(content).hexdigest())
     assert (tmp_path/"out"/"report.txt").read_text() == report.summary()
-    for kind in report.problems: assert kind in report.summary()
+    for kind in report.problems:
+        assert kind in report.summary()
 
-@pytest.mark.parametrize("text", ['[{"id":1 , "image": "good0.png","conversations":[{"from":"human","value":"<image>\\u00e9 é"},{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "x": 1E2}]'])
-def test_good_rows_pass_to_the_letter(text, images, tmp_path):
-    (tmp_path/"rows.json").write_text(text)
-    assert examine(tmp_path/"rows.json", images, tmp_path/"out").found == []
-    assert (tmp_path/"out"/"index.json").read_text() == "[\n" + text[1:-1] + "\n]\n"
-    (tmp_path/"rows.jsonl").write_text(text[1:-1] + "\r\n")
-    examine(tmp_path/"rows.jsonl", images, tmp_path/"lines")
-    assert (tmp_path/"lines"/"index.json").read_text() == "[\n" + text[1:-1] + "\n]\n"
+
+def test_good_rows_pass_to_the_letter(images, tmp_path):
+    row = ('{"id":1 , "image": "good0.png","conversations":[{"from":"human","value":"<image>\\u00e9 é"},'
+           '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "x": 1E2}')
+    (tmp_path/"rows.json").write_text(f"[{row}]")
+    assert check_dataset(tmp_path/"rows.json", images, tmp_path/"out").found == []
+    assert (tmp_path/"out"/"index.json").read_text() == f"[\n{row}\n]\n"
+    (tmp_path/"rows.jsonl").write_text(row + "\r\n")
+    check_dataset(tmp_path/"rows.jsonl", images, tmp_path/"lines")
+    assert (tmp_path/"lines"/"index.json").read_text() == f"[\n{row}\n]\n"
+
 
 def test_nothing_left_is_still_a_list(images, tmp_path):
-    report = examine(written(tmp_path/"rows.json", ["fox"]), images, tmp_path/"out")
-    assert json.loads((tmp_path/"out"/"index.json").read_text()) == [] and report.outcomes == {"left out": 1}
+    report = check_dataset(write_rows(tmp_path/"rows.json", ["fox"]), images, tmp_path/"out")
+    assert json.loads((tmp_path/"out"/"index.json").read_text()) == []
+    assert report.outcomes == {"left out": 1}
 
-@pytest.mark.parametrize("moment", ["reading", "looking", "writing"])
-def test_a_stop_leaves_what_was_there(moment, images, tmp_path, monkeypatch):
-    file = written(tmp_path/"rows.json", [shown("good0.png")]*200)
-    examine(file, images, tmp_path/"out")
-    before = {p.name: p.read_bytes() for p in (tmp_path/"out").iterdir()}
-    assert sorted(before) == ["index.json", "report.json", "report.txt"]
-    written(file, [shown("good1.png")]*200)
-    stop, calls = {"reading": "read_rows", "looking": "examine_row", "writing": "_note_duplicates"}[moment], []
-    real = getattr(doctor, stop)
+
+@pytest.mark.parametrize("function,calls", [
+    ("read_rows", 0),
+    ("row_problems", 100),
+    ("_add_duplicates", 100),
+])
+def test_a_stop_leaves_what_was_there(function, calls, images, tmp_path, monkeypatch):
+    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")]*200)
+    check_dataset(file, images, tmp_path/"out")
+    before = {path.name: path.read_bytes() for path in (tmp_path/"out").iterdir()}
+    assert sorted(before) == sorted(FILES)
+    write_rows(file, [row_of("good1.png")]*200)
+    done, real = [], getattr(doctor, function)
     def stopping(*args, **kwargs):
-        calls.append(1)
-        if moment == "reading" or len(calls) > 100: raise KeyboardInterrupt
+        done.append(1)
+        if len(done) > calls:
+            raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(doctor, stop, stopping)
-    with pytest.raises(KeyboardInterrupt): examine(file, images, tmp_path/"out")
-    assert {p.name: p.read_bytes() for p in (tmp_path/"out").iterdir()} == before
+    monkeypatch.setattr(doctor, function, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        check_dataset(file, images, tmp_path/"out")
+    assert {path.name: path.read_bytes() for path in (tmp_path/"out").iterdir()} == before
+
 
 def test_a_full_disk_leaves_what_was_there(images, tmp_path, monkeypatch):
-    file = written(tmp_path/"rows.json", [shown("good0.png")]*3)
-    def full(*args): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(doctor._Index, "close", full)
-    with pytest.raises(OSError, match="No space"): examine(file, images, tmp_path/"out")
+    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")]*3)
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(doctor._IndexWriter, "close", full)
+    with pytest.raises(OSError, match="No space"):
+        check_dataset(file, images, tmp_path/"out")
     assert list((tmp_path/"out").iterdir()) == []
 
-@pytest.mark.parametrize("options,says", [(dict(workers=0), "workers=0"), (dict(images="nowhere"), "is not a folder"), (dict(file="none.json"), "is not a file")])
-def test_arguments_that_cannot_be(options, says, images, tmp_path):
-    file = written(tmp_path/"rows.json", [shown("good0.png")])
-    with pytest.raises(ValueError, match=says): examine(**{"file": file, "images": images, **options})
+
+@pytest.mark.parametrize("options,message", [
+    (dict(workers=0), "workers=0"),
+    (dict(images="nowhere"), "is not a folder"),
+    (dict(file="none.json"), "is not a file"),
+])
+def test_arguments_that_cannot_be(options, message, images, tmp_path):
+    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")])
+    with pytest.raises(ValueError, match=message):
+        check_dataset(**{"file": file, "images": images, **options})
+
 
 def test_the_data_is_not_overwritten(images, tmp_path):
-    file = written(tmp_path/"index.json", [shown("good0.png")])
-    with pytest.raises(ValueError, match="over the data"): examine(file, images, tmp_path)
-    with pytest.raises(ValueError, match="no problem that the doctor knows"): Problem("headache", "")
+    file = write_rows(tmp_path/"index.json", [row_of("good0.png")])
+    with pytest.raises(ValueError, match="over the data"):
+        check_dataset(file, images, tmp_path)
+    with pytest.raises(ValueError, match="no problem that the doctor knows"):
+        Problem("headache", "")
+
 
 # ---------------------------------------------------------------- many workers
 
-def many(images, tmp_path):
+@pytest.fixture
+def many_rows(images, tmp_path):
+    "A file of 400 rows, some of them damaged."
     rng = np.random.default_rng(7)
-    return written(tmp_path/"rows.json", [spoiled(rng, {**shown(f"good{i % 3}.png"), "id": i % 90}) for i in range(400)])
+    rows = [damage_row(rng, {**row_of(f"good{i % 3}.png"), "id": i % 90}) for i in range(400)]
+    return write_rows(tmp_path/"rows.json", rows)
 
-def test_results_come_in_order_and_few_are_on_their_way(images, tmp_path, monkeypatch):
+
+def same_files(a, b):
+    return all((a/name).read_bytes() == (b/name).read_bytes() for name in FILES)
+
+
+def test_results_come_in_order_and_few_are_in_progress(images, many_rows, tmp_path, monkeypatch):
     "Threads in the place of processes, of which the later ones are faster."
-    import time
-    waiting = []
-    def pool(workers, context, start, args):
-        threads = ThreadPoolExecutor(workers)
-        submit = threads.submit
-        def counted(*a):
-            future = submit(*a); waiting.append(future)
-            assert sum(not f.done() for f in waiting) <= 6
-            return future
-        monkeypatch.setattr(threads, "submit", counted)
-        bundle = doctor.partial(doctor._bundle, **args[0])
-        def slow(rows): time.sleep(.05*(len(waiting) % 3)); return bundle(rows)
-        monkeypatch.setattr(doctor, "_do", slow)
-        return threads
-    file = many(images, tmp_path)
-    alone = examine(file, images, tmp_path/"one")
-    monkeypatch.setattr(doctor, "ProcessPoolExecutor", pool)
-    together = examine(file, images, tmp_path/"many", workers=2)
-    assert together.to_json() == alone.to_json() and len(waiting) == 7
-    for name in ("index.json", "report.json", "report.txt"): assert (tmp_path/"one"/name).read_bytes() == (tmp_path/"many"/name).read_bytes()
+    futures = []
+    class CountingThreads(ThreadPoolExecutor):
+        def __init__(self, workers, context, start, args):
+            super().__init__(workers)
+            check_chunk = partial(doctor._check_chunk, **args[0])
+            def slow(chunk):
+                time.sleep(.05*(len(futures) % 3))
+                return check_chunk(chunk)
+            monkeypatch.setattr(doctor, "_work", slow)
+
+        def submit(self, *args):
+            futures.append(super().submit(*args))
+            assert sum(not future.done() for future in futures) <= 6
+            return futures[-1]
+    alone = check_dataset(many_rows, images, tmp_path/"one")
+    monkeypatch.setattr(doctor, "ProcessPoolExecutor", CountingThreads)
+    together = check_dataset(many_rows, images, tmp_path/"many", workers=2)
+    assert together.to_json() == alone.to_json() and len(futures) == 7
+    assert same_files(tmp_path/"one", tmp_path/"many")
+
 
 @pytest.mark.slow
-def test_one_and_two_processes_write_the_same_bytes(images, tmp_path, processor):
-    file = many(images, tmp_path)
-    for workers in (1, 2): examine(file, images, tmp_path/str(workers), processor=processor, max_length=300, workers=workers)
-    for name in ("index.json", "report.json", "report.txt"): assert (tmp_path/"1"/name).read_bytes() == (tmp_path/"2"/name).read_bytes()
+def test_one_and_two_processes_write_the_same_bytes(images, many_rows, tmp_path, processor):
+    for workers in (1, 2):
+        check_dataset(many_rows, images, tmp_path/str(workers), processor=processor, max_length=300,
+                      workers=workers)
+    assert same_files(tmp_path/"1", tmp_path/"2")
 
-def killed(bundle):
-    import os
+
+def killed(chunk):
     os._exit(1)
 
+
 @pytest.mark.slow
-def test_a_killed_process_is_a_sentence(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_do", killed)
-    with pytest.raises(ValueError, match="workers=2: one of them was killed"): examine(many(images, tmp_path), images, tmp_path/"out", workers=2)
+def test_a_killed_process_is_a_sentence(images, many_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_work", killed)
+    with pytest.raises(ValueError, match="workers=2: one of them was killed"):
+        check_dataset(many_rows, images, tmp_path/"out", workers=2)
     assert list((tmp_path/"out").iterdir()) == []

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from delta_llava.config import ProjectorConfig
-from delta_llava.data import Collator
+from delta_llava.collator import Collator
 from delta_llava.gradcam import (
     Word,
     answer_cam,

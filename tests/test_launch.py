@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, TrainingArgu
 from transformers.trainer_pt_utils import get_module_class_from_name
 
 from delta_llava import flops
-from delta_llava.flops import numel, shape_of
+from delta_llava.flops import num_parameters, pretrained_config
 from delta_llava.launch import (
     ROWS,
     RowLengths,
@@ -64,10 +64,10 @@ def full(one):
 @pytest.fixture
 def small(monkeypatch):
     "A stage whose parts are small enough to be built for real."
-    monkeypatch.setitem(flops.SHAPES, "small-tower",
+    monkeypatch.setitem(flops.PRETRAINED_CONFIGS, "small-tower",
                         CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=12,
                                          num_attention_heads=2, image_size=224, patch_size=32))
-    monkeypatch.setitem(flops.SHAPES, "small-llm",
+    monkeypatch.setitem(flops.PRETRAINED_CONFIGS, "small-llm",
                         LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
                                     num_attention_heads=4, num_key_value_heads=4))
     return small_stage(Pretrain)
@@ -110,7 +110,7 @@ def test_parameters_are_those_of_the_modules(one, compressor, tokens):
     assert all(p.is_meta for p in model.parameters())
     parts = parameter_counts(stage, model)
     assert sum(n for _,n in parts.values()) == sum(p.numel() for p in model.parameters())
-    assert sum(t for t,_ in parts.values()) == numel(model.multi_modal_projector)
+    assert sum(t for t,_ in parts.values()) == num_parameters(model.multi_modal_projector)
 
 
 def test_vicuna_and_clip_have_their_sizes(one, full):
@@ -285,8 +285,8 @@ def test_stage_two_needs_sharding_and_stage_one_does_not(one, two):
 
 
 def test_gathered_weights_are_three_blocks_and_the_rest(full):
-    block = numel(full.get_decoder().layers[0])
-    outside = 2*32001*4096 + 4096 + numel(full.vision_tower, full.multi_modal_projector)
+    block = num_parameters(full.get_decoder().layers[0])
+    outside = 2*32001*4096 + 4096 + num_parameters(full.vision_tower, full.multi_modal_projector)
     assert gathered_bytes(full) == 2*(3*block + outside)
 
 # Time
@@ -498,10 +498,10 @@ def test_batches_that_cannot_be_made(one):
 
 def test_unknown_shapes(one):
     with pytest.raises(ValueError, match="not known here"):
-        shape_of("./nowhere")
-    assert shape_of("hub:lmsys/vicuna-7b-v1.5").hidden_size == 4096
-    shape_of("lmsys/vicuna-7b-v1.5").vocab_size = 7
-    assert shape_of("lmsys/vicuna-7b-v1.5").vocab_size == 32000  # copies
+        pretrained_config("./nowhere")
+    assert pretrained_config("hub:lmsys/vicuna-7b-v1.5").hidden_size == 4096
+    pretrained_config("lmsys/vicuna-7b-v1.5").vocab_size = 7
+    assert pretrained_config("lmsys/vicuna-7b-v1.5").vocab_size == 32000  # copies
 
 
 def test_disk(one, two, full):

@@ -13,7 +13,7 @@ from delta_llava.config import ProjectorConfig
 from delta_llava.delta import DeltaProjection
 from delta_llava.grid import VisionFeatures, interpolate, pos_embed, sincos_2d, to_grid, to_windows
 from delta_llava.mixing import EMHSA, MHCA, NTB, round_channels
-from delta_llava.projector import AUTHORS_NAMES, DeltaProjector, from_authors_state, names_under, to_authors_state
+from delta_llava.projector import AUTHORS_STATE_DICT_MAP, DeltaProjector, from_authors_state, part_state_dict_map, to_authors_state
 
 PROJECTORS = ("delta_llava", "delta_llava_hd16")  # fixtures of the whole projector
 
@@ -118,7 +118,7 @@ def run_block(folder, case, times=1.):
     "Output of one part for the stored input, and that input."
     name, ctor = case["name"], case["ctor"]
     state = {k: v*times for k, v in under(folder, "delta_blocks", f"state.{name}.").items()}
-    state = from_authors_state(state, names_under(BLOCKS[case["cls"]]))
+    state = from_authors_state(state, part_state_dict_map(BLOCKS[case["cls"]]))
     x = tensors(folder, "delta_blocks")[f"in.{name}.x"].clone().requires_grad_()
     as_map, as_image = (lambda t: rearrange(t, "b c row col -> b row col c")), (lambda t: rearrange(t, "b row col c -> b c row col"))
     if case["cls"] == "MHCA":

@@ -29,7 +29,7 @@ def build(folder, case, times=1.) -> CAbstractor:
         grid=round(case["num_input_tokens"]**.5), tokens=ctor["num_query_tokens"] + ctor["num_eos_tokens"], levels=(24,), d_vision=ctor["encoder_hidden_size"],
         d_llm=ctor["output_hidden_size"], depth=ctor["depth"], hidden=ctor["hidden_size"], mlp_depth=ctor["mlp_depth"], prenorm=ctor["prenorm"], eos=ctor["num_eos_tokens"]))
     state = {f"{module.outer}{k}": v*times for k, v in under(folder, NAME, f"state.{case['name']}.").items()}
-    module.load_state_dict(from_reference(state, module.names, module.outer))
+    module.load_state_dict(from_reference(state, module.state_dict_map, module.prefix))
     return module.eval()
 
 
@@ -56,18 +56,18 @@ def test_one_percent_is_noticed(case):
 def test_state_round_trip_and_count(case):
     folder, _, case = case
     module, theirs = build(folder, case), under(folder, NAME, f"state.{case['name']}.")
-    back = to_reference(module.state_dict(), module.names, module.outer)
-    assert set(back) == {module.outer + k for k in theirs}
-    for k, v in theirs.items(): assert_close(back[module.outer + k], v, rtol=0, atol=0)
+    back = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
+    assert set(back) == {module.prefix + k for k in theirs}
+    for k, v in theirs.items(): assert_close(back[module.prefix + k], v, rtol=0, atol=0)
     assert sum(p.numel() for p in module.parameters()) == case["param_count"]
 
 
 @cache
 def real(times=1.) -> CAbstractor:
     with torch.device("meta"): module = CAbstractor()
-    shapes = to_reference(module.state_dict(), module.names)
+    shapes = to_reference(module.state_dict(), module.state_dict_map)
     state = {k: torch.from_numpy(fill(f"cabs/{k}", tuple(v.shape)))*times for k, v in shapes.items()}
-    module.load_state_dict(from_reference(state, module.names), assign=True)
+    module.load_state_dict(from_reference(state, module.state_dict_map), assign=True)
     return module.eval()
 
 

@@ -33,8 +33,8 @@ def build(folder, case, times=1.) -> MLP:
     "Ours with the sizes of the fixture and the reference's state, scaled by `times`, under the names of its checkpoint."
     n = tensors(folder, "llava_mlp")["in.x"].shape[1]
     model = MLP(MLPConfig(grid=round(n**.5), tokens=n, levels=(23,), d_vision=case["mm_hidden_size"], d_llm=case["hidden_size"], depth=DEPTHS[case["name"]]))
-    state = {MLP.outer + k: v*times for k, v in under(folder, "llava_mlp", f"state.{case['name']}.").items()}
-    model.load_state_dict(from_reference(state, model.names, MLP.outer))
+    state = {MLP.prefix + k: v*times for k, v in under(folder, "llava_mlp", f"state.{case['name']}.").items()}
+    model.load_state_dict(from_reference(state, model.state_dict_map, MLP.prefix))
     return model.eval()
 
 
@@ -52,13 +52,13 @@ def test_mlp_notices_one_percent(mlp_case):
     with pytest.raises(AssertionError): close(run(folder, case, 1.01), tensors(folder, name)[f"out.{case['name']}"], "output")
 
 
-@pytest.mark.parametrize("outer", ["", MLP.outer])
+@pytest.mark.parametrize("outer", ["", MLP.prefix])
 def test_reference_round_trip(mlp_case, outer):
     folder, name, case = mlp_case
     theirs = {outer + k: v for k, v in under(folder, name, f"state.{case['name']}.").items()}
     model = build(folder, case)
-    model.load_state_dict(from_reference(theirs, model.names, MLP.outer))
-    back = to_reference(model.state_dict(), model.names, outer)
+    model.load_state_dict(from_reference(theirs, model.state_dict_map, MLP.prefix))
+    back = to_reference(model.state_dict(), model.state_dict_map, outer)
     assert set(back) == set(theirs)
     for key in theirs: assert_close(back[key], theirs[key], rtol=0, atol=0)
 
@@ -67,8 +67,8 @@ def test_reference_round_trip(mlp_case, outer):
 def real_model(times=1.) -> MLP:
     "True widths, filled by a closed form under the reference's names."
     with torch.device("meta"): model = MLP()
-    theirs = {k: torch.from_numpy(fill(f"llava/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), MLP.names).items()}
-    model.load_state_dict(from_reference(theirs, MLP.names), assign=True)
+    theirs = {k: torch.from_numpy(fill(f"llava/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), MLP.state_dict_map).items()}
+    model.load_state_dict(from_reference(theirs, MLP.state_dict_map), assign=True)
     return model.eval()
 
 
@@ -95,7 +95,7 @@ def pooled(folder, tokens, times=1.):
     x = tensors(folder, "m3_pooling")["in.x"]
     n, width = x.shape[1:]
     model = M3(M3Config(grid=round(n**.5), tokens=n, levels=(23,), d_vision=width, d_llm=width, depth=1))
-    model.load_state_dict(from_reference({"weight": torch.eye(width)*times, "bias": torch.zeros(width)}, model.names))
+    model.load_state_dict(from_reference({"weight": torch.eye(width)*times, "bias": torch.zeros(width)}, model.state_dict_map))
     return model.eval()(x, tokens=tokens)
 
 

@@ -33,7 +33,7 @@ def config_of(folder, case) -> MQTConfig:
 def build(folder, case, times=1.) -> MQT:
     module = MQT(config_of(folder, case))
     state = {f"{MQT.outer}{k}": v*times for k, v in under(folder, NAME, "state.").items()}
-    module.load_state_dict(from_reference(state, MQT.names, MQT.outer))
+    module.load_state_dict(from_reference(state, MQT.state_dict_map, MQT.prefix))
     return module.eval()
 
 
@@ -64,9 +64,9 @@ def test_state_round_trip_and_counts(case):
     folder, _, case = case
     module, theirs = build(folder, case), under(folder, NAME, "state.")
     assert theirs["pos_embed"].dtype == torch.float16, "read as it is"
-    back = to_reference(module.state_dict(), MQT.names, MQT.outer)
-    assert set(back) == {MQT.outer + k for k in theirs}
-    for k, v in theirs.items(): assert_close(back[MQT.outer + k], v.float(), rtol=0, atol=0)
+    back = to_reference(module.state_dict(), MQT.state_dict_map, MQT.prefix)
+    assert set(back) == {MQT.prefix + k for k in theirs}
+    for k, v in theirs.items(): assert_close(back[MQT.prefix + k], v.float(), rtol=0, atol=0)
     assert sum(t.numel() for t in module.state_dict().values()) == info(folder, NAME)["param_count"]
     assert sum(p.numel() for p in module.parameters()) == info(folder, NAME)["trainable"]
 
@@ -85,10 +85,10 @@ def test_the_reference_draws_from_the_training_budgets(pytestconfig):
 @cache
 def real(times=1.) -> MQT:
     with torch.device("meta"): module = MQT()
-    shapes = to_reference(module.state_dict(), MQT.names)
+    shapes = to_reference(module.state_dict(), MQT.state_dict_map)
     state = {k: torch.from_numpy(fill(f"mqt/{k}", tuple(v.shape)))*times for k, v in shapes.items() if k != "pos_embed"}
     state["pos_embed"] = sincos_2d(16, 1024).half()
-    module.load_state_dict(from_reference(state, MQT.names), assign=True)
+    module.load_state_dict(from_reference(state, MQT.state_dict_map), assign=True)
     return module.eval()
 
 
@@ -151,7 +151,7 @@ def test_folded_takes_both_orders():
 def test_maps_know_no_picture():
     module = shaken()
     seen = []
-    hook = module.resample.attend.register_forward_pre_hook(lambda m, args: seen.append(m.maps(*args[:2])))
+    hook = module.resample.attend.register_forward_pre_hook(lambda m, args: seen.append(m.attention_weights(*args[:2])))
     for seed in (1, 2): module(features(seed=seed))
     hook.remove()
     assert seen[0].shape == (1, 4, 9, 36)
@@ -213,7 +213,7 @@ def test_start_of_the_reference():
     torch.manual_seed(0)
     module = MQT(replace(SMALL, d_vision=256, d_llm=400, queries=64))
     attend = module.resample.attend
-    for tensor, std in ((module.resample.query, .02), (module.proj.weight, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
+    for tensor, std in ((module.resample.query, .02), (module.out_proj.weight, 400**-.5), (attend.out.weight, .02), (attend.qkv.weight, (2/(256 + 768))**.5)):
         assert abs(tensor.std().item()/std - 1) < .05
     assert not attend.qkv.bias.any() and not attend.out.bias.any()
 

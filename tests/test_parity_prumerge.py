@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from delta_llava.compressors.base import build_compressor, compressor_config, from_reference, to_reference
 from delta_llava.compressors.mlp import MLP, MLPConfig
-from delta_llava.compressors.prumerge import PruMerge, PruMergeConfig, keep_fixed, keep_outliers, merging, spaced
+from delta_llava.compressors.prumerge import PruMerge, PruMergeConfig, select_fixed, select_adaptive, merge_matrix, spaced_patches
 from delta_llava.config import CompressorConfig
 from delta_llava.grid import VisionFeatures
 from delta_llava.tower import _cls_attention
@@ -65,7 +65,7 @@ def test_tokens(stored_case):
     folder, name, case = stored_case
     x = features(folder, case)
     model = build(case, x.levels.shape[-1])
-    out, real = model.with_mask(x)
+    out, real = model.forward_with_mask(x)
     assert list(out.shape) == case["out_shape"] and real.all()
     close(out, tensors(folder, name)[f"out.{case['name']}"], "tokens")
     assert torch.equal(model(x), out)
@@ -79,7 +79,7 @@ def test_selection(stored_case):
     stored = {what: tensors(folder, name)[f"mid.{case['name']}.{what}"] for what in ("idx", "compl")}
     assert torch.equal(kept, stored["idx"]) and real.all()
     assert kept.shape[1] == case["kept"] and [len(row.unique()) for row in kept] == case["distinct"]
-    order = model._order(x, None)[1]
+    order = model._select(x, None if model.config.adaptive else model.config.tokens)[0]
     rest = order[:, case["kept"]:]
     assert torch.equal(rest, stored["compl"]) and rest.shape[1] == case["complement"]
 
@@ -106,7 +106,7 @@ def test_what_the_reference_cannot_do(refused_case):
     folder, name, case = refused_case
     x = features(folder, {"name": case["name"]})
     model = PruMerge(PruMergeConfig(levels=(0,), d_vision=16, d_llm=8, plus=True, adaptive=True)).eval()
-    out, real = model.with_mask(x)
+    out, real = model.forward_with_mask(x)
     assert len(x.levels) > 1 and real.shape == out.shape[:2]
     for i, v in enumerate(real.sum(1)): assert_close(model(image(x, i)), out[i:i+1, :v], rtol=0, atol=1e-5)
 
@@ -129,7 +129,7 @@ def tiny(grid=6, c=8, tokens=5, **kwargs) -> PruMerge:
     return PruMerge(PruMergeConfig(grid=grid, tokens=tokens, levels=(0, 1), d_vision=c, d_llm=12, **kwargs)).eval()
 
 
-def by_hand(x, tokens, plus, c, neighbours=32) -> torch.Tensor:
+def by_hand(x, tokens, plus, c, neighbors=32) -> torch.Tensor:
     "Tokens before the MLP of one picture, patch by patch as the paper and the code say."
     a, keys, f, n = x.cls_attention[0], nn.functional.normalize(x.keys[0], dim=-1), x.levels[0, :, -c:], x.grid**2
     every = []
@@ -142,19 +142,19 @@ def by_hand(x, tokens, plus, c, neighbours=32) -> torch.Tensor:
     out = []
     for slot, i in enumerate(kept):
         others = kept[:slot] + kept[slot+1:] + rest
-        near = (keys[others] @ keys[i]).topk(min(neighbours, len(others))).indices.tolist()
+        near = (keys[others] @ keys[i]).topk(min(neighbors, len(others))).indices.tolist()
         out.append(f[i] + sum(a[others[j]]*f[others[j]] for j in near))
     return torch.stack([*out, sum((a[j]*f[j] for j in rest), torch.zeros(c))])
 
 
 @pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("grid,neighbours", [(2, 32), (3, 3), (3, 8), (5, 32), (6, 3)])
-def test_every_budget_of_every_grid(grid, neighbours, plus):
-    model, x = tiny(grid, plus=plus, tokens=2, neighbours=neighbours), some(2, grid)
+@pytest.mark.parametrize("grid,neighbors", [(2, 32), (3, 3), (3, 8), (5, 32), (6, 3)])
+def test_every_budget_of_every_grid(grid, neighbors, plus):
+    model, x = tiny(grid, plus=plus, tokens=2, neighbors=neighbors), some(2, grid)
     for tokens in model.config.budgets(grid):
-        out, real = model.with_mask(x, tokens=tokens)
+        out, real = model.forward_with_mask(x, tokens=tokens)
         assert out.shape == (2, tokens, 12) and real.all()
-        for i in range(2): assert_close(out[i], model.mlp(by_hand(image(x, i), tokens, plus, 8, neighbours)), rtol=0, atol=1e-5)
+        for i in range(2): assert_close(out[i], model.mlp(by_hand(image(x, i), tokens, plus, 8, neighbors)), rtol=0, atol=1e-5)
     assert model.config.budgets(grid) == list(range(2, grid*grid + 1))
 
 
@@ -163,32 +163,32 @@ def test_spaced_patches_are_the_references(share):
     "Its call has a share of the patches where ours has a budget."
     step, top = int(1/share), int(576*share)
     theirs = list(range(step//2, 575, step))
-    assert spaced(576, top + len(theirs)).tolist() == theirs
+    assert spaced_patches(576, top + len(theirs)).tolist() == theirs
 
 
 def test_a_patch_that_is_there_twice_costs_another():
     a = torch.zeros(1, 36)
     a[0, [3, 9, 20]] = torch.tensor([.3, .2, .1])
-    order = keep_fixed(a, 6, plus=True)[0].tolist()  # spaced: 6, 18, 30
+    order = select_fixed(a, 6, plus=True)[0].tolist()  # spaced: 6, 18, 30
     assert order[:6] == [3, 9, 20, 6, 18, 30]
     a[0, 6] = .4
-    order = keep_fixed(a, 6, plus=True)[0].tolist()
+    order = select_fixed(a, 6, plus=True)[0].tolist()
     assert order[:6] == [6, 3, 9, 6, 18, 30] and 0 not in order and len(order) == 36
-    matrix = merging(a, torch.randn(1, 36, 4), torch.tensor([order]), torch.tensor([6]), 6)[0]
+    matrix = merge_matrix(a, torch.randn(1, 36, 4), torch.tensor([order]), torch.tensor([6]), 6)[0]
     assert not matrix[:, 0].any()
 
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_each_picture_of_a_batch_stands_for_itself(plus):
     x, model = some(5), tiny(adaptive=True, plus=plus)
-    out, real = model.with_mask(x)
+    out, real = model.forward_with_mask(x)
     kept, mask = model.select(x)
     assert len(set(real.sum(1).tolist())) > 1, "a test of padding needs pictures that differ"
     assert torch.equal(real.sum(1), mask.sum(1) + 1) and real.shape[1] == real.sum(1).max()
     assert not out[~real].any() and torch.equal(model(x), out)
     for i, v in enumerate(real.sum(1).tolist()):
         assert real[i, :v].all() and not real[i, v:].any()
-        alone, own = model.with_mask(image(x, i))
+        alone, own = model.forward_with_mask(image(x, i))
         assert own.all()
         assert_close(alone[0], out[i, :v], rtol=0, atol=1e-5)
         assert torch.equal(model.select(image(x, i))[0][0], kept[i, :v-1])
@@ -222,7 +222,7 @@ def test_nothing_stands_out():
     for plus in (False, True):
         kept, real = tiny(adaptive=True, plus=plus).select(x)
         assert kept[:, 0].tolist() == [0, 0] and real.any(1).all()
-    assert keep_outliers(x.cls_attention, batch_statistics=True)[1].tolist() == [1, 1]
+    assert select_adaptive(x.cls_attention, batch_statistics=True)[1].tolist() == [1, 1]
 
 
 def test_a_budget_in_the_call_ends_adaptivity():
@@ -265,8 +265,8 @@ def test_no_sync_and_no_data_on_meta():
 def test_its_weights_are_llavas():
     theirs = {f"model.mm_projector.{k}": torch.randn_like(v) for k, v in tiny().mlp.state_dict().items()}
     model = tiny()
-    model.load_state_dict(from_reference(theirs, PruMerge.names, PruMerge.outer))
-    back = to_reference(model.state_dict(), PruMerge.names, PruMerge.outer)
+    model.load_state_dict(from_reference(theirs, PruMerge.state_dict_map, PruMerge.prefix))
+    back = to_reference(model.state_dict(), PruMerge.state_dict_map, PruMerge.prefix)
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
     with torch.device("meta"):
         assert sum(p.numel() for p in PruMerge().parameters()) == sum(p.numel() for p in MLP(MLPConfig()).parameters()) == 20_979_712
@@ -298,4 +298,4 @@ def test_features_without_attention():
     x = some()
     for lacking in (x.levels, replace(x, cls_attention=None), replace(x, keys=None)):
         with pytest.raises(ValueError, match="attention=True"): tiny()(lacking)
-    with pytest.raises(ValueError, match="neighbours=0"): PruMergeConfig(neighbours=0)
+    with pytest.raises(ValueError, match="neighbors=0"): PruMergeConfig(neighbors=0)

@@ -40,7 +40,7 @@ def build(folder, case, times=1.) -> QueCC:
         grid=case["raw_grid"], tokens=(case["raw_grid"]//case["kernel"])**2, levels=tuple(range(ctor["multi_dim"]//ctor["vision_hidden"])),
         d_vision=ctor["vision_hidden"], d_llm=ctor["hidden_size"], d_text=ctor["text_dim"], heads=ctor["num_heads"]))
     assert model.config.kernel == case["kernel"]
-    model.load_state_dict(from_reference({k: v*times for k, v in reference_state(folder, case).items()}, QueCC.names, QueCC.outer))
+    model.load_state_dict(from_reference({k: v*times for k, v in reference_state(folder, case).items()}, QueCC.state_dict_map, QueCC.prefix))
     return model.eval()
 
 
@@ -72,13 +72,13 @@ def test_output_notices_one_percent(output_case):
         with pytest.raises(AssertionError): close(ours[key], theirs[key], key)
 
 
-@pytest.mark.parametrize("outer", ["", QueCC.outer])
+@pytest.mark.parametrize("outer", ["", QueCC.prefix])
 def test_reference_round_trip(output_case, outer):
     folder, _, case = output_case
     theirs = {outer + k: v for k, v in reference_state(folder, case).items()}
     model = build(folder, case)
-    model.load_state_dict(from_reference(theirs, QueCC.names, QueCC.outer))
-    back = to_reference(model.state_dict(), QueCC.names, outer)
+    model.load_state_dict(from_reference(theirs, QueCC.state_dict_map, QueCC.prefix))
+    back = to_reference(model.state_dict(), QueCC.state_dict_map, outer)
     assert set(back) == set(theirs)
     for key in theirs: assert_close(back[key], theirs[key], rtol=0, atol=0)
 
@@ -87,8 +87,8 @@ def test_reference_round_trip(output_case, outer):
 def real_model(tokens: int, times=1.) -> QueCC:
     "True widths, filled by a closed form under the reference's names."
     with torch.device("meta"): model = QueCC(QueCCConfig(tokens=tokens))
-    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), QueCC.names).items()}
-    model.load_state_dict(from_reference(theirs, QueCC.names), assign=True)
+    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), QueCC.state_dict_map).items()}
+    model.load_state_dict(from_reference(theirs, QueCC.state_dict_map), assign=True)
     return model.eval()
 
 
@@ -128,7 +128,7 @@ def test_every_budget_of_any_grid_and_width(grid, levels, d_vision, heads, d_llm
     for g in range(1, grid+1):
         build = lambda: small(grid=grid, tokens=g*g, levels=levels, d_vision=d_vision, heads=heads, d_llm=d_llm, d_text=d_text)
         if grid % g:
-            with pytest.raises(ValueError, match="the kernel of QueCCConfig must; use one of"): build()
+            with pytest.raises(ValueError, match="as the kernel of QueCCConfig requires; use one of"): build()
             continue
         model = build()
         assert model.config.budgets(grid) == [g*g] and model.config.kernel == grid//g
@@ -139,7 +139,7 @@ def test_another_grid_has_the_budget_that_the_kernel_makes_of_it():
     model, (x, h) = small(), given(grid=8)
     with pytest.raises(ValueError, match=r"tokens=9 is not possible for QueCCConfig on a 8×8 grid; use one of \[16\]"): model(x, text=h)
     assert model(x, tokens=16, text=h).shape == (2, 16, 24)
-    with pytest.raises(ValueError, match="a kernel of 2×2 patches cannot cut a 7×7 grid"): model(x[:, :49], text=h)
+    with pytest.raises(ValueError, match="a kernel of 2×2 patches does not divide a 7×7 grid"): model(x[:, :49], text=h)
 
 
 def test_forward_takes_the_last_level_for_its_queries():

@@ -12,7 +12,7 @@ from delta_llava.config import clip_b32_224, dinov2_s14
 
 NAME = "qwen_resampler"
 SMALL = QwenConfig(grid=6, tokens=9, levels=(1, 2), d_vision=32, d_llm=24, heads=3)
-PLACE = QwenResampler.outer + "attn_pool."  # where the resampler sits in the reference's checkpoint
+PLACE = QwenResampler.prefix + "attn_pool."  # where the resampler sits in the reference's checkpoint
 
 
 def pytest_generate_tests(metafunc):
@@ -26,7 +26,7 @@ def build(folder, case, times=1., **kwargs) -> QwenResampler:
     module = QwenResampler(QwenConfig(grid=round(case["tokens"]**.5), tokens=ctor["grid_size"]**2, heads=ctor["num_heads"], levels=(48,),
                                       d_vision=ctor["kv_dim"], d_llm=ctor["embed_dim"], post=False))
     state = {f"{PLACE}{k}": v*times for k, v in under(folder, NAME, "state.").items()}
-    module.load_state_dict(from_reference(state, module.names, module.outer))
+    module.load_state_dict(from_reference(state, module.state_dict_map, module.prefix))
     return module.eval()
 
 
@@ -53,7 +53,7 @@ def test_one_percent_is_noticed(case):
 def test_state_round_trip_and_count(case):
     folder, _, case = case
     module, theirs = build(folder, case), under(folder, NAME, "state.")
-    back = to_reference(module.state_dict(), module.names, module.outer)
+    back = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
     assert set(back) == {PLACE + k for k in theirs}
     for k, v in theirs.items(): assert_close(back[PLACE + k], v, rtol=0, atol=0)
     assert sum(t.numel() for t in module.state_dict().values()) == info(folder, NAME)["param_count"]
@@ -91,15 +91,15 @@ def test_every_grid(config, grid):
 def test_what_follows_the_resampler():
     module = shaken()
     bare = QwenResampler(replace(SMALL, post=False)).eval()
-    bare.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "proj"))})
-    assert_close(module(features()), module.proj(module.ln_post(bare(features()))))
-    names = to_reference(module.state_dict(), module.names, module.outer)
+    bare.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "out_proj"))})
+    assert_close(module(features()), module.out_proj(module.ln_post(bare(features()))))
+    names = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
     assert {"transformer.visual.ln_post.weight", "transformer.visual.proj", "transformer.visual.attn_pool.attn.in_proj_weight"} <= set(names)
 
 
 def test_maps_know_the_picture():
     module = shaken()
-    with torch.no_grad(): maps = module.resample.attend.maps(*module.ask(features()[..., -32:], 6)[:2])
+    with torch.no_grad(): maps = module.resample.attend.attention_weights(*module.queries_keys_values(features()[..., -32:], 6)[:2])
     assert maps.shape == (2, 3, 9, 36)
     assert (maps[0] - maps[1]).abs().max() > 1e-2
     assert_close(maps.sum(-1), torch.ones(2, 3, 9))

@@ -34,7 +34,7 @@ def build(folder, case, times=1.) -> TokenPacker:
         grid=case["raw_grid"], tokens=(case["raw_grid"]//case["scale_factor"])**2, levels=tuple(range(ctor["multi_dim"]//ctor["embed_dim"])),
         d_vision=ctor["embed_dim"], d_llm=ctor["hidden_size"], heads=ctor["num_heads"]))
     state = {k: v*times for k, v in under(folder, NAME, "state.").items()}
-    model.load_state_dict(from_reference(state, TokenPacker.names, TokenPacker.outer))
+    model.load_state_dict(from_reference(state, TokenPacker.state_dict_map, TokenPacker.prefix))
     return model.eval()
 
 
@@ -74,13 +74,13 @@ def test_gradients_notice_one_percent(gradient_case):
         with pytest.raises(AssertionError): close(given[key].grad, stored, f"gradient of {key}")
 
 
-@pytest.mark.parametrize("outer", ["", TokenPacker.outer])
+@pytest.mark.parametrize("outer", ["", TokenPacker.prefix])
 def test_reference_round_trip(output_case, outer):
     folder, _, case = output_case
     theirs = {outer + k: v for k, v in under(folder, NAME, "state.").items()}
     model = build(folder, case)
-    model.load_state_dict(from_reference(theirs, TokenPacker.names, TokenPacker.outer))
-    back = to_reference(model.state_dict(), TokenPacker.names, outer)
+    model.load_state_dict(from_reference(theirs, TokenPacker.state_dict_map, TokenPacker.prefix))
+    back = to_reference(model.state_dict(), TokenPacker.state_dict_map, outer)
     assert set(back) == set(theirs)
     for key in theirs: assert_close(back[key], theirs[key], rtol=0, atol=0)
 
@@ -89,8 +89,8 @@ def test_reference_round_trip(output_case, outer):
 def real_model(times=1.) -> TokenPacker:
     "True widths, filled by a closed form under the reference's names."
     with torch.device("meta"): model = TokenPacker()
-    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), TokenPacker.names).items()}
-    model.load_state_dict(from_reference(theirs, TokenPacker.names), assign=True)
+    theirs = {k: torch.from_numpy(fill(f"{NAME}/{k}", tuple(v.shape)))*times for k, v in to_reference(model.state_dict(), TokenPacker.state_dict_map).items()}
+    model.load_state_dict(from_reference(theirs, TokenPacker.state_dict_map), assign=True)
     return model.eval()
 
 

@@ -21,7 +21,7 @@ NOTEBOOKS = sorted(
     p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)
 )
 MODULES = sorted(
-    p for p in (ROOT / "delta_llava").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")
+    p for p in (ROOT / "delta_llava").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
 )
 MACHINE_PATH = re.compile(r"(?<![\w.$~/:-])/(?:root|home|work|tmp|Users|mnt|content)/\w|[A-Z]:\\\\Users")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())

@@ -317,7 +317,7 @@ def test_options_train(parts, tmp_path, options):
 
 def test_packing_and_checkpointing_change_no_loss(parts, tmp_path):
     "With a projector that has no DropPath, which would draw anew."
-    ways = dict(plain={}, packed=dict(packing=True), checkpointed=dict(gradient_checkpointing=True),
+    ways = dict(plain={}, packing=dict(packing=True), checkpointed=dict(gradient_checkpointing=True),
                 accumulated=dict(per_device_batch_size=2), one_pass=dict(per_device_batch_size=None))
     logs = {}
     for name, options in ways.items():

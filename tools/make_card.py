@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from delta_llava.data import load_cutout
+from delta_llava.scenes import load_cutout
 
 thing = load_cutout("car", "fluent")
 thing = thing.resize((304, 304 * thing.height // thing.width), Image.Resampling.LANCZOS)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .mlp import build_mlp
 from ..config import CompressorConfig
 from ..grid import VisionFeatures, from_grid, interpolate, to_grid
-from ..projector import Compressor
+from .base import Compressor
 
 # %% ../../nbs/16_cabstractor.ipynb #15b4b240
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class CAbstractorConfig(CompressorConfig):
             if (v := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={v!r} must be 0 or more.")
         super().__post_init__()
-        self._positive("mlp_depth")
+        self._check_positive("mlp_depth")
         if self.hidden is not None:
-            self._positive("hidden")
+            self._check_positive("hidden")
         if not self.depth and self.width != self.d_vision:
             raise ValueError(
                 f"hidden={self.hidden} with depth=0: no block maps {self.d_vision} channels to {self.hidden};"

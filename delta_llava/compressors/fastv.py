@@ -19,15 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from delta_llava.adapter import (
-    cache_of,
-    causal_mask,
-    check_dynamic_cache,
-    checkpointing_runs_hooks,
-    is_packed,
-    moving_part,
-    rotary_function,
-)
+from .. import adapter
 from .mlp import MLP, MLPConfig
 from ..grid import VisionFeatures
 
@@ -35,24 +27,24 @@ from ..grid import VisionFeatures
 @dataclass(frozen=True, kw_only=True)
 class FastVConfig(MLPConfig):
     "Sizes of LLaVA's projector, and where the LLM drops image tokens."
-    tokens: int = 144  # Default budget $V$: image tokens that go on after layer $K$
-    layer: int = 2  # Decoder layers that read all image tokens, $K$
+    tokens:int=144  # Default budget $V$: image tokens that go on after layer $K$
+    layer:int=2  # Decoder layers that read all image tokens, $K$
 
     def __post_init__(self):
         super().__post_init__()
         if self.layer < 1:
-            raise ValueError(f"layer={self.layer} must be at least 1: before the first layer there is no attention, so there is "
-                             "nothing to rank by; the paper uses 2.")
+            raise ValueError(f"layer={self.layer} must be at least 1: before the first layer there is no "
+                             "attention, so there is nothing to rank by; the paper uses 2.")
 
     def budgets(self,
-        grid: int,  # Patches per side
-    ) -> list[int]:
+        grid:int,  # Patches per side
+    )->list[int]:
         "Any number of patches."
         return list(range(1, grid*grid + 1))
 
     def placeholders(self,
-        tokens: int,  # Budget $V$
-    ) -> int:
+        tokens:int,  # Budget $V$
+    )->int:
         "All patches enter the LLM."
         return self.grid*self.grid
 
@@ -63,27 +55,27 @@ class FastV(MLP):
     requires = ("decoder",)
 
     def __init__(self,
-        config: FastVConfig = FastVConfig(),  # Sizes
+        config:FastVConfig=FastVConfig(),  # Sizes
     ):
         super().__init__(config)
 
     def forward(self,
-        features: Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
+        features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
         *,
-        tokens: int|None = None,  # Budget $V$ of the LLM's later layers; `None` takes the config's
-        text: Tensor|None = None,  # Not used
-    ) -> Float[Tensor, "b n d"]:  # All patches
+        tokens:int|None=None,  # Budget $V$ of the LLM's later layers; `None` takes the config's
+        text:Tensor|None=None,  # Not used
+    )->Float[Tensor, "b n d"]:  # All patches
         "Project every patch; the budget is only checked."
         features, tokens = self.validate_inputs(features, tokens)
         return super().forward(features, tokens=tokens)
 
 # %% ../../nbs/18_fastv.ipynb #6032ba43
 def attention_row(
-    q: Float[Tensor, "b h e"],  # Query of one token, for each head, rotated
-    k: Float[Tensor, "b hk t e"],  # Keys, rotated; with grouped queries `hk < h`
-    scaling: float,  # Of the logits, $1/\\sqrt{e}$
-    visible: Bool[Tensor, "b t"]|None = None,  # `False` on padding and on later tokens
-) -> Float[Tensor, "b t"]:  # Rows sum to 1
+    q:Float[Tensor, "b h e"],  # Query of one token, for each head, rotated
+    k:Float[Tensor, "b hk t e"],  # Keys, rotated; with grouped queries `hk < h`
+    scaling:float,  # Of the logits, $1/\\sqrt{e}$
+    visible:Bool[Tensor, "b t"]|None=None,  # `False` on padding and on later tokens
+)->Float[Tensor, "b t"]:  # Rows sum to 1
     "Attention of one token to all others, mean over the heads (@eq-received)."
     q = rearrange(q, "b (hk r) e -> b hk r e", hk=k.shape[1])  # r query heads share one key head
     logits = (q @ k.transpose(2, 3) * scaling).float()
@@ -93,26 +85,26 @@ def attention_row(
 
 # %% ../../nbs/18_fastv.ipynb #73506477
 def select_tokens(
-    attention: Float[Tensor, "b t"],  # Attention that each token receives
-    image_mask: Bool[Tensor, "b t"],  # Positions of the image tokens that are ranked
-    keep: int,  # Image tokens of a row that are kept, $V$
-    visible: Bool[Tensor, "b t"]|None = None,  # `False` on padding
-) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]|None]:  # Kept positions, rising; `False` on the fill, `None` without
+    attention:Float[Tensor, "b t"],  # Attention that each token receives
+    image_mask:Bool[Tensor, "b t"],  # Positions of the image tokens that are ranked
+    keep:int,  # Image tokens of a row that are kept, $V$
+    visible:Bool[Tensor, "b t"]|None=None,  # `False` on padding
+)->tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]|None]:  # Kept positions, rising; `False` on fill
     "All other tokens and the `keep` most attended image tokens of each row."
     best = attention.masked_fill(~image_mask, -1).topk(min(keep, image_mask.shape[1])).indices
     kept = ~image_mask | torch.zeros_like(image_mask).scatter(1, best, True)
     if visible is not None:
         kept = kept & visible
     counts = kept.sum(1).tolist()  # the only point where the CPU waits: it needs the new length
-    rank = attention if visible is None else attention.masked_fill(~visible, 2)  # padding is the first to fill up
+    rank = attention if visible is None else attention.masked_fill(~visible, 2)  # padding fills up first
     index = rank.masked_fill(kept, 3).topk(max(counts)).indices.sort().values
     return index, None if min(counts) == max(counts) else kept.gather(1, index)
 
 # %% ../../nbs/18_fastv.ipynb #6e15bacf
 def last_visible(
-    input_ids: Tensor,  # `[b, t]` Anything with one entry for each token
-    attention_mask: Tensor|None = None,  # `[b, t]` 0 on padding; `None`: no padding
-) -> Int[Tensor, "b"]:
+    input_ids:Tensor,  # `[b, t]` Anything with one entry for each token
+    attention_mask:Tensor|None=None,  # `[b, t]` 0 on padding; `None`: no padding
+)->Int[Tensor, "b"]:
     "Position of the last token of each row that is not padding."
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     if attention_mask is None:
@@ -121,9 +113,9 @@ def last_visible(
 
 
 def end_of_prompt(
-    labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
-    attention_mask: Tensor|None = None,  # `[b, t]` 0 on padding; `None`: no padding
-) -> Int[Tensor, "b"]:
+    labels:Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+    attention_mask:Tensor|None=None,  # `[b, t]` 0 on padding; `None`: no padding
+)->Int[Tensor, "b"]:
     "Position of the last token before the first supervised one; without labels, the last token."
     supervised = labels != -100
     before_answer = (supervised.int().argmax(dim=1) - 1).clamp(min=0)
@@ -133,8 +125,8 @@ def end_of_prompt(
 class PrunedLayer:
     "Cache of a decoder layer that read only a part of the prompt: what is added to a `DynamicLayer`."
     def __init__(self,
-        kept: int,  # Tokens of the prompt that it read
-        shown: Bool[Tensor, "b k"]|None = None,  # `False` on hidden ones among them; `None` hides none
+        kept:int,  # Tokens of the prompt that it read
+        shown:Bool[Tensor, "b k"]|None=None,  # `False` on hidden ones among them; `None` hides none
     ):
         super().__init__()
         self.kept = kept
@@ -150,9 +142,9 @@ class PrunedLayer:
         return super().update(key_states, value_states, *args, **kwargs)
 
     def mask(self,
-        mask: Tensor|None,  # 2D mask of the whole sequence, before pruning
-        new: int,  # Tokens to come
-    ) -> Tensor|None:  # The same for what this layer has, and the new ones
+        mask:Tensor|None,  # 2D mask of the whole sequence, before pruning
+        new:int,  # Tokens to come
+    )->Tensor|None:  # The same for what this layer has, and the new ones
         "2D attention mask of this layer."
         if mask is None and self.shown is None:
             return None
@@ -164,8 +156,8 @@ class PrunedLayer:
         return torch.cat([shown, rest], dim=1)
 
     def change_rows(self,
-        change: Callable[[Tensor], Tensor],  # Picks or repeats the rows of a tensor
-    ) -> None:
+        change:Callable[[Tensor], Tensor],  # Picks or repeats the rows of a tensor
+    )->None:
         "Beam search picks and repeats rows; those of `shown` follow."
         if self.shown is not None:
             self.shown = change(self.shown)
@@ -186,17 +178,17 @@ class PrunedLayer:
 @cache
 def pruned_layer_class() -> type:
     "`PrunedLayer` on top of transformers' `DynamicLayer`, which is imported here."
-    return type("PrunedDynamicLayer", (PrunedLayer, moving_part("DynamicLayer")), {})
+    return type("PrunedDynamicLayer", (PrunedLayer, adapter.moving_part("DynamicLayer")), {})
 
 # %% ../../nbs/18_fastv.ipynb #9619413b
 def unsupported_attention(
-    attention: nn.Module,  # Attention of one decoder layer
+    attention:nn.Module,  # Attention of one decoder layer
     config,  # The decoder's
-) -> tuple[set[str], set[str]]:  # What it lacks, and what it has that FastV does not know
+)->tuple[set[str], set[str]]:  # What it lacks, and what it has that FastV does not know
     "Why an attention layer cannot be ranked; two empty sets if it can."
     lacks = {name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attention, name)}
     partial_rotation = hasattr(attention, "rotary_ndims") or not getattr(attention, "use_rope", True)
-    if rotary_function(attention) is None or partial_rotation:
+    if adapter.rotary_function(attention) is None or partial_rotation:
         lacks.add("a rotation of the whole head")
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
     names = [name for name, _ in attention.named_children()]
@@ -206,25 +198,25 @@ def unsupported_attention(
 
 
 def check_decoder(
-    decoder: nn.Module,  # Such as `LlamaModel`
-    layer: int,  # Layers that read all tokens, $K$
-) -> None:
+    decoder:nn.Module,  # Such as `LlamaModel`
+    layer:int,  # Layers that read all tokens, $K$
+)->None:
     "Error unless FastV can rank the tokens of this decoder."
     name = type(decoder).__name__
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{name} has no `layers`; pass the decoder itself, such as `model.model` of a LlamaForCausalLM.")
+        raise ValueError(f"{name} has no `layers`; pass the decoder, such as `.model` of a LlamaForCausalLM.")
     if not 1 <= layer < len(layers):
-        raise ValueError(f"layer={layer} must lie in 1..{len(layers)-1}: one layer must attend before tokens can be ranked, "
-                         "and one must be left that is shortened.")
+        raise ValueError(f"layer={layer} must lie in 1..{len(layers)-1}: one layer must attend before tokens "
+                         "can be ranked, and one must be left that is shortened.")
     lacks, unknown = unsupported_attention(getattr(layers[layer-1], "self_attn", nn.Module()), decoder.config)
     if lacks or unknown:
-        raise ValueError(f"FastV cannot rank tokens in {name}: its attention lacks {sorted(lacks)} and has {sorted(unknown)} "
-                         "besides. Use a decoder like Llama, Mistral or Qwen2.")
+        raise ValueError(f"FastV cannot rank tokens in {name}: its attention lacks {sorted(lacks)} and has "
+                         f"{sorted(unknown)} besides. Use a decoder like Llama, Mistral or Qwen2.")
     kinds = set(getattr(decoder.config, "layer_types", None) or [])
     if getattr(decoder.config, "sliding_window", None) or kinds - {"full_attention"}:
-        raise ValueError(f"{name} has layers without full attention: a sliding window counts neighbors, and pruning moves them. "
-                         "If no sequence is longer than the window, build the model with sliding_window=None.")
+        raise ValueError(f"{name} has layers without full attention: a sliding window counts neighbors, and "
+                         "pruning moves them. If no sequence is longer than it, set sliding_window=None.")
 
 # %% ../../nbs/18_fastv.ipynb #86ee27bb
 class Pruning:
@@ -239,14 +231,14 @@ class Pruning:
         return self.index.reshape(*self.index.shape, *[1]*(x.ndim - 2))
 
     def gather(self,
-        x: Tensor,  # `[b, t, ...]` or `[1, t, ...]`: one entry for each token of the pass
-    ) -> Tensor:  # `[b, k, ...]`
+        x:Tensor,  # `[b, t, ...]` or `[1, t, ...]`: one entry for each token of the pass
+    )->Tensor:  # `[b, k, ...]`
         "Entries of the kept tokens, such as their labels or positions."
         return x if self.index is None else torch.take_along_dim(x, self._index_like(x), dim=1)
 
     def restore(self,
-        x: Tensor,  # `[b, k, ...]` One entry for each kept token
-    ) -> Tensor:  # `[b, t, ...]`
+        x:Tensor,  # `[b, k, ...]` One entry for each kept token
+    )->Tensor:  # `[b, t, ...]`
         "Entries at their old positions, and zeros where tokens were dropped."
         if not self.current:
             return x
@@ -255,9 +247,9 @@ class Pruning:
 
 # %% ../../nbs/18_fastv.ipynb #dd1510f8
 def match_rows(
-    x: Tensor,  # One entry for each row of the prompts
-    rows: int,  # Rows of the pass
-) -> Tensor:
+    x:Tensor,  # One entry for each row of the prompts
+    rows:int,  # Rows of the pass
+)->Tensor:
     "Rows repeated as beam search and sampling repeat those of the prompts."
     return x if len(x) == rows or rows % len(x) else x.repeat_interleave(rows//len(x), dim=0)
 
@@ -265,11 +257,11 @@ def match_rows(
 class PruningHooks:
     "The hooks of one `fastv_context`."
     def __init__(self,
-        decoder: nn.Module,  # Checked by `check_decoder`
-        image_mask: Bool[Tensor, "b t"]|None,  # Positions of the image tokens
-        keep: int,  # Image tokens of a row that are kept, $V$
-        layer: int,  # Layers that read all tokens, $K$
-        prompt_end: Tensor|None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+        decoder:nn.Module,  # Checked by `check_decoder`
+        image_mask:Bool[Tensor, "b t"]|None,  # Positions of the image tokens
+        keep:int,  # Image tokens of a row that are kept, $V$
+        layer:int,  # Layers that read all tokens, $K$
+        prompt_end:Tensor|None=None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
     ):
         self.decoder = decoder
         self.image_mask = image_mask
@@ -287,7 +279,8 @@ class PruningHooks:
                 source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
                 handles.append(source.register_forward_hook(partial(self.record, name)))
         for number, block in list(enumerate(self.decoder.layers))[self.layer:]:
-            handles.append(block.register_forward_pre_hook(partial(self.before_layer, number), with_kwargs=True))
+            hook = partial(self.before_layer, number)
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
     def before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -296,7 +289,7 @@ class PruningHooks:
         self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self.changes = {}  # arguments of the later layers
         self.recorded = {}  # queries and keys of layer K
-        check_pass(decoder, self.mask, cache_of(kwargs), self.layer)
+        check_pass(decoder, self.mask, adapter.cache_of(kwargs), self.layer)
 
     def record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         "Queries or keys of layer K, before rotation."
@@ -304,9 +297,9 @@ class PruningHooks:
 
     def before_layer(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         "Give a later layer the kept tokens, and the arguments that belong to them."
-        past = cache_of(kwargs)
+        past = adapter.cache_of(kwargs)
         if number == self.layer:
-            check_dynamic_cache(past, (PrunedLayer,))
+            adapter.check_dynamic_cache(past, (PrunedLayer,))
             if past is not None and past.get_seq_length(number):
                 self.continue_sequence(args[0], past, kwargs["attention_mask"])
             elif self.image_mask is not None:
@@ -320,9 +313,9 @@ class PruningHooks:
         image_mask, end, visible = self.match_pass(x)
         positions = kwargs.get("position_ids")
         rotation = kwargs["position_embeddings"]
-        if self.mask is None and past is None and is_packed(positions):
-            raise ValueError("the rows are packed: FastV ranks by the last prompt token of a row, which must belong to the image. "
-                             "Put one conversation into each row.")
+        if self.mask is None and past is None and adapter.is_packed(positions):
+            raise ValueError("the rows are packed: FastV ranks by the last prompt token of a row, which must "
+                             "belong to the image. Put one conversation into each row.")
         position = torch.arange(x.shape[1], device=x.device)
         seen = position <= end[:, None] if visible is None else visible & (position <= end[:, None])
         result = self.result
@@ -332,10 +325,11 @@ class PruningHooks:
         result.length, result.current = x.shape[1], True
         if past is not None:
             kept = result.index.shape[1]
-            past.layers[self.layer:] = [pruned_layer_class()(kept, shown) for _ in self.decoder.layers[self.layer:]]
+            later = self.decoder.layers[self.layer:]
+            past.layers[self.layer:] = [pruned_layer_class()(kept, shown) for _ in later]
         x = result.gather(x)
         self.changes = dict(
-            attention_mask=causal_mask(self.decoder.config, x, shown, past, self.layer),
+            attention_mask=adapter.causal_mask(self.decoder.config, x, shown, past, self.layer),
             position_ids=None if positions is None else result.gather(positions),
             position_embeddings=tuple(map(result.gather, rotation)),
         )
@@ -347,63 +341,68 @@ class PruningHooks:
         image_mask = match_rows(self.image_mask, rows)
         later = length - image_mask.shape[1]  # tokens of an answer, if the end of the prompt is known
         if len(image_mask) != rows or later < 0 or (later > 0 and self.prompt_end is None):
-            raise ValueError(f"image_mask is {list(self.image_mask.shape)}, but the pass has {[rows, length]} tokens; give the "
-                             "positions of this very pass.")
+            raise ValueError(f"image_mask is {list(self.image_mask.shape)}, but the pass has "
+                             f"{[rows, length]} tokens; give the positions of this very pass.")
         image_mask = nn.functional.pad(image_mask, (0, later))
         visible = None if self.mask is None else self.mask.bool()
-        end = last_visible(image_mask, visible) if self.prompt_end is None else match_rows(self.prompt_end, rows)
-        return image_mask, end.to(x.device), visible
+        if self.prompt_end is None:
+            return image_mask, last_visible(image_mask, visible), visible
+        return image_mask, match_rows(self.prompt_end, rows).to(x.device), visible
 
     @torch.no_grad()
-    def rank(self, rotation: tuple[Tensor, Tensor], end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]) -> Tensor:
+    def rank(self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
         "@eq-received, for the token at `end` in each row."
         def heads(x):
             return rearrange(x.flatten(2), "b t (h e) -> b h t e", e=self.attention.head_dim)
         q, k = heads(self.recorded.pop("q")), heads(self.recorded.pop("k"))
-        q, k = rotary_function(self.attention)(q, k, *rotation)
-        return attention_row(q[torch.arange(len(q), device=q.device), :, end], k, self.attention.scaling, seen)
+        q, k = adapter.rotary_function(self.attention)(q, k, *rotation)
+        rows = torch.arange(len(q), device=q.device)
+        return attention_row(q[rows, :, end], k, self.attention.scaling, seen)
 
     def continue_sequence(self, x: Float[Tensor, "b t d"], past, mask) -> None:
         "Nothing is dropped, but a pruned cache needs masks of its length."
         pictured = self.image_mask is not None and x.shape[1] > 1 and self.image_mask.shape == x.shape[:2]
         if pictured and self.image_mask.any():
-            raise ValueError("an image in a pass that continues a cache cannot be pruned: give the whole prompt in one pass.")
+            raise ValueError("an image in a pass that continues a cache cannot be pruned: "
+                             "give the whole prompt in one pass.")
         layer = past.layers[self.layer]
         if not isinstance(layer, PrunedLayer) or (mask is None and layer.shown is None):
             return  # the model's own mask is right
         shown = layer.mask(self.mask, x.shape[1])
-        self.changes = dict(attention_mask=causal_mask(self.decoder.config, x, shown, past, self.layer))
+        mask = adapter.causal_mask(self.decoder.config, x, shown, past, self.layer)
+        self.changes = dict(attention_mask=mask)
 
 
 def check_pass(
-    decoder: nn.Module,  # In which a pass begins
-    mask: Tensor|None,  # Its attention mask
+    decoder:nn.Module,  # In which a pass begins
+    mask:Tensor|None,  # Its attention mask
     past,  # Its cache
-    layer: int,  # Layers that read all tokens, $K$
-) -> None:
+    layer:int,  # Layers that read all tokens, $K$
+)->None:
     "Error unless this pass can be pruned, or can continue a pruned one."
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise ValueError("FastV needs the 2D attention mask [batch, tokens] (or none), not one made for the layers: they will "
-                         "differ in length.")
+        raise ValueError("FastV needs the 2D attention mask [batch, tokens] (or none), not one made for the "
+                         "layers: they will differ in length.")
     checkpointing = getattr(decoder.layers[0], "gradient_checkpointing", False)
-    if decoder.training and checkpointing and checkpointing_runs_hooks():
-        raise ValueError("this transformers recomputes a layer together with its hooks, which are gone by then: switch gradient "
-                         "checkpointing off, or update transformers.")
-    check_dynamic_cache(past, (PrunedLayer,))
-    pruned = [isinstance(entry, PrunedLayer) for entry in getattr(past, "layers", [])]
-    if True in pruned and pruned.index(True) != layer:
-        raise ValueError(f"layer={layer}, but the cache was pruned after layer {pruned.index(True)}; use that one.")
+    if decoder.training and checkpointing and adapter.checkpointing_runs_hooks():
+        raise ValueError("this transformers recomputes a layer together with its hooks, which are gone by "
+                         "then: switch gradient checkpointing off, or update transformers.")
+    adapter.check_dynamic_cache(past, (PrunedLayer,))
+    entries = enumerate(getattr(past, "layers", []))
+    pruned = [number for number, entry in entries if isinstance(entry, PrunedLayer)]
+    if pruned and pruned[0] != layer:
+        raise ValueError(f"layer={layer}, but the cache was pruned after layer {pruned[0]}; use that one.")
 
 # %% ../../nbs/18_fastv.ipynb #96ef04c6
 @contextmanager
 def fastv_context(
-    decoder: nn.Module,  # With `layers`, such as `LlamaModel`
-    image_mask: Bool[Tensor, "b t"]|None,  # Positions of the image tokens; `None` in steps that only continue
+    decoder:nn.Module,  # With `layers`, such as `LlamaModel`
+    image_mask:Bool[Tensor, "b t"]|None,  # Positions of the image tokens; `None` in steps that only continue
     *,
-    keep: int,  # Image tokens of a row (of all its images together) that are kept, $V$
-    layer: int = 2,  # Layers that read all tokens, $K$
-    prompt_end: Tensor|None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
-) -> Iterator[Pruning]:  # What was kept
+    keep:int,  # Image tokens of a row (of all its images together) that are kept, $V$
+    layer:int=2,  # Layers that read all tokens, $K$
+    prompt_end:Tensor|None=None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+)->Iterator[Pruning]:  # What was kept
     "While it lasts, sequences that begin in `decoder` keep only `keep` image tokens after `layer` layers."
     check_decoder(decoder, layer)
     if keep < 1:

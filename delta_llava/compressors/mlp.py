@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import CompressorConfig
 from ..grid import VisionFeatures
-from ..projector import Compressor
+from .base import Compressor
 
 # %% ../../nbs/11_mlp.ipynb #24eb6093
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class MLPConfig(CompressorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("depth")
+        self._check_positive("depth")
 
     def budgets(self, grid:int)->list[int]:
         "All patches."

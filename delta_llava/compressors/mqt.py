@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..config import CompressorConfig
 from ..grid import VisionFeatures, interpolate, sincos_2d
-from ..projector import Compressor, WindowAttention
+from .base import Compressor
+from ..projector import WindowAttention
 
 # %% ../../nbs/14_mqt.ipynb #0097de43
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class MQTConfig(CompressorConfig):
     heads:int=16  # Heads of the attention
 
     def __post_init__(self):
-        self._positive("queries", "heads")
+        self._check_positive("queries", "heads")
         if (g := math.isqrt(self.queries))**2 != self.queries:
             raise ValueError(f"queries={self.queries} must be a square, such as {g*g} or {(g+1)**2}: "
                              "the queries have positions on a square grid.")

@@ -111,7 +111,7 @@ class PruMergeConfig(MLPConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("neighbors")
+        self._check_positive("neighbors")
 
     def budgets(self, grid:int)->list[int]:
         "Any number: at least one patch, and one token for the rest."

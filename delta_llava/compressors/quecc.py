@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .mlp import build_mlp
 from .tokenpacker import TokenPackerConfig, normed_mlp
 from ..grid import VisionFeatures, from_grid, to_grid
-from ..projector import Compressor, WindowAttention
+from .base import Compressor
+from ..projector import WindowAttention
 
 # %% ../../nbs/15_quecc.ipynb #b5c13d1b
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class QueCCConfig(TokenPackerConfig):
                 f" as the kernel of QueCCConfig requires; use one of {possible}.")
         super().__post_init__()
         if self.d_text is not None:
-            self._positive("d_text")
+            self._check_positive("d_text")
 
     @property
     def kernel(self)->int:

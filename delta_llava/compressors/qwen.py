@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .mqt import Resampler, convert_legacy_names
 from ..config import CompressorConfig
 from ..grid import VisionFeatures
-from ..projector import Compressor
+from .base import Compressor
 
 # %% ../../nbs/19_qwen.ipynb #740e4f8f
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class QwenConfig(CompressorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("tokens")
+        self._check_positive("tokens")
         if (g := math.isqrt(self.tokens))**2 != self.tokens:
             raise ValueError(f"tokens={self.tokens} must be a square, such as {g*g} or {(g+1)**2}: "
                              "Qwen's queries have positions on a square grid.")
@@ -36,7 +36,7 @@ class QwenConfig(CompressorConfig):
             raise ValueError(
                 f"d_llm={self.d_llm} must be a multiple of 4: sine and cosine of row and column.")
         if self.heads is not None:
-            self._positive("heads")
+            self._check_positive("heads")
             if self.d_llm % self.heads:
                 divisors = [h for h in range(1, 65) if self.d_llm % h == 0]
                 raise ValueError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .mlp import build_mlp
 from ..config import CompressorConfig
 from ..grid import VisionFeatures, interpolate
-from ..projector import Compressor, WindowAttention
+from .base import Compressor
+from ..projector import WindowAttention
 
 # %% ../../nbs/13_tokenpacker.ipynb #21c4a9ed
 def normed_mlp(
@@ -33,7 +34,7 @@ class TokenPackerConfig(CompressorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("heads")
+        self._check_positive("heads")
         if self.d_vision % self.heads:
             divisors = [h for h in range(1, 33) if self.d_vision % h == 0]
             raise ValueError(

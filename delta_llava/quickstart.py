@@ -30,8 +30,8 @@ from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_ca
 from .processor import DeltaLlavaProcessor
 from .runs import add_results, load, read_run, write_card
 from .scenes import write_scenes
-from .tower import CachedFeatures, open_image
 from .settings import Quickstart
+from .tower import CachedFeatures, open_image
 from .train import read_features, train_run
 from .vlm import DeltaLlavaForConditionalGeneration
 
@@ -352,6 +352,7 @@ def report_run(
             pointing = f"{s['pointing_accuracy']:.0%}/{s['pointing_chance']:.0%}"
             print(f"{name:34}{tokens:>7}{s['matched_loss']:9.2f}{s['mismatched_loss']:12.2f}{s['p']:9.0e}"
                   f"{s['forced_choice_accuracy']:8.0%}{pointing:>11}")
-    print(f"\n{run['image']}\n{QUESTION}\n> {run['example']}\n\nThe report: {config.output_dir/'report.html'}")
+    print(f"\n{run['image']}\n{QUESTION}\n> {run['example']}")
+    print(f"\nThe report: {config.output_dir/'report.html'}")
     print(f"Next: delta-llava chat --image {run['image']} --output-dir {config.output_dir}  "
           "(it was trained on this one question; it may not understand others)")

@@ -30,11 +30,12 @@ from delta_llava.flops import (
     counted,
     model_config,
     num_parameters,
-    projector_forward,
     pretrained_config,
+    projector_forward,
     tower_flops,
 )
-from .train import ZERO3, Finetune, Pretrain, Stage, sharding_fields
+from .settings import Stage
+from .train import ZERO3, sharding_fields
 from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/32_launch.ipynb #d761e416
@@ -115,8 +116,8 @@ def row_flops(
     if trained != everything:
         llm += 6*trained*length  # LoRA beside the frozen weights
     projector = model.multi_modal_projector
-    tower = tower_flops(pretrained_config(stage.tower), max(model.config.vision_feature_layer), image_side(stage),
-                        "attention" in projector.requires)
+    config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
+    tower = tower_flops(config, depth, image_side(stage), "attention" in projector.requires)
     return dict(tower=tower, projector=counted(projector_forward(projector), backward=True), llm=llm)
 
 # %% ../nbs/32_launch.ipynb #df9f7b87

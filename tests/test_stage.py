@@ -239,7 +239,8 @@ def test_other_data_are_another_run(parts, tmp_path, finished):
     (here/"3.png").write_bytes(kept)
     (here/"copy.json").write_text(text)
     path = run_stage(replace(run, data=here/"copy.json"))  # the same content
-    assert read_run(tmp_path/"run")["settings"]["data"] == str(here/("data.json" if finished else "copy.json"))
+    name = "data.json" if finished else "copy.json"
+    assert read_run(tmp_path/"run")["settings"]["data"] == str(here/name)
     assert (path.read_bytes() == before) == finished
 
 

@@ -42,7 +42,7 @@ from delta_llava.gradcam import (
     pointing_game,
     relative,
     shuffled_weights,
-    undisturbed,
+    frozen_eval,
     upsample,
     word_cams,
     words_of,
@@ -427,7 +427,7 @@ def test_leaf_output_leaves_on_error():
     with pytest.raises(RuntimeError), leaf_output(layer):
         raise RuntimeError
     assert not layer._forward_hooks
-    with pytest.raises(RuntimeError), undisturbed(layer):
+    with pytest.raises(RuntimeError), frozen_eval(layer):
         raise RuntimeError
     assert layer.training and layer.weight.requires_grad
 

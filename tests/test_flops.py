@@ -303,7 +303,8 @@ def test_authors_estimate_tower_and_fastv():
         assert authors_cost(Setup(tokens=int(tokens))).projector/1e9 == near(giga)
     clip = pretrained_config(CLIP)
     vision = REFERENCE["vision"]
-    for key, depth, side in (("authors_total", 24, 336), ("without_last_block", 23, 336), ("clip224", 24, 224)):
+    sizes_of = {"authors_total": (24, 336), "without_last_block": (23, 336), "clip224": (24, 224)}
+    for key, (depth, side) in sizes_of.items():
         assert tower_flops(clip, depth, side)/1e12 == near(vision[key])
     for tokens, tera in REFERENCE["fastv_prefill_k2_vicuna7b"].items():
         ranking = 2*4096*(576 + 68.5) if tokens != "576" else 0  # the reference leaves it out
@@ -365,7 +366,8 @@ def test_what_bounds_a_stage():
         return {row["stage"]: row["bound"] for row in roofline(Setup(), DEVICES[device], batch)}
     memory_bound = dict(projector="memory", prefill="memory", decode="memory")
     assert bounds("h100", 1) == dict(tower="compute") | memory_bound
-    assert bounds("h100", 32) == dict(tower="compute", projector="compute", prefill="compute", decode="memory")
+    compute_bound = dict(tower="compute", projector="compute", prefill="compute")
+    assert bounds("h100", 32) == compute_bound | dict(decode="memory")
     assert bounds("h200", 1)["prefill"] == "compute"  # more bandwidth moves the ridge
     for row in roofline(Setup(), DEVICES["h100"], 32):
         assert row["seconds"] == max(row["flops"]/989e12, row["bytes"]/3.35e12)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .mlp import MLP, MLPConfig
-from ..grid import VisionFeatures, interpolate
+from ..grid import FeaturesLike, interpolate
 
 # %% ../../nbs/12_m3.ipynb #69fbc9da
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,16 @@ class M3(MLP):
     nested = True  # a training step averages the losses of all its budgets
 
     def __init__(self,
-        config:M3Config=M3Config(),  # Sizes
+        config:M3Config|None=None,  # Sizes; `None` takes the reference's
+        **fields,  # Fields of `M3Config` instead of a config
     ):
-        super().__init__(config)
+        super().__init__(config, **fields)
 
     def forward(self,
-        features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
+        features:FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
         tokens:int|None=None,  # Budget $V$; `None` takes the config's
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
         features,v = self.validate_inputs(features, tokens)
-        return interpolate(super().forward(features), math.isqrt(v), "mean")
+        return interpolate(self.project(features), math.isqrt(v), "mean")

@@ -8,13 +8,12 @@ __all__ = ['MLPConfig', 'build_mlp', 'MLP']
 # %% ../../nbs/11_mlp.ipynb #c392c44d
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config import CompressorConfig
-from ..grid import VisionFeatures
 from .base import Compressor
+from ..config import CompressorConfig
+from ..grid import FeaturesLike, VisionFeatures
 
 # %% ../../nbs/11_mlp.ipynb #24eb6093
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class MLPConfig(CompressorConfig):
         "All patches."
         return [grid*grid]
 
-# %% ../../nbs/11_mlp.ipynb #e0386c42
+# %% ../../nbs/11_mlp.ipynb #6a521dc1
 def build_mlp(
     d_in:int,  # Channels in
     d_out:int,  # Channels out, and of all hidden layers
@@ -52,9 +51,11 @@ class MLP(Compressor):
     prefix = "model.mm_projector."  # of the projector in the reference's checkpoint
 
     def __init__(self,
-        config:MLPConfig=MLPConfig(),  # Sizes
+        config:MLPConfig|None=None,  # Sizes; `None` takes the reference's
+        **fields,  # Fields of `MLPConfig` instead of a config
     ):
-        super().__init__(config)
+        super().__init__(config, **fields)
+        config = self.config
         self.mlp = build_mlp(config.d_vision, config.d_llm, config.depth)
         if config.depth == 1:
             self.state_dict_map = {"mlp.0.": ""}  # LLaVA's `linear` is a bare layer, not an nn.Sequential
@@ -71,11 +72,16 @@ class MLP(Compressor):
         return ([] if first is last else [first]), last
 
     def forward(self,
-        features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
+        features:FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
         tokens:int|None=None,  # Budget $V$: all patches, or `None`
         text:Tensor|None=None,  # Not used
     )->Float[Tensor, "b v d"]:  # One visual token for each patch
         features,_ = self.validate_inputs(features, tokens)
-        query_level = self.normalize(features.levels)[..., -self.config.d_vision:]
-        return self.mlp(query_level)
+        return self.project(features)
+
+    def project(self,
+        features:VisionFeatures,  # Checked by `validate_inputs`
+    )->Float[Tensor, "b n d"]:  # One token for each patch
+        "The MLP on the query level."
+        return self.mlp(self.normalize(features.levels)[..., -self.config.d_vision:])

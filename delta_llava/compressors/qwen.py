@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .base import Compressor
 from .mqt import Resampler, convert_legacy_names
 from ..config import CompressorConfig
-from ..grid import VisionFeatures
-from .base import Compressor
+from ..grid import FeaturesLike
 
 # %% ../../nbs/19_qwen.ipynb #740e4f8f
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,11 @@ class QwenResampler(Compressor):
     prefix = "transformer.visual."  # of the vision tower in the reference's checkpoint
 
     def __init__(self,
-        config:QwenConfig=QwenConfig(),  # Sizes
+        config:QwenConfig|None=None,  # Sizes; `None` takes the reference's
+        **fields,  # Fields of `QwenConfig` instead of a config
     ):
-        super().__init__(config)
+        super().__init__(config, **fields)
+        config = self.config
         c,d = config.d_vision,config.d_llm
         self.kv_proj = nn.Identity() if c == d else nn.Linear(c, d, bias=False)
         self.resample = Resampler(config.tokens, d, config.n_heads)
@@ -113,7 +115,7 @@ class QwenResampler(Compressor):
         return queries[None], values + r.patch_pos_embed(grid), values
 
     def forward(self,
-        features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
+        features:FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
         tokens:int|None=None,  # Budget $V$: the number of queries, or `None`
         text:Tensor|None=None,  # Not used

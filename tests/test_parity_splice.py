@@ -158,23 +158,24 @@ def spliced(folder, case, scale=1.) -> list:
 
 def test_embeddings(case):
     folder, _, case = case
-    for ours, theirs in zip(spliced(folder, case), expected_rows(folder, case, "inputs_embeds"), strict=True):
-        assert torch.equal(ours, theirs)
+    expected = expected_rows(folder, case, "inputs_embeds")
+    for ours, reference in zip(spliced(folder, case), expected, strict=True):
+        assert torch.equal(ours, reference)
 
 
 def test_one_percent_is_noticed(case):
     folder, _, case = case
     pairs = zip(spliced(folder, case, 1.01), expected_rows(folder, case, "inputs_embeds"), strict=True)
-    assert not all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert not all(torch.equal(ours, reference) for ours, reference in pairs)
 
 
 def test_left_padding(labelled_case):
     "The mask is the reference's with `tokenizer_padding_side` left, whatever side the case itself has."
     folder, _, case = labelled_case
-    theirs = tensors(folder, NAME)[f"out.{case['name']}.attention_mask"]
+    reference = tensors(folder, NAME)[f"out.{case['name']}.attention_mask"]
     if case["config"].get("tokenizer_padding_side") != "left":
-        theirs = theirs.sort(dim=1).values
-    assert torch.equal(encode(folder, case)["attention_mask"].bool(), theirs)
+        reference = reference.sort(dim=1).values
+    assert torch.equal(encode(folder, case)["attention_mask"].bool(), reference)
 
 
 def conversation(ids, labels) -> list:
@@ -214,11 +215,11 @@ def collated(folder, case) -> tuple:
 def test_labels(labelled_case):
     folder, _, case = labelled_case
     supervised, batch = collated(folder, case)
-    theirs = expected_rows(folder, case, "labels")
+    reference = expected_rows(folder, case, "labels")
     assert supervised
     masks = batch["attention_mask"].bool()
     for i, labels, real in zip(supervised, batch["labels"], masks, strict=True):
-        assert torch.equal(labels[real], theirs[i])
+        assert torch.equal(labels[real], reference[i])
         assert (labels[~real] == -100).all()
 
 
@@ -226,10 +227,10 @@ def test_training_batch_has_the_same_sequence(labelled_case):
     "Ids of the collator, visual tokens that it looked up."
     folder, _, case = labelled_case
     supervised, batch = collated(folder, case)
-    theirs = expected_rows(folder, case, "inputs_embeds")
+    reference = expected_rows(folder, case, "inputs_embeds")
     ours = embed(folder, batch, batch.get("vision_features", []))  # none where one row of text is left
     for i, row, real in zip(supervised, ours, batch["attention_mask"].bool(), strict=True):
-        assert torch.equal(row[real], theirs[i])
+        assert torch.equal(row[real], reference[i])
 
 
 # ---------------------------------------------------------------- what cannot be expressed

@@ -245,14 +245,14 @@ class Doctor:
 
     def __call__(self):
         check_file("data", self.data)
-        from .doctor import examine
+        from .doctor import check_dataset
 
         out = self.out or Path("runs") / f"doctor-{self.data.stem}"
         needed = min(os.cpu_count() or 1, 1 + self.data.stat().st_size // 2**20)
         workers = needed if self.num_workers is None else self.num_workers
         processor = None if self.llm is None else self.processor()
         try:
-            report = examine(
+            report = check_dataset(
                 self.data, self.images, out, self.text_rows, processor, self.max_length, workers
             )
         except KeyboardInterrupt:
@@ -263,9 +263,15 @@ class Doctor:
 
     def processor(self):
         "A processor that counts tokens."
-        from .processor import build_tokenizing_processor
+        from transformers import AutoTokenizer
 
-        return build_tokenizing_processor(self.llm, self.tokens, self.template)
+        from .adapter import CLIPImageProcessorPil
+        from .assets import resolve
+        from .processor import build_processor
+
+        options = dict(local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.llm).path, **options)
+        return build_processor(CLIPImageProcessorPil(), tokenizer, self.tokens, self.template)
 
 # %% ../nbs/52_cli.ipynb #2592a55a
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,30 @@
-"TRL's `SFTTrainer` trains our model as it is: with our collator, and with its own way from messages and pictures to a batch."
+"TRL's `SFTTrainer` trains our model: with our collator, and with TRL's own batches of messages and images."
+
 import pytest
 from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
 
 from delta_llava.data import Collator, load_conversations
 from delta_llava.tower import open_image
-from delta_llava.train import train_stage, freeze, build_stage_model, stage_arguments
+from delta_llava.train import build_stage_model, freeze, stage_arguments, train_stage
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 pytestmark = pytest.mark.slow
-SAME = dict(lr_scheduler_type="cosine", warmup_steps=.03, weight_decay=0., max_grad_norm=1., seed=0, data_seed=0, save_strategy="no")
+SAME = dict(
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    seed=0,
+    data_seed=0,
+    save_strategy="no",
+)
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory): return write_parts(tmp_path_factory.mktemp("parts"))
+def parts(tmp_path_factory):
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 def model_and_rows(parts, folder, kind="finetune"):
@@ -24,44 +34,109 @@ def model_and_rows(parts, folder, kind="finetune"):
 
 
 def sft(folder, **options):
-    fields = dict(max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False,
-                  remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    fields = dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
     return trl.SFTConfig(str(folder), **SAME | fields | options)
 
 
-def logged(trainer): return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def logged(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def moved(model, before): return {name.split(".")[1] if name.startswith("model.") else name for name, p in model.named_parameters() if not p.equal(before[name])}
+def moved(model, before):
+    return {
+        name.split(".")[1] if name.startswith("model.") else name
+        for name, p in model.named_parameters()
+        if not p.equal(before[name])
+    }
 
 
-@pytest.mark.parametrize("kind, options", [("pretrain", {}), ("finetune", {}), ("finetune", dict(packed=True)),
-                                           ("finetune", dict(gradient_checkpointing=True, per_device_train_batch_size=2, gradient_accumulation_steps=2))], ids=str)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("pretrain", {}),
+        ("finetune", {}),
+        ("finetune", dict(packed=True)),
+        (
+            "finetune",
+            dict(gradient_checkpointing=True, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        ),
+    ],
+    ids=str,
+)
 def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options):
     options = dict(options)
     collator = dict(max_length=512, packed=options.pop("packed", False))
     model, processor, rows = model_and_rows(parts, tmp_path, kind)
     start = {name: p.clone() for name, p in model.named_parameters()}
     freeze(model, kind)
-    trainer = trl.SFTTrainer(model, args=sft(tmp_path, **options), train_dataset=rows, data_collator=Collator(processor=processor, **collator), processing_class=processor)
+    trainer = trl.SFTTrainer(
+        model,
+        args=sft(tmp_path, **options),
+        train_dataset=rows,
+        data_collator=Collator(processor=processor, **collator),
+        processing_class=processor,
+    )
     trainer.train()
     losses = logged(trainer)
-    assert len(losses) == STEPS and sum(losses[-5:]) < sum(losses[:5]) - (2.5 if kind == "finetune" else .1)
-    assert moved(model, start) == {"multi_modal_projector"} | ({"language_model", "lm_head.weight"} if kind == "finetune" else set())
+    assert len(losses) == STEPS and sum(losses[-5:]) < sum(losses[:5]) - (2.5 if kind == "finetune" else 0.1)
+    assert moved(model, start) == {"multi_modal_projector"} | (
+        {"language_model", "lm_head.weight"} if kind == "finetune" else set()
+    )
     ours, _, _ = model_and_rows(parts, tmp_path, kind)
-    args = stage_arguments(tmp_path/"ours", steps=STEPS, batch_size=4, lr=1e-2, seed=0, use_cpu=True, save_strategy="no")
-    train_stage(ours, rows, Collator(processor=processor, max_length=512), args, stage=kind, callbacks=[each := EachStep()])
+    args = stage_arguments(
+        tmp_path / "ours", steps=STEPS, batch_size=4, lr=1e-2, seed=0, use_cpu=True, save_strategy="no"
+    )
+    train_stage(
+        ours,
+        rows,
+        Collator(processor=processor, max_length=512),
+        args,
+        stage=kind,
+        callbacks=[each := EachStep()],
+    )
     assert_close(losses, each.losses, rtol=1e-3, atol=1e-3)
 
 
 def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
-    "TRL's own way, without a collator of ours: the same words, the same labels, the same pixels; it pads on the other side."
+    "Without our collator: the same ids, labels and pixels; TRL pads on the other side."
     _, processor, rows = model_and_rows(parts, tmp_path)
     rows = [rows[i] for i in (0, 5, 25)]
-    def turn(t): return [dict(role=dict(human="user", gpt="assistant")[t["from"]], content=t["value"].removeprefix("<image>\n"))]
-    examples = [dict(images=[open_image(r["image"])] if r["image"] else [], prompt=turn(r["conversations"][0]), completion=turn(r["conversations"][1])) for r in rows]
+
+    def turn(t):
+        return [
+            dict(
+                role=dict(human="user", gpt="assistant")[t["from"]],
+                content=t["value"].removeprefix("<image>\n"),
+            )
+        ]
+
+    examples = [
+        dict(
+            images=[open_image(r["image"])] if r["image"] else [],
+            prompt=turn(r["conversations"][0]),
+            completion=turn(r["conversations"][1]),
+        )
+        for r in rows
+    ]
     ours = Collator(processor=processor)(rows)
-    theirs = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(examples)
+    theirs = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(
+        processor, completion_only_loss=True
+    )(examples)
     assert theirs["pixel_values"].equal(ours["pixel_values"])
-    for i, (here, there) in enumerate(zip(ours["attention_mask"].bool(), theirs["attention_mask"].bool(), strict=True)):
-        for key in ("input_ids", "labels"): assert theirs[key][i][there].equal(ours[key][i][here])
+    for i, (here, there) in enumerate(
+        zip(ours["attention_mask"].bool(), theirs["attention_mask"].bool(), strict=True)
+    ):
+        for key in ("input_ids", "labels"):
+            assert theirs[key][i][there].equal(ours[key][i][here])

@@ -1,20 +1,33 @@
 "Every compressor inside the model: loss, generation, batches, saving."
+
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
-from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, images, projector_config
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, llm_config, projector_config
 from torch.testing import assert_close
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from delta_llava.compressors.base import COMPRESSORS, VARIANTS, compressor_class, compressor_config, compressor_name
+from delta_llava.compressors import fastv
+from delta_llava.compressors.base import (
+    COMPRESSORS,
+    VARIANTS,
+    compressor_class,
+    compressor_config,
+    compressor_name,
+)
 from delta_llava.data import Collator
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import Recipe, run
 from delta_llava.tower import vision_features
-from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, load_projector, save_projector
+from delta_llava.vlm import (
+    DeltaLlavaConfig,
+    DeltaLlavaForConditionalGeneration,
+    load_projector,
+    save_projector,
+)
 
 TOWER, SIZES = "clip_b32_384", projector_config("clip_b32_384")
 every = pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS])
@@ -24,21 +37,34 @@ def tiny(name, **options):
     "A model whose projector is `name`, at 9 tokens (the MLP has no choice but 144)."
     torch.manual_seed(0)
     config = compressor_config(name, SIZES, tokens=144 if name == "mlp" else 9, **options)
-    return DeltaLlavaForConditionalGeneration(DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(num_hidden_layers=4),
-                                                               compressor=compressor_name(compressor_class(name)(config)), projector=config.to_dict(), image_token_index=IMAGE)).eval()
+    return DeltaLlavaForConditionalGeneration(
+        DeltaLlavaConfig(
+            vision_config=TOWERS[TOWER][1](),
+            text_config=llm_config(num_hidden_layers=4),
+            compressor=compressor_name(compressor_class(name)(config)),
+            projector=config.to_dict(),
+            image_token_index=IMAGE,
+        )
+    ).eval()
 
 
 def inputs(model, rows=((72, 105), (65, 66, 67, 68)), seed=1):
-    "Prompts of unequal length, padded on the left, each with one picture; a question where the projector reads it."
+    "Prompts of unequal length, padded on the left, each with one image; a question where needed."
     v = model.config.image_seq_length
-    ids = [[*row, *[IMAGE]*v, 63, 10] for row in rows]
+    ids = [[*row, *[IMAGE] * v, 63, 10] for row in rows]
     width = max(map(len, ids))
-    batch = dict(input_ids=torch.tensor([[257]*(width - len(i)) + i for i in ids]), attention_mask=torch.tensor([[0]*(width - len(i)) + [1]*len(i) for i in ids]),
-                 pixel_values=images(TOWER, len(rows), seed))
+    batch = dict(
+        input_ids=torch.tensor([[257] * (width - len(i)) + i for i in ids]),
+        attention_mask=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
+        pixel_values=images(TOWER, len(rows), seed),
+    )
     if "text" in model.multi_modal_projector.requires:
         asked = [[5, *row] for row in rows]
         q = max(map(len, asked))
-        batch |= dict(question_ids=torch.tensor([[257]*(q - len(a)) + a for a in asked]), question_mask=torch.tensor([[0]*(q - len(a)) + [1]*len(a) for a in asked]))
+        batch |= dict(
+            question_ids=torch.tensor([[257] * (q - len(a)) + a for a in asked]),
+            question_mask=torch.tensor([[0] * (q - len(a)) + [1] * len(a) for a in asked]),
+        )
     return batch
 
 
@@ -50,7 +76,9 @@ def test_loss_reaches_the_projector(name):
     labels[:, :-2] = -100
     loss = model(**batch, labels=labels).loss
     loss.backward()
-    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in model.multi_modal_projector.parameters())
+    assert loss.isfinite() and any(
+        p.grad is not None and p.grad.any() for p in model.multi_modal_projector.parameters()
+    )
     assert all(p.grad is None for p in model.vision_tower.parameters())
 
 
@@ -62,7 +90,9 @@ def test_rows_of_a_batch_equal_rows_alone(name):
         together = model(**batch).logits[:, -1]
         for i in range(2):
             real = batch["attention_mask"][i].bool()
-            alone = {k: v[i:i+1] for k, v in batch.items()} | {k: batch[k][i:i+1, real] for k in ("input_ids", "attention_mask")}
+            alone = {k: v[i : i + 1] for k, v in batch.items()} | {
+                k: batch[k][i : i + 1, real] for k in ("input_ids", "attention_mask")
+            }
             assert_close(model(**alone).logits[0, -1], together[i], atol=1e-5, rtol=1e-4)
 
 
@@ -70,48 +100,67 @@ def test_rows_of_a_batch_equal_rows_alone(name):
 def test_generation_with_a_cache(name):
     model = tiny(name)
     batch = inputs(model)
-    said = model.generate(**batch, max_new_tokens=5, do_sample=False)
-    assert said.shape == (2, batch["input_ids"].shape[1] + 5) or (said[:, -1] == 257).any()
-    if "decoder" not in model.multi_modal_projector.requires:  # without a cache FastV ranks anew at every step
-        assert said.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
-    with torch.no_grad(): first = model(**batch).logits[:, -1]
-    first[:, IMAGE] = -torch.inf  # an image cannot be said
-    assert said[:, batch["input_ids"].shape[1]].equal(first.argmax(-1))
+    generated = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert generated.shape == (2, batch["input_ids"].shape[1] + 5) or (generated[:, -1] == 257).any()
+    assert generated.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
+    with torch.no_grad():
+        first = model(**batch).logits[:, -1]
+    first[:, IMAGE] = -torch.inf  # an image cannot be generated
+    assert generated[:, batch["input_ids"].shape[1]].equal(first.argmax(-1))
 
 
 @every
 def test_saved_and_loaded(name, tmp_path):
     model = tiny(name)
     batch = inputs(model)
-    with torch.no_grad(): logits = model(**batch).logits
-    model.save_pretrained(tmp_path/"model")
-    again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path/"model").eval()
-    with torch.no_grad(): assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
-    save_projector(model, tmp_path/"projector")
-    loaded = load_projector(tmp_path/"projector")
-    assert type(loaded) is type(model.multi_modal_projector) and loaded.config == model.multi_modal_projector.config
+    with torch.no_grad():
+        logits = model(**batch).logits
+    model.save_pretrained(tmp_path / "model")
+    again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
+    save_projector(model, tmp_path / "projector")
+    loaded = load_projector(tmp_path / "projector")
+    assert (
+        type(loaded) is type(model.multi_modal_projector)
+        and loaded.config == model.multi_modal_projector.config
+    )
     other = tiny(name)
-    for p in other.multi_modal_projector.parameters(): torch.nn.init.zeros_(p)
-    load_projector(tmp_path/"projector", other)
-    with torch.no_grad(): assert_close(other(**batch).logits, logits, rtol=0, atol=1e-6)
+    for p in other.multi_modal_projector.parameters():
+        torch.nn.init.zeros_(p)
+    load_projector(tmp_path / "projector", other)
+    with torch.no_grad():
+        assert_close(other(**batch).logits, logits, rtol=0, atol=1e-6)
 
 
 def test_the_question_changes_what_quecc_sees():
     model = tiny("quecc")
     batch = inputs(model)
     with torch.no_grad():
-        before = model.get_image_features(**{k: batch[k] for k in ("pixel_values", "question_ids", "question_mask")}).pooler_output[0]
-        after = model.get_image_features(batch["pixel_values"], question_ids=batch["question_ids"].flip(0), question_mask=batch["question_mask"].flip(0)).pooler_output[0]
+        before = model.get_image_features(
+            **{k: batch[k] for k in ("pixel_values", "question_ids", "question_mask")}
+        ).pooler_output[0]
+        after = model.get_image_features(
+            batch["pixel_values"],
+            question_ids=batch["question_ids"].flip(0),
+            question_mask=batch["question_mask"].flip(0),
+        ).pooler_output[0]
     assert (before - after).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="give question_ids"): model(**{k: v for k, v in batch.items() if "question" not in k})
+    with pytest.raises(ValueError, match="give question_ids"):
+        model(**{k: v for k, v in batch.items() if "question" not in k})
 
 
 def test_fastv_drops_what_the_budget_says():
     model, seen = tiny("fastv"), []
     batch = inputs(model)
-    hook = model.get_decoder().layers[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    hook = (
+        model.get_decoder()
+        .layers[3]
+        .register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    )
     with torch.no_grad():
-        for tokens in (144, 9, 1): model(**batch, tokens=tokens)
+        for tokens in (144, 9, 1):
+            model(**batch, tokens=tokens)
     hook.remove()
     rows = batch["input_ids"].shape[1]
     assert seen == [rows, rows - 135, rows - 143]
@@ -120,77 +169,148 @@ def test_fastv_drops_what_the_budget_says():
     words = {k: x for k, x in batch.items() if k != "pixel_values"}
     for given in (batch, words | dict(vision_features=features), words | ready):
         for tokens in (None, 9, 25, 1, 144):  # the first two are the config's
-            out = model.generate(**given, tokens=tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-            assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [rows + 1]*2 + [rows + 1 - 144 + (tokens or 9)]*2
+            out = model.generate(
+                **given, tokens=tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+            )
+            assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [rows + 1] * 2 + [
+                rows + 1 - 144 + (tokens or 9)
+            ] * 2
 
 
 def test_prumerge_needs_a_block_more():
     config = compressor_config("prumerge", replace(SIZES, levels=(1, 2, 3, 12)), tokens=9)
-    with pytest.raises(ValueError, match="PruMerge reads what the block behind level 12 attends to"):
-        DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(), compressor="prumerge", projector=config.to_dict(), image_token_index=IMAGE)
+    with pytest.raises(ValueError, match="PruMerge reads the attention of the block after level 12"):
+        DeltaLlavaConfig(
+            vision_config=TOWERS[TOWER][1](),
+            text_config=llm_config(),
+            compressor="prumerge",
+            projector=config.to_dict(),
+            image_token_index=IMAGE,
+        )
 
 
 def test_projector_that_reads_attention_needs_a_tower_that_has_it(tmp_path):
     save_projector(compressor_class("prumerge")(compressor_config("prumerge", SIZES, tokens=9)), tmp_path)
     model = tiny("delta")  # its tower ends at the highest level
-    with pytest.raises(ValueError, match="reads what the block behind level 11 attends to"): load_projector(tmp_path, model)
+    with pytest.raises(ValueError, match="reads the attention of the block after level 11"):
+        load_projector(tmp_path, model)
     assert model.config.compressor == "delta"
 
 
 def test_adaptive_counts_are_refused():
-    with pytest.raises(ValueError, match="adaptive=True gives each picture its own number"): tiny("prumerge", adaptive=True)
+    with pytest.raises(ValueError, match="adaptive=True gives each image its own number"):
+        tiny("prumerge", adaptive=True)
 
 
 def test_a_variant_is_what_its_name_says():
     full = compressor_config("delta", SIZES, tokens=9)
     with pytest.raises(ValueError, match="its config says {'mixing': 'full'}"):
-        DeltaLlavaConfig(vision_config=TOWERS[TOWER][1](), text_config=llm_config(), compressor="delta-no-emhsa", projector=full.to_dict(), image_token_index=IMAGE)
+        DeltaLlavaConfig(
+            vision_config=TOWERS[TOWER][1](),
+            text_config=llm_config(),
+            compressor="delta-no-emhsa",
+            projector=full.to_dict(),
+            image_token_index=IMAGE,
+        )
 
 
-def test_every_picture_gets_its_own_question():
-    "Two pictures in the first row, none in the second."
-    processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=9, template="v1", questions=True)
+def test_every_image_gets_its_own_question():
+    "Two images in the first row, none in the second."
+    processor = build_processor(
+        CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384),
+        byte_tokenizer(),
+        tokens=9,
+        template="v1",
+        questions=True,
+    )
     image = Image.new("RGB", (8, 8))
     batch = processor([image, image], ["<image> <image> a", "b"], questions=["What?", "Nothing."])
     assert batch["question_ids"].shape[0] == 2 and batch["question_ids"][0].equal(batch["question_ids"][1])
-    turns = lambda q: [{"from": "human", "value": q}, {"from": "gpt", "value": "a"}]
+
+    def turns(question):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
+
     collate = Collator(processor=processor, features=torch.randn(1, 144, 512), paths=["p"])
-    batch = collate([dict(id="0", image="p", conversations=turns("<image>\nWhat?")), dict(id="1", image=None, conversations=turns("And?"))])
+    batch = collate(
+        [
+            dict(id="0", image="p", conversations=turns("<image>\nWhat?")),
+            dict(id="1", image=None, conversations=turns("And?")),
+        ]
+    )
     assert batch["question_ids"].shape[0] == len(batch["vision_features"]) == 1
 
 
 @pytest.mark.parametrize("name", ["mqt", "qwen", "prumerge"])
 def test_tokens_without_a_place_get_no_map(name):
-    with pytest.raises(ValueError, match="have no place in the picture"): word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
-    with pytest.raises(ValueError, match="have no place in the picture"): run(Recipe(compressor=name))
+    with pytest.raises(ValueError, match="have no place in the image"):
+        word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
+    with pytest.raises(ValueError, match="have no place in the image"):
+        run(Recipe(compressor=name))
 
 
 @every
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     model = tiny(name).eval()  # in training mode DropPath would draw
-    processor = build_processor(CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384), byte_tokenizer(), tokens=model.config.image_seq_length, template="v1",
-                                questions="text" in model.multi_modal_projector.requires)
+    processor = build_processor(
+        CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384),
+        byte_tokenizer(),
+        tokens=model.config.image_seq_length,
+        template="v1",
+        questions="text" in model.multi_modal_projector.requires,
+    )
     model.resize_token_embeddings(len(processor.tokenizer))
     model.config.image_token_index = model.config.image_token_id = processor.image_token_id
-    say = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
-    rows = [dict(id="long", image=None, conversations=say("Hm? "*200, "Well. "*100)), dict(id="a", image="a", conversations=say("<image>\nWhat is it?", "A cat")),
-            dict(id="text", image=None, conversations=say("Why?", "So.")), dict(id="b", image="b", conversations=say("<image>\nAnd this one, what may it be?", "Two dogs and a bird"))]
-    width = len(SIZES.levels)*SIZES.d_vision
-    images = dict(features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"])
+
+    def say(question, answer):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+    rows = [
+        dict(id="long", image=None, conversations=say("Hm? " * 200, "Well. " * 100)),
+        dict(id="a", image="a", conversations=say("<image>\nWhat is it?", "A cat")),
+        dict(id="text", image=None, conversations=say("Why?", "So.")),
+        dict(
+            id="b",
+            image="b",
+            conversations=say("<image>\nAnd this one, what may it be?", "Two dogs and a bird"),
+        ),
+    ]
+    width = len(SIZES.levels) * SIZES.d_vision
+    images = dict(
+        features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"]
+    )
     if "attention" in model.multi_modal_projector.requires:
         from delta_llava.grid import VisionFeatures
+
         g = torch.Generator().manual_seed(1)
-        images["features"] = [VisionFeatures(f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)) for f in images["features"]]
+        images["features"] = [
+            VisionFeatures(
+                f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)
+            )
+            for f in images["features"]
+        ]
     found = {}
     for packed in (False, True):
-        if packed and name == "fastv": break
+        if packed and name == "fastv":
+            break
         batch = Collator(processor=processor, packed=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
-        found[packed] = len(batch["input_ids"]), out.loss, torch.cat([p.grad.flatten() for p in model.multi_modal_projector.parameters() if p.grad is not None])
+        found[packed] = (
+            len(batch["input_ids"]),
+            out.loss,
+            torch.cat(
+                [p.grad.flatten() for p in model.multi_modal_projector.parameters() if p.grad is not None]
+            ),
+        )
     if name == "fastv":
-        with pytest.raises(ValueError, match="packed=False"): Collator(processor=build_processor(processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144), packed=True)
+        with pytest.raises(ValueError, match="packed=False"):
+            Collator(
+                processor=build_processor(
+                    processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144
+                ),
+                packed=True,
+            )
         return
     assert (found[False][0], found[True][0]) == (4, 2)
     assert_close(found[True][1], found[False][1], rtol=1e-5, atol=1e-6)
@@ -198,9 +318,73 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
 
 
 @every
-def test_no_picture_still_gives_finite_visual_tokens_and_gradients(name):
+def test_no_image_still_gives_finite_visual_tokens_and_gradients(name):
     model = tiny(name).train()
     tokens = model.dummy_visual_tokens()
     tokens.sum().backward()
     assert tokens.isfinite().all() and tokens.shape[0] == 1
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.multi_modal_projector.parameters())
+
+
+# ---- FastV ranks at the end of the prompt
+def with_answer(batch, answer):
+    "Prompt and answer in one pass, the answer supervised."
+    rows, length = batch["input_ids"].shape
+    tail = torch.tensor([answer]).expand(rows, -1)
+    ids = torch.cat([batch["input_ids"], tail], dim=1)
+    labels = torch.cat([torch.full((rows, length), -100), tail], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(tail)], dim=1)
+    return batch | dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_answer_does_not_change_what_fastv_keeps(training, monkeypatch):
+    model = tiny("fastv")
+    batch = inputs(model)
+    length = batch["input_ids"].shape[1]
+    select = fastv.select_tokens
+    kept = []
+
+    def record(*args):
+        index, shown = select(*args)
+        kept.append([[i for i in row if i < length] for row in index.tolist()])
+        return index, shown
+
+    monkeypatch.setattr(fastv, "select_tokens", record)
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
+    model.train(training)
+    for answer in ([33], [40, 41, 42], [50, 51, 52, 53, 54]):
+        model(**with_answer(batch, answer))
+    second_turn = with_answer(with_answer(batch, [33, 34]), [40, 41])  # labels of the second answer only
+    second_turn["labels"][:, length : length + 2] = second_turn["input_ids"][:, length : length + 2]
+    model(**second_turn)
+    assert len(kept) == 5 and all(choice == kept[0] for choice in kept)
+    batch |= dict(prompt_end=torch.full((2,), length - 1))
+    with torch.no_grad():
+        without_labels = {k: v for k, v in with_answer(batch, [33]).items() if k != "labels"}
+        model.eval()(**without_labels)
+    assert kept[-1] == kept[0]
+
+
+def test_fastv_scores_an_answer_as_it_generates_it():
+    model = tiny("fastv")
+    batch = inputs(model)
+    length = batch["input_ids"].shape[1]
+    greedy = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    made = model.generate(**batch, **greedy, output_logits=True, return_dict_in_generate=True)
+    for row in range(2):
+        real = batch["attention_mask"][row].bool()
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        one |= {k: one[k][:, real] for k in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            out = model(**with_answer(one, made.sequences[row, length:].tolist()))
+        for step in range(4):
+            assert_close(out.logits[0, real.sum() - 1 + step], made.logits[step][row], rtol=1e-4, atol=1e-5)
+
+
+def test_fastv_with_beams_and_samples():
+    model = tiny("fastv")
+    batch = inputs(model)
+    for options in (dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3)):
+        made = model.generate(**batch, max_new_tokens=4, **options)
+        assert len(made) == 2 * options["num_return_sequences"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 from hashfill import fill
-from parity import cases, close, info, tensors, under
+from parity import cases, close, gradient, info, tensors, under
 from torch import nn
 from torch.testing import assert_close
 
@@ -66,11 +66,6 @@ def inputs(folder, name, case) -> list:
     return [(own if k in own else main)[k].clone().requires_grad_() for k in case["inputs"]]
 
 
-def zero_if_none(parameter) -> torch.Tensor:
-    "A parameter's gradient; none at all counts as zeros, which the reference may have in its place."
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
 def test_projector_output(projector_case):
     folder, name, case = projector_case
     projector = build(folder, name, case)
@@ -88,8 +83,8 @@ def test_projector_gradients(gradient_case):
     out = projector.project(multi, single, projector.config.g)
     (out * tensors(folder, name)[f"cot.{case['name']}"]).sum().backward()
     for key, stored in under(folder, name, f"gin.{case['name']}.").items():
-        close(dict(single=single, multi=multi)[key].grad, stored, f"gradient of {key}")
-    ours = to_authors_state({k: zero_if_none(p) for k, p in projector.named_parameters()})
+        close(gradient(dict(single=single, multi=multi)[key]), stored, f"gradient of {key}")
+    ours = to_authors_state({k: gradient(p) for k, p in projector.named_parameters()})
     for key, stored in under(folder, name, f"gp.{case['name']}.").items():
         close(ours[key], stored, f"gradient of {key}")
     if "zero_grad_params" in case:
@@ -136,7 +131,7 @@ def test_a_missing_gradient_counts_as_zero():
     "At s=1 the authors' queries get exact zeros; a projector that does not compute them may give none."
     layer = nn.Linear(2, 2)
     layer.weight.sum().backward()
-    assert zero_if_none(layer.bias).eq(0).all() and zero_if_none(layer.weight).eq(1).all()
+    assert gradient(layer.bias).eq(0).all() and gradient(layer.weight).eq(1).all()
 
 
 # ---- its parts

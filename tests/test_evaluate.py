@@ -1,5 +1,6 @@
 "Scores: a model that uses its image passes, a random one is at chance, wrong input is named."
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny_vlm
@@ -7,7 +8,7 @@ import torch
 from test_answerer import build, scene_image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from delta_llava import evaluate
 from delta_llava.adapter import BitImageProcessorPil, CausalLMOutputWithPast
@@ -63,12 +64,12 @@ class Cache:
 
 class Reader(DeltaLlavaForConditionalGeneration):
     "A model whose next word is any that its visual tokens hold: one channel for each word."
-    def __init__(self):
+    def __init__(self, processor):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(1))
         self.vision_tower = nn.Identity()
-        self.config = tiny_vlm.vlm_config()
-        self.generation_config = None
+        self.config = SimpleNamespace(image_token_id=processor.image_token_id)
+        self.generation_config = GenerationConfig()
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
                 logits_to_keep=0, mm_encoder_outputs=None, tokens=None, use_cache=None):
@@ -81,10 +82,8 @@ class Reader(DeltaLlavaForConditionalGeneration):
 
 
 @pytest.fixture
-def reader():
-    model = Reader().eval()
-    model.generation_config = tiny_vlm.tiny().generation_config
-    return model
+def reader(processor):
+    return Reader(processor).eval()
 
 
 def visible_words(rows, processor, visible=True):

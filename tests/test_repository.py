@@ -21,7 +21,9 @@ NOTEBOOKS = sorted(
     p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)
 )
 MODULES = sorted(
-    p for p in (ROOT / "delta_llava").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
+    p
+    for p in (ROOT / "delta_llava").rglob("*.py")
+    if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
 )
 MACHINE_PATH = re.compile(r"(?<![\w.$~/:-])/(?:root|home|work|tmp|Users|mnt|content)/\w|[A-Z]:\\\\Users")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
@@ -196,13 +198,14 @@ def statements(node):
 
 @every_notebook
 def test_exported_cells_are_short(path):
-    "Forty statements in a cell and in a function; a class is one cell and may hold more."
+    "Sixty statements in a cell, forty in a function; a class alone in its cell may hold ninety."
     for cell in filter(is_exported, cells(path)):
         tree = ast.parse(source(cell))
         tops = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         names = [node.name for node in tops]
         one_class = len(tops) == 1 and isinstance(tops[0], ast.ClassDef)
-        assert statements(tree) <= 40 or one_class, f"{statements(tree)} statements in one cell: {names}"
+        most = 90 if one_class else 60
+        assert statements(tree) <= most, f"{statements(tree)} statements in one cell: {names}"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert statements(node) <= 40, f"{node.name} has {statements(node)} statements"
@@ -224,6 +227,23 @@ def test_one_notebook_one_module():
     assert len(written) == len(set(written)), f"two notebooks write one module: {sorted(written)}"
 
 
+def imported_modules(node, name):
+    "The modules of this package that an import statement of the module `name` reads."
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = node.module or ""
+    if node.level:
+        package = name.split(".")[: -node.level]
+        found = ".".join([*package, *([module] if module else [])])
+    elif module == "delta_llava" or module.startswith("delta_llava."):
+        found = module.removeprefix("delta_llava").removeprefix(".")
+    else:
+        return []
+    if found:
+        return [found]
+    return [alias.name for alias in node.names if alias.name != "__version__"]
+
+
 @every_module
 def test_imports_point_downward(path):
     "The numbers of the notebooks are the import order."
@@ -231,17 +251,9 @@ def test_imports_point_downward(path):
     name = ".".join(path.relative_to(ROOT / "delta_llava").with_suffix("").parts)
     body = ast.parse(path.read_text(encoding="utf-8")).body  # the module's top; a function may import late
     for node in body:
-        if isinstance(node, ast.ImportFrom) and (
-            node.level or (node.module or "").startswith("delta_llava.")
-        ):
-            above = name.split(".")[: -node.level] if node.level else []
-            other = ".".join(
-                [*above, *filter(None, [node.module.removeprefix("delta_llava.") if node.module else ""])]
-            )
-            assert not node.level or other in number, (
-                f"{path.name} imports {other!r}, which no notebook makes"
-            )
-            assert number.get(other, "") < number[name], f"{number[name]} imports {number.get(other, other)}"
+        for other in imported_modules(node, name):
+            assert other in number, f"{path.name} imports {other!r}, which no notebook makes"
+            assert number[other] < number[name], f"{number[name]} imports {number[other]}"
             assert all(alias.name != "*" for alias in node.names), f"import * from {other}"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..config import CompressorConfig
-from ..grid import FeaturesLike, VisionFeatures, batches, interpolate
+from ..grid import FeaturesLike, VisionFeatures, batches
 
 # %% ../../nbs/05_compressor.ipynb #850960bd
 def feature_statistics(

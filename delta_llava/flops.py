@@ -472,7 +472,7 @@ class Setup:
     tokens:int=144  # Budget V
     text:int|float=68.5  # Text tokens of the prompt, T; a mean need not be an integer
     answer:int|float=29  # Tokens of the answer, G
-    question:int|float|None=None  # Text tokens of the question alone, for QueCC; without it all of the prompt's
+    question:int|float|None=None  # Text tokens of the question, for QueCC; else all of the prompt's
     image_size:int|None=None  # Side of the image, px; without it the tower's own
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """Seconds of vision tower, projector, prefill and decode, and tokens/s against visual tokens (the
 paper's Fig. 3). 576 tokens are LLaVA's MLP, all other budgets are Delta.
 
-    python benchmarks/speed.py                          # DINOv2-S/14 at 336 px and SmolLM2-135M on
+    python benchmarks/speed.py --device cpu             # DINOv2-S/14 at 336 px and SmolLM2-135M on
            one thread of a CPU; writes runs/speed.json
     python benchmarks/speed.py --full                   # one large GPU: CLIP-L/14-336 and
            Vicuna-7B, random weights, bfloat16, batch 1 and 32; writes runs/speed_full.json
@@ -33,7 +33,6 @@ FULL = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedSweep(SpeedSettings):
-    device: str = "cpu"  # Where; auto takes the GPU if there is one, and --full needs one
     full: bool = False  # The paper's shapes on one large GPU; settings given beside it are kept
     record: Path | None = None  # Without it runs/speed.json, or with --full runs/speed_full.json
 
@@ -41,8 +40,6 @@ class RecordedSweep(SpeedSettings):
         "The settings of the sweep, with those of `full` in place of defaults."
         values = {field.name: getattr(self, field.name) for field in fields(SpeedSettings)}
         if self.full:
-            if self.device == RecordedSweep.device:
-                values["device"] = "auto"
             for name, value in FULL.items():
                 if values[name] == getattr(SpeedSettings, name):
                     values[name] = value

@@ -231,7 +231,7 @@ def time_cases(
         _static_caches(model, projectors, text_ids.shape[1] + answer) if "static" in caches else {}
     )
     timings = {case: Timings() for case in cases}
-    for i in tqdm(range(-warm_up, repeats), leave=False):
+    for i in tqdm(range(-warm_up, repeats), leave=False, disable=None):
         first = i % len(cases)
         for case in cases[first:] + cases[:first]:
             _, tokens = case

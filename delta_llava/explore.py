@@ -113,12 +113,13 @@ def draw_maps(
 ):  # A matplotlib figure
     "`draw_cams` on a fixed color scale."
     fig = draw_cams(image, maps, boxes=boxes)
-    color_bar = fig.axes[-1]
-    for ax in fig.axes[:-1]:
+    for ax in fig.axes[:-1]:  # the last one is the color bar
         for shown in ax.images:
             if shown.get_cmap().name == "viridis":  # a map, not the gray image below it
                 shown.set_clim(0, COLOR_MAX)
-    color_bar.set_ylabel(f"relative to uniform; top: {COLOR_MAX:g} or more")
+    color_bar = shown.colorbar  # belongs to the last overlay
+    color_bar.set_label(f"relative to uniform; top: {COLOR_MAX:g} or more")
+    color_bar.solids.set_alpha(1)
     height = 2.3 * len(maps) * image.height / image.width
     fig.set_size_inches(8.5, 0.8 + height)  # room for the label of the color bar
     return fig

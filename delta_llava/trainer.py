@@ -177,7 +177,12 @@ class BudgetTrainer(Trainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
 
-    def __init__(self, *args, data_collator, **kwargs):
+    def __init__(
+        self,
+        *args,
+        data_collator,  # `Collator` or `ElasticCollator`
+        **kwargs,
+    ):
         self.elastic = data_collator if isinstance(data_collator, ElasticCollator) else None
         super().__init__(*args, data_collator=RowIdCollator(data_collator), **kwargs)
 

@@ -20,7 +20,7 @@ from delta_llava.config import (
     relative_levels,
     siglip_so400m_384,
 )
-from delta_llava.delta import DeltaProjection, GELULayerNorm, gelu_layer_norm
+from delta_llava.delta import DeltaProjection, _GELULayerNorm, gelu_layer_norm
 from delta_llava.grid import VisionFeatures, interpolate, pos_embed, sincos_2d, to_windows
 from delta_llava.mixing import NTB, DropPath, rename_legacy_keys
 from delta_llava.projector import DeltaProjector, from_authors_state, to_authors_state
@@ -304,7 +304,7 @@ def test_activation_with_recomputation_is_the_plain_one(autocast):
     torch.manual_seed(0)
     inputs = [torch.randn(2, 5, 8), torch.randn(8), torch.randn(8)]
     results = []
-    for function in (gelu_layer_norm, GELULayerNorm.apply):
+    for function in (gelu_layer_norm, _GELULayerNorm.apply):
         leaves = [x.clone().requires_grad_() for x in inputs]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = leaves[0].bfloat16() if autocast else leaves[0]

@@ -198,13 +198,13 @@ def statements(node):
 
 @every_notebook
 def test_exported_cells_are_short(path):
-    "Sixty statements in a cell, forty in a function; a class alone in its cell may hold ninety."
+    "Sixty statements in a cell, forty in a function; a class alone in its cell may hold a hundred."
     for cell in filter(is_exported, cells(path)):
         tree = ast.parse(source(cell))
         tops = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         names = [node.name for node in tops]
         one_class = len(tops) == 1 and isinstance(tops[0], ast.ClassDef)
-        most = 90 if one_class else 60
+        most = 100 if one_class else 60
         assert statements(tree) <= most, f"{statements(tree)} statements in one cell: {names}"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):

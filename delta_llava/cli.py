@@ -16,10 +16,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from shutil import which
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -112,7 +111,10 @@ class Compare:
     compressors: tuple[str, ...] = EVERY_SYSTEM  # Names of the registry; delta-elastic has one set of weights
     budgets: tuple[int, ...] = (36, 16, 4, 1)  # Visual tokens
     seeds: tuple[int, ...] = (0, 1, 2)  # Each is one set of images, one initialization and one order
-    closed_form_init: tuple[bool, ...] = (True, False)  # With closed-form initialization, and with the reference's
+    closed_form_init: tuple[bool, ...] = (
+        True,
+        False,
+    )  # With closed-form initialization, and with the reference's
     max_steps: int = 240  # Optimizer steps of each training
     batch_size: int = 8  # Images in a step
     train_images: int = 1600  # Half with one object, half with two or three
@@ -280,7 +282,9 @@ class Tasks:
 
     folder: tyro.conf.Positional[Path] = Path("runs/scenes")  # Gets questions, images and task files
     n: int = 50  # Scenes
-    split: Literal["heldout_scenes", "heldout_artist", "train"] = "heldout_scenes"  # Which objects and artists
+    split: Literal["heldout_scenes", "heldout_artist", "train"] = (
+        "heldout_scenes"  # Which objects and artists
+    )
     seed: int = 4_000_000  # Of the scenes
     size: int = 168  # Side of an image, px
     caption: str = "Provide a one-sentence caption for the provided image."  # Prompt of the captions
@@ -311,7 +315,9 @@ class Convert:
     heads: int | None = None  # Heads of the attention; without it the published number
     grid: int | None = None  # Patches per side; without it the tower's
     projector_only: bool = False  # Take the projector of a whole model alone
-    format: Literal["bin", "safetensors"] | None = None  # Of the written files; without it what the target reads
+    format: Literal["bin", "safetensors"] | None = (
+        None  # Of the written files; without it what the target reads
+    )
 
     def __call__(self):
         if not self.source.exists():

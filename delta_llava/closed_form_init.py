@@ -21,10 +21,10 @@ from .grid import VisionFeatures, batches, index_batch
 
 # %% ../nbs/25_closed_form_init.ipynb #f5b3f5c5
 def answer_embeddings(
-    answers:Sequence[str],  # One text for each image
+    answers: Sequence[str],  # One text for each image
     tokenizer,  # The LLM's
-    table:Float[Tensor, "vocabulary d"],  # The LLM's input embeddings
-)->Float[Tensor, "b d"]:  # One target for each image
+    table: Float[Tensor, "vocabulary d"],  # The LLM's input embeddings
+) -> Float[Tensor, "b d"]:  # One target for each image
     "Mean embedding of the text tokens of each answer, with mean and standard deviation of the table."
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
     means = torch.stack([table[row].detach().float().mean(0) for row in ids])
@@ -35,13 +35,15 @@ def answer_embeddings(
 # %% ../nbs/25_closed_form_init.ipynb #32da97ca
 class _RidgeRegression:
     "Ridge regression (@eq-ridge) from a layer's inputs to one target per image, over several batches."
+
     def __init__(self):
         self.n = 0
-        self.x_sum = self.xx_sum = self.xy_sum = 0.
+        self.x_sum = self.xx_sum = self.xy_sum = 0.0
 
-    def add(self,
-        x:Float[Tensor, "b t c"],  # Inputs of the layer
-        y:Float[Tensor, "b d"],  # Targets, whose mean over all images is 0
+    def add(
+        self,
+        x: Float[Tensor, "b t c"],  # Inputs of the layer
+        y: Float[Tensor, "b d"],  # Targets, whose mean over all images is 0
     ):
         "Add a batch."
         x = x.float()
@@ -53,27 +55,27 @@ class _RidgeRegression:
         self.xy_sum = self.xy_sum + (x.sum(1).T @ y).double()
 
     @property
-    def mean(self)->Float[Tensor, "c"]:
+    def mean(self) -> Float[Tensor, "c"]:
         "Mean input."
         return self.x_sum / self.n
 
     @property
-    def covariance(self)->Float[Tensor, "c c"]:
+    def covariance(self) -> Float[Tensor, "c c"]:
         "Covariance of the inputs."
-        return self.xx_sum/self.n - torch.outer(self.mean, self.mean)
+        return self.xx_sum / self.n - torch.outer(self.mean, self.mean)
 
-    def _solve(self, ridge:float, right_side:Tensor)->Tensor:
+    def _solve(self, ridge: float, right_side: Tensor) -> Tensor:
         "Solve with the covariance plus `ridge` times the mean variance on its diagonal."
         covariance = self.covariance
         damping = ridge * covariance.diagonal().mean()
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        return torch.linalg.solve(covariance + damping*identity, right_side)
+        return torch.linalg.solve(covariance + damping * identity, right_side)
 
-    def weight(self, ridge:float)->Float[Tensor, "d c"]:
+    def weight(self, ridge: float) -> Float[Tensor, "d c"]:
         "The solution $W$."
-        return self._solve(ridge, self.xy_sum/self.n).T
+        return self._solve(ridge, self.xy_sum / self.n).T
 
-    def constant(self, ridge:float)->Float[Tensor, "c"]:
+    def constant(self, ridge: float) -> Float[Tensor, "c"]:
         "The linear function of the input that is 1 on the mean and varies least."
         direction = self._solve(ridge, self.mean)
         return direction / (self.mean @ direction)
@@ -81,12 +83,14 @@ class _RidgeRegression:
 # %% ../nbs/25_closed_form_init.ipynb #e34fdd76
 @contextmanager
 def _input_hooks(
-    layers:Sequence[nn.Module],  # Whose inputs are wanted
+    layers: Sequence[nn.Module],  # Whose inputs are wanted
     record,  # Called with the index of a layer and its input
-)->Iterator[None]:
+) -> Iterator[None]:
     "Call `record` for the input of each layer while the projector runs."
+
     def hook_for(i):
         return lambda module, args: record(i, args[0])
+
     hooks = [layer.register_forward_pre_hook(hook_for(i)) for i, layer in enumerate(layers)]
     try:
         yield
@@ -94,12 +98,13 @@ def _input_hooks(
         for hook in hooks:
             hook.remove()
 
+
 def _run(
-    projector:Compressor,  # In evaluation mode
-    features:Tensor|VisionFeatures,  # A batch
-    tokens:int|None,  # Budget
-    text:Tensor|None,  # The question, for a projector that reads it
-)->None:
+    projector: Compressor,  # In evaluation mode
+    features: Tensor | VisionFeatures,  # A batch
+    tokens: int | None,  # Budget
+    text: Tensor | None,  # The question, for a projector that reads it
+) -> None:
     "One forward pass in the projector's own precision."
     weight = next(projector.parameters())
     features = VisionFeatures.of(features).to(weight.device, weight.dtype)
@@ -107,13 +112,14 @@ def _run(
         text = text.expand(len(features.levels), -1, -1)
     projector(features, tokens=tokens, text=text)
 
+
 def _reached_layers(
-    projector:Compressor,  # In evaluation mode
-    layers:Sequence[nn.Module],  # Of the projector
-    features:Tensor|VisionFeatures,  # A batch of one image
-    tokens:int|None,  # Budget
-    text:Tensor|None,  # The question
-)->set[int]:  # Indices into `layers`
+    projector: Compressor,  # In evaluation mode
+    layers: Sequence[nn.Module],  # Of the projector
+    features: Tensor | VisionFeatures,  # A batch of one image
+    tokens: int | None,  # Budget
+    text: Tensor | None,  # The question
+) -> set[int]:  # Indices into `layers`
     "The layers that run at a budget."
     reached = set()
     with _input_hooks(layers, lambda i, x: reached.add(i)):
@@ -122,19 +128,20 @@ def _reached_layers(
 
 # %% ../nbs/25_closed_form_init.ipynb #e2fac83a
 def _regress(
-    projector:Compressor,  # In evaluation mode
-    layers:Sequence[nn.Module],  # From whose inputs the targets are predicted
-    features:Tensor|Sequence|Dataset,  # Patch tokens of each image
-    targets:Tensor,  # One for each image, with mean 0
-    budgets:Sequence[int|None],  # One forward pass for each
-    text:Tensor|None,  # The question
-    batch_size:int,  # Images in one pass
-    progress:tqdm,  # Counts images
-)->list[_RidgeRegression]:  # One for each layer; layers with the same input share one
+    projector: Compressor,  # In evaluation mode
+    layers: Sequence[nn.Module],  # From whose inputs the targets are predicted
+    features: Tensor | Sequence | Dataset,  # Patch tokens of each image
+    targets: Tensor,  # One for each image, with mean 0
+    budgets: Sequence[int | None],  # One forward pass for each
+    text: Tensor | None,  # The question
+    batch_size: int,  # Images in one pass
+    progress: tqdm,  # Counts images
+) -> list[_RidgeRegression]:  # One for each layer; layers with the same input share one
     "Run the projector on all images, and regress from the inputs of each layer."
     regressions = [_RidgeRegression() for _ in layers]
     inputs = []  # (layer, input) of the current pass
     for batch, target in zip(batches(features, batch_size), targets.split(batch_size), strict=True):
+
         def record(i, x, target=target):
             shared = next((j for j, other in inputs if other is x), None)
             if shared is None:
@@ -142,6 +149,7 @@ def _regress(
             else:
                 regressions[i] = regressions[shared]
             inputs.append((i, x))
+
         with _input_hooks(layers, record):
             for tokens in budgets:
                 _run(projector, batch, tokens, text)
@@ -151,8 +159,8 @@ def _regress(
 
 # %% ../nbs/25_closed_form_init.ipynb #c1714988
 def _set_rows(
-    layer:nn.Module,  # `nn.Linear` or `DeltaProjection`
-    rows:Float[Tensor, "r c"],  # Its new first rows
+    layer: nn.Module,  # `nn.Linear` or `DeltaProjection`
+    rows: Float[Tensor, "r c"],  # Its new first rows
 ):
     "Set the first rows of a layer's matrix; the others stay as they are."
     if isinstance(layer, DeltaProjection):  # the low-rank update stays, so the base gets the difference
@@ -160,28 +168,30 @@ def _set_rows(
         current = layer.merged()
     else:
         base = current = layer.weight
-    base[:len(rows)] += rows.to(base) - current[:len(rows)]
+    base[: len(rows)] += rows.to(base) - current[: len(rows)]
     if getattr(layer, "bias", None) is not None:
         layer.bias.zero_()
 
+
 def _init_input_layer(
-    layer:nn.Module,  # `nn.Linear` or `DeltaProjection`
-    regression:_RidgeRegression,  # From its inputs
-    ridge:float,  # $\lambda$
+    layer: nn.Module,  # `nn.Linear` or `DeltaProjection`
+    regression: _RidgeRegression,  # From its inputs
+    ridge: float,  # $\lambda$
 ):
     "The leading directions of the solution, each with unit variance and both signs."
     n_rows = layer.d_out if isinstance(layer, DeltaProjection) else layer.out_features
-    directions = torch.linalg.svd(regression.weight(ridge), full_matrices=False).Vh[:n_rows//2]
+    directions = torch.linalg.svd(regression.weight(ridge), full_matrices=False).Vh[: n_rows // 2]
     variance = torch.einsum("ri,ij,rj->r", directions, regression.covariance, directions)
     directions /= variance.clamp_min(1e-9).sqrt()[:, None]
     _set_rows(layer, torch.cat([directions, -directions]))
 
+
 def _init_output_layer(
-    layer:nn.Module,  # `nn.Linear`, or a module with a transposed `weight`
-    regression:_RidgeRegression,  # From its inputs
-    ridge:float,  # $\lambda$
-    mean:Tensor,  # Of the embeddings
-    std:Tensor,  # Of the embeddings around their mean
+    layer: nn.Module,  # `nn.Linear`, or a module with a transposed `weight`
+    regression: _RidgeRegression,  # From its inputs
+    ridge: float,  # $\lambda$
+    mean: Tensor,  # Of the embeddings
+    std: Tensor,  # Of the embeddings around their mean
 ):
     "The solution with the standard deviation of the embeddings, and their mean."
     weight = regression.weight(ridge)
@@ -198,8 +208,8 @@ def _init_output_layer(
 # %% ../nbs/25_closed_form_init.ipynb #e40d400d
 @contextmanager
 def _evaluation_mode(
-    projector:Compressor,  # Any mode
-)->Iterator[None]:
+    projector: Compressor,  # Any mode
+) -> Iterator[None]:
     "Evaluation mode inside; afterwards the former modes. The weights are restored after an error."
     modes = {module: module.training for module in projector.modules()}
     weights = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
@@ -213,19 +223,23 @@ def _evaluation_mode(
         for module, training in modes.items():
             module.training = training
 
+
 def _check_arguments(
-    projector:Compressor,  # To initialize
-    features:Tensor|Sequence|Dataset,  # Patch tokens of each image
-    embeddings:Tensor,  # One for each image
-    tokens:Sequence[int],  # Budgets
-)->VisionFeatures:  # Of the first image
+    projector: Compressor,  # To initialize
+    features: Tensor | Sequence | Dataset,  # Patch tokens of each image
+    embeddings: Tensor,  # One for each image
+    tokens: Sequence[int],  # Budgets
+) -> VisionFeatures:  # Of the first image
     "An error if there is nothing to fit, or a budget is impossible."
     if len(features) != len(embeddings):
-        raise ValueError(f"{len(features)} features for {len(embeddings)} embeddings; "
-                         "each image needs one of both.")
+        raise ValueError(
+            f"{len(features)} features for {len(embeddings)} embeddings; each image needs one of both."
+        )
     if not (embeddings - embeddings[:1]).any():
-        raise ValueError(f"all {len(embeddings)} embeddings are the same, so there is nothing to "
-                         "predict; use images with different answers.")
+        raise ValueError(
+            f"all {len(embeddings)} embeddings are the same, so there is nothing to "
+            "predict; use images with different answers."
+        )
     first = VisionFeatures.of(index_batch(features, [0]))
     for budget in tokens:
         projector.config.check_budget(budget, first.grid)
@@ -233,12 +247,14 @@ def _check_arguments(
 
 # %% ../nbs/25_closed_form_init.ipynb #fb1162de
 def _budget_of_each_layer(
-    projector:Compressor,  # In evaluation mode
-    layers:Sequence[nn.Module],  # Its input layers
-    first:VisionFeatures,  # Features of one image
-    tokens:Sequence[int],  # Budgets besides the projector's own
-    text:Tensor|None,  # The question
-)->dict[int|None, list[nn.Module]]:  # Budget -> the layers to fit at it; layers that never run are left out
+    projector: Compressor,  # In evaluation mode
+    layers: Sequence[nn.Module],  # Its input layers
+    first: VisionFeatures,  # Features of one image
+    tokens: Sequence[int],  # Budgets besides the projector's own
+    text: Tensor | None,  # The question
+) -> dict[
+    int | None, list[nn.Module]
+]:  # Budget -> the layers to fit at it; layers that never run are left out
     "For each layer the projector's own budget if the layer runs at it, else the first other one."
     found = {}
     left = list(layers)
@@ -254,15 +270,16 @@ def _budget_of_each_layer(
 # %% ../nbs/25_closed_form_init.ipynb #0d00f1c7
 @torch.no_grad()
 def closed_form_init(
-    projector:Compressor,  # Changed in place
-    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set
-    embeddings:Float[Tensor, "images d"],  # Where each image's visual tokens should lie: `answer_embeddings`
+    projector: Compressor,  # Changed in place
+    features: Tensor | Sequence | Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set
+    embeddings: Float[Tensor, "images d"],  # Where each image's visual tokens should lie: `answer_embeddings`
     *,
-    tokens:Sequence[int]=(),  # Budgets to initialize for; empty takes the projector's own
-    text:Float[Tensor, "1 1 d"]|None=None,  # The question about every image, for a projector that reads it
-    ridge:float=.01,  # $\lambda$ of @eq-ridge, in units of the mean variance of a layer's inputs
-    batch_size:int=64,  # Images in one pass
-    progress:bool=True,  # Show a bar if it takes more than some seconds
+    tokens: Sequence[int] = (),  # Budgets to initialize for; empty takes the projector's own
+    text: Float[Tensor, "1 1 d"]
+    | None = None,  # The question about every image, for a projector that reads it
+    ridge: float = 0.01,  # $\lambda$ of @eq-ridge, in units of the mean variance of a layer's inputs
+    batch_size: int = 64,  # Images in one pass
+    progress: bool = True,  # Show a bar if it takes more than some seconds
 ):
     "Set the first and last linear layers so that visual tokens start near the text of the training answers."
     first = _check_arguments(projector, features, embeddings, tokens)
@@ -271,15 +288,22 @@ def closed_form_init(
     with _evaluation_mode(projector):
         groups = _budget_of_each_layer(projector, input_layers, first, tokens, text)
         passes = len(groups) + 1
-        with tqdm(total=passes*len(features), desc="closed-form initialization", unit="image",
-                  disable=not progress, delay=2) as bar:
+        with tqdm(
+            total=passes * len(features),
+            desc="closed-form initialization",
+            unit="image",
+            disable=not progress,
+            delay=2,
+        ) as bar:
             for budget, layers in groups.items():
                 found = _regress(projector, layers, features, centered, [budget], text, batch_size, bar)
                 for layer, regression in zip(layers, found, strict=True):
                     _init_input_layer(layer, regression, ridge)
             budgets = list(tokens) or [None]
-            found, = _regress(projector, [output_layer], features, centered, budgets, text, batch_size, bar)
+            (found,) = _regress(projector, [output_layer], features, centered, budgets, text, batch_size, bar)
         if not found.n:
-            raise ValueError(f"the output layer of {type(projector).__name__} never ran as a module; "
-                             "input_output_layers must return the layer that writes the visual tokens.")
+            raise ValueError(
+                f"the output layer of {type(projector).__name__} never ran as a module; "
+                "input_output_layers must return the layer that writes the visual tokens."
+            )
         _init_output_layer(output_layer, found, ridge, embeddings.mean(0), centered.std())

@@ -22,18 +22,19 @@ from .tower import open_image
 
 # %% ../nbs/30c_collator.ipynb #8d98cf98
 def _row_error(
-    name:str,  # From `row_name`
-    error:ValueError,  # What happened
-)->ValueError:
+    name: str,  # From `row_name`
+    error: ValueError,  # What happened
+) -> ValueError:
     "The same error with the row's name."
     return ValueError(f"{name}: {error} `delta-llava doctor` lists all rows with errors before training.")
 
+
 def encode_row(
-    processor:ProcessorMixin,  # A `DeltaLlavaProcessor`
-    row:dict,  # With `id` and `conversations`
-    tokens:int|None=None,  # Budget $V$; `None` takes the processor's
-    max_length:int|None=None,  # Most tokens; the end is cut, never an image
-)->dict[str, list[int]]:  # `input_ids` and `labels`
+    processor: ProcessorMixin,  # A `DeltaLlavaProcessor`
+    row: dict,  # With `id` and `conversations`
+    tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+    max_length: int | None = None,  # Most tokens; the end is cut, never an image
+) -> dict[str, list[int]]:  # `input_ids` and `labels`
     "`processor.encode_conversation`, whose errors name the row."
     try:
         return processor.encode_conversation(row["conversations"], tokens=tokens, max_length=max_length)
@@ -42,24 +43,24 @@ def encode_row(
 
 # %% ../nbs/30c_collator.ipynb #ca31d6ac
 def pad_left(
-    rows:Sequence[dict],  # `input_ids` and `labels` of each
-    pad_id:int,  # Token id of the padding
-)->dict[str, Tensor]:  # `input_ids`, `labels` and `attention_mask`
+    rows: Sequence[dict],  # `input_ids` and `labels` of each
+    pad_id: int,  # Token id of the padding
+) -> dict[str, Tensor]:  # `input_ids`, `labels` and `attention_mask`
     "A sequence for each row, all as long as the longest row."
     width = max(len(row["input_ids"]) for row in rows)
     ids, labels, mask = [], [], []
     for row in rows:
         n = len(row["input_ids"])
-        ids.append([pad_id]*(width - n) + row["input_ids"])
-        labels.append([-100]*(width - n) + row["labels"])
-        mask.append([0]*(width - n) + [1]*n)
+        ids.append([pad_id] * (width - n) + row["input_ids"])
+        labels.append([-100] * (width - n) + row["labels"])
+        mask.append([0] * (width - n) + [1] * n)
     return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), attention_mask=torch.tensor(mask))
 
 # %% ../nbs/30c_collator.ipynb #94213eea
 def _first_fit(
-    lengths:Sequence[int],  # Tokens of each row
-    room:int,  # Tokens of a sequence
-)->tuple[int, list[list[int]]]:  # Tokens with padding, and the numbers of the rows of each sequence
+    lengths: Sequence[int],  # Tokens of each row
+    room: int,  # Tokens of a sequence
+) -> tuple[int, list[list[int]]]:  # Tokens with padding, and the numbers of the rows of each sequence
     "The longest row first, each row into the first sequence that has room for it."
     used, members = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -70,12 +71,13 @@ def _first_fit(
             members.append([])
         used[k] += lengths[i]
         members[k].append(i)
-    return len(used)*max(used, default=0), [sorted(rows) for rows in members]
+    return len(used) * max(used, default=0), [sorted(rows) for rows in members]
+
 
 def pack_rows(
-    lengths:Sequence[int],  # Tokens of each row
-    max_length:int=0,  # A sequence may be as long as this, or as the longest row
-)->list[list[int]]:  # Numbers of the rows that share a sequence
+    lengths: Sequence[int],  # Tokens of each row
+    max_length: int = 0,  # A sequence may be as long as this, or as the longest row
+) -> list[list[int]]:  # Numbers of the rows that share a sequence
     "The packing with the fewest tokens that first-fit finds among sequence lengths 32 apart."
     shortest = max(lengths, default=0)
     candidates = []
@@ -86,9 +88,9 @@ def pack_rows(
 
 # %% ../nbs/30c_collator.ipynb #a65c532e
 def concatenate_rows(
-    sequences:Sequence[Sequence[dict]],  # Rows of each sequence, `input_ids` and `labels` of each row
-    pad_id:int,  # Token id of the padding
-)->dict[str, Tensor]:  # `input_ids`, `labels` and `position_ids`, padded on the right
+    sequences: Sequence[Sequence[dict]],  # Rows of each sequence, `input_ids` and `labels` of each row
+    pad_id: int,  # Token id of the padding
+) -> dict[str, Tensor]:  # `input_ids`, `labels` and `position_ids`, padded on the right
     "A sequence for several rows; positions begin again at 0 with each row."
     width = max(sum(len(row["input_ids"]) for row in rows) for rows in sequences)
     ids, labels, positions = [], [], []
@@ -101,17 +103,18 @@ def concatenate_rows(
             labels[-1] += [-100, *row["labels"][1:]]  # no row predicts the first token of the next
             positions[-1] += range(len(row["input_ids"]))
         missing = width - len(ids[-1])
-        ids[-1] += [pad_id]*missing
-        labels[-1] += [-100]*missing
+        ids[-1] += [pad_id] * missing
+        labels[-1] += [-100] * missing
         positions[-1] += range(missing)
-    return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels),
-                position_ids=torch.tensor(positions))
+    return dict(
+        input_ids=torch.tensor(ids), labels=torch.tensor(labels), position_ids=torch.tensor(positions)
+    )
 
 # %% ../nbs/30c_collator.ipynb #e78f33e7
 def _select(
-    values:Tensor|VisionFeatures,  # One for each image
-    order:list[int],  # Numbers of the images
-)->Tensor|VisionFeatures:
+    values: Tensor | VisionFeatures,  # One for each image
+    order: list[int],  # Numbers of the images
+) -> Tensor | VisionFeatures:
     "The values of some images, in this order."
     if isinstance(values, Tensor):
         return values[order]
@@ -122,51 +125,59 @@ def _select(
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."
-    processor:ProcessorMixin  # A `DeltaLlavaProcessor`: makes tokens, labels and pixels
-    tokens:int|None=None  # Budget $V$; `None` is the processor's
-    max_length:int|None=None  # Most tokens of a row; longer ones lose their end, never an image
-    features:torch.utils.data.Dataset|Sequence|Tensor|None=None  # From `cache_features`, instead of pixels
-    paths:Sequence[str]|None=None  # The images that `features` belong to, in the same order
-    packing:bool=False  # Several rows in one sequence: the same loss, fewer tokens
+
+    processor: ProcessorMixin  # A `DeltaLlavaProcessor`: makes tokens, labels and pixels
+    tokens: int | None = None  # Budget $V$; `None` is the processor's
+    max_length: int | None = None  # Most tokens of a row; longer ones lose their end, never an image
+    features: torch.utils.data.Dataset | Sequence | Tensor | None = (
+        None  # From `cache_features`, instead of pixels
+    )
+    paths: Sequence[str] | None = None  # The images that `features` belong to, in the same order
+    packing: bool = False  # Several rows in one sequence: the same loss, fewer tokens
 
     def __post_init__(self):
         self._check_tokens(self.tokens)
         if (self.features is None) != (self.paths is None):
             raise ValueError("features and paths belong together; give both or neither.")
         if self.packing and getattr(self.processor, "placeholders", None):
-            raise ValueError("packing=True, but here the LLM drops visual tokens row by row (FastV); "
-                             "take packing=False.")
+            raise ValueError(
+                "packing=True, but here the LLM drops visual tokens row by row (FastV); take packing=False."
+            )
         if self.features is None:
             return
         if len(self.features) != len(self.paths):
-            raise ValueError(f"{len(self.features)} features for {len(self.paths)} paths; "
-                             "there must be one for each.")
+            raise ValueError(
+                f"{len(self.features)} features for {len(self.paths)} paths; there must be one for each."
+            )
         self._index_of = {path: i for i, path in enumerate(self.paths)}
 
     @staticmethod
-    def _check_tokens(tokens:int|None)->None:
+    def _check_tokens(tokens: int | None) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens={tokens} must be at least 1, or None for the processor's budget.")
 
-    def with_tokens(self,
-        tokens:int|None,  # Budget $V$; `None` is the processor's
-    )->"Collator":
+    def with_tokens(
+        self,
+        tokens: int | None,  # Budget $V$; `None` is the processor's
+    ) -> "Collator":
         "The same collator with another budget."
         self._check_tokens(tokens)
         other = copy.copy(self)
         other.tokens = tokens
         return other
 
-    def __call__(self,
-        rows:Sequence[dict],  # With `id`, `image` and `conversations`
-        tokens:int|None=None,  # Budget $V$ of this batch; `None` is the collator's
-    )->dict[str, Tensor|VisionFeatures|int]:  # The model's inputs, and `tokens` if a budget was given
+    def __call__(
+        self,
+        rows: Sequence[dict],  # With `id`, `image` and `conversations`
+        tokens: int | None = None,  # Budget $V$ of this batch; `None` is the collator's
+    ) -> dict[str, Tensor | VisionFeatures | int]:  # The model's inputs, and `tokens` if a budget was given
         "`prepare` and `assemble`."
         return self.assemble(self.prepare(rows), tokens)
 
-    def prepare(self,
-        rows:Sequence[dict],  # With `id`, `image` and `conversations`
-    )->dict:  # `names`, `rows`, `has_image`; with images `pixel_values` or `vision_features`, and questions
+    def prepare(
+        self,
+        rows: Sequence[dict],  # With `id`, `image` and `conversations`
+    ) -> dict:  # `names`, `rows`, `has_image`; with images `pixel_values` or `vision_features`, and questions
         "All that does not depend on the budget."
         names = [row_name(row) for row in rows]
         tokenized = []
@@ -178,7 +189,7 @@ class Collator:
         prepared = dict(names=names, rows=tokenized, has_image=[row["image"] is not None for row in rows])
         return prepared | self._prepare_images([row for row in rows if row["image"] is not None])
 
-    def _prepare_images(self, rows:Sequence[dict])->dict:
+    def _prepare_images(self, rows: Sequence[dict]) -> dict:
         "Pixels or features, and the questions if the projector reads them; nothing without images."
         if not rows:
             return {}
@@ -193,22 +204,24 @@ class Collator:
             prepared |= self.processor.encode_questions(questions)
         return prepared
 
-    def _open_or_find(self, row:dict)->Image.Image|int:
+    def _open_or_find(self, row: dict) -> Image.Image | int:
         "The row's image, or the number of its features; an error names the row."
         try:
             if self.features is None:
                 return open_image(row["image"])
             if row["image"] not in self._index_of:
-                raise ValueError(f"no features for {row['image']!r}; "
-                                 "pass the paths of all rows through cache_features.")
+                raise ValueError(
+                    f"no features for {row['image']!r}; pass the paths of all rows through cache_features."
+                )
             return self._index_of[row["image"]]
         except ValueError as e:
             raise _row_error(row_name(row), e) from e
 
-    def assemble(self,
-        prepared:dict,  # From `prepare`
-        tokens:int|None=None,  # Budget $V$ of this batch; `None` is the collator's
-    )->dict[str, Tensor|VisionFeatures|int]:  # The model's inputs, and `tokens` if a budget was given
+    def assemble(
+        self,
+        prepared: dict,  # From `prepare`
+        tokens: int | None = None,  # Budget $V$ of this batch; `None` is the collator's
+    ) -> dict[str, Tensor | VisionFeatures | int]:  # The model's inputs, and `tokens` if a budget was given
         "Repeat the image tokens for a budget, and pad or pack the rows."
         tokens = self.tokens if tokens is None else tokens
         rows, pad_id = self._expand(prepared, tokens), self.processor.tokenizer.pad_token_id
@@ -221,7 +234,7 @@ class Collator:
             batch = pad_left(rows, pad_id)
         return batch | inputs | ({} if tokens is None else dict(tokens=tokens))
 
-    def _expand(self, prepared:dict, tokens:int|None)->list[dict]:
+    def _expand(self, prepared: dict, tokens: int | None) -> list[dict]:
         "The rows with all of their image tokens, cut to `max_length`."
         image, n = self.processor.image_token_id, self.processor.num_image_tokens(tokens)
         rows = []
@@ -233,7 +246,7 @@ class Collator:
         return rows
 
     @staticmethod
-    def _reorder(inputs:dict, has_image:list[bool], packed:list[list[int]])->dict:
+    def _reorder(inputs: dict, has_image: list[bool], packed: list[list[int]]) -> dict:
         "Images and questions in the order of the packed rows."
         with_image = [i for i, it_has in enumerate(has_image) if it_has]
         order = [with_image.index(i) for together in packed for i in together if has_image[i]]

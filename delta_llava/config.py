@@ -13,24 +13,26 @@ from dataclasses import asdict, dataclass, fields, replace
 
 # %% ../nbs/01_config.ipynb #37d89b87
 def check_tokens(
-    tokens:int,  # Budget $V$, visual tokens for one image
-    grid:int,  # Patches per side of the tower's grid
-)->int:  # Visual tokens per side, $g$
+    tokens: int,  # Budget $V$, visual tokens for one image
+    grid: int,  # Patches per side of the tower's grid
+) -> int:  # Visual tokens per side, $g$
     "The side of the square of `tokens`, or an error that lists the possible budgets (§4.3, Eq. 5)."
-    possible = [g*g for g in range(1, grid + 1)]
+    possible = [g * g for g in range(1, grid + 1)]
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens not in possible:
-        even = [g*g for g in range(grid, 0, -1) if grid % g == 0]
+        even = [g * g for g in range(grid, 0, -1) if grid % g == 0]
         raise ValueError(
             f"tokens={tokens!r} must be the square of an int in 1..{grid}, one of {possible}; "
-            f"{even} cut the {grid}×{grid} grid evenly.")
+            f"{even} cut the {grid}×{grid} grid evenly."
+        )
     return math.isqrt(tokens)
 
 # %% ../nbs/01_config.ipynb #ace7a322
 LEGACY_CONFIG_VALUES = {"query_pool": {"taps": "bilinear"}}  # Field -> value in older files -> value today
 
+
 def upgrade_config(
-    d:dict,  # Fields of a config, as an older version of this package may have written them
-)->dict:  # The same fields with the values of this version
+    d: dict,  # Fields of a config, as an older version of this package may have written them
+) -> dict:  # The same fields with the values of this version
     "A config's fields with the values of older versions replaced (`LEGACY_CONFIG_VALUES`)."
     upgraded = dict(d)
     for field, renamed in LEGACY_CONFIG_VALUES.items():
@@ -42,12 +44,13 @@ def upgrade_config(
 @dataclass(frozen=True, kw_only=True)
 class CompressorConfig:
     "Sizes that tower and LLM dictate to any compressor; the default is CLIP ViT-L/14 at 336 px and a 7B LLM."
-    grid:int=24  # Patches per side of the tower's grid, $H/P$
-    tokens:int=144  # Default budget $V$; a call may ask for another
-    levels:tuple[int,...]=(12, 16, 22, 23)  # Hidden states that are read; the last is the query level
-    d_vision:int=1024  # Channels of one tower layer, $C$
-    d_llm:int=4096  # Width of the LLM, $d$
-    standardize:bool=False  # Standardize each channel by statistics that are kept with the compressor
+
+    grid: int = 24  # Patches per side of the tower's grid, $H/P$
+    tokens: int = 144  # Default budget $V$; a call may ask for another
+    levels: tuple[int, ...] = (12, 16, 22, 23)  # Hidden states that are read; the last is the query level
+    d_vision: int = 1024  # Channels of one tower layer, $C$
+    d_llm: int = 4096  # Width of the LLM, $d$
+    standardize: bool = False  # Standardize each channel by statistics that are kept with the compressor
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))  # a list would make the config unhashable
@@ -55,25 +58,28 @@ class CompressorConfig:
         if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels):
             raise ValueError(
                 f"levels={self.levels} must be distinct indices of hidden states, 0 or more; "
-                "relative_levels(depth) gives sensible ones.")
+                "relative_levels(depth) gives sensible ones."
+            )
         self.check_budget(self.tokens, self.grid)
 
-    def _check_positive(self, *names:str):
+    def _check_positive(self, *names: str):
         for name in names:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive int.")
 
-    def budgets(self,
-        grid:int,  # Patches per side
-    )->list[int]:  # In rising order
+    def budgets(
+        self,
+        grid: int,  # Patches per side
+    ) -> list[int]:  # In rising order
         "Budgets that a call may ask for: the squares, unless a compressor says otherwise."
-        return [g*g for g in range(1, grid + 1)]
+        return [g * g for g in range(1, grid + 1)]
 
-    def check_budget(self,
-        tokens:int,  # Budget $V$
-        grid:int,  # Patches per side
-    )->int:  # The budget
+    def check_budget(
+        self,
+        tokens: int,  # Budget $V$
+        grid: int,  # Patches per side
+    ) -> int:  # The budget
         "The budget itself, or an error that lists the possible ones."
         possible = self.budgets(grid)
         if isinstance(tokens, bool) or tokens not in possible:
@@ -81,28 +87,31 @@ class CompressorConfig:
             listed = f"{possible[0]}..{possible[-1]}" if is_range else str(possible)
             raise ValueError(
                 f"tokens={tokens!r} is not possible for {type(self).__name__} on a {grid}×{grid} grid; "
-                f"use one of {listed}.")
+                f"use one of {listed}."
+            )
         return tokens
 
-    def placeholders(self,
-        tokens:int,  # Budget $V$
-    )->int:
+    def placeholders(
+        self,
+        tokens: int,  # Budget $V$
+    ) -> int:
         "Visual tokens that enter the LLM: the budget, unless the LLM itself drops some in a later layer."
         return tokens
 
     @property
-    def d_levels(self)->int:
+    def d_levels(self) -> int:
         "Channels of all levels concatenated, $lC$: the width of the features that a compressor reads."
         return len(self.levels) * self.d_vision
 
-    def to_dict(self)->dict:
+    def to_dict(self) -> dict:
         "Every field, ready for JSON."
         return asdict(self) | dict(levels=list(self.levels))
 
     @classmethod
-    def from_dict(cls,
-        d:dict,  # What `to_dict` gave, in this version or an older one
-    )->"CompressorConfig":  # Of this class
+    def from_dict(
+        cls,
+        d: dict,  # What `to_dict` gave, in this version or an older one
+    ) -> "CompressorConfig":  # Of this class
         "The config that `to_dict` wrote; an unknown key is an error, because it may change the computation."
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(d) - set(known)):
@@ -121,24 +130,26 @@ _CHOICES = dict(
     mixing=("full", "no_emhsa", "no_mhca", "none"),
 )
 
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig(CompressorConfig):
     "Sizes and switches of Delta-LLaVA's projector; the default is the authors'."
-    rank:int=16  # Rank $r$ of every update $UV^\top$
-    heads:int=8  # Heads of the windowed cross-attention
-    head_dim:int=32  # Channels of one head in the mixing block
-    mix_ratio:int|float=.75  # Fraction of the channels that EMHSA mixes; MHCA has the rest
-    mlp_ratio:int|float=2  # Hidden width of the mixing block's MLP, in multiples of $C$
-    drop_path:int|float=.1  # Probability that a training sample skips the MLP of the mixing block
-    kv_reduction:int|str=1  # Reduction $r$ of EMHSA's keys and values per side, or `"scale"`
-    order:str="mix-project"  # Or `"project-mix"`
-    activate:bool=True  # GELU and LayerNorm in each DeltaProjection
-    share_base:bool=False  # One $W_s$ for q, k and v
-    residual_mlp:bool=False  # LayerNorm and residual of Eq. 11
-    query_pool:str="bilinear"  # Or `"mean"`
-    kv_pool:str="raster"  # Or `"square"`
-    projection:str="delta"  # Or `"base"` (no update), `"linear"` (nor GELU, LayerNorm), `"tokenpacker"`
-    mixing:str="full"  # Or `"no_emhsa"`, `"no_mhca"`, `"none"` (no block at all)
+
+    rank: int = 16  # Rank $r$ of every update $UV^\top$
+    heads: int = 8  # Heads of the windowed cross-attention
+    head_dim: int = 32  # Channels of one head in the mixing block
+    mix_ratio: int | float = 0.75  # Fraction of the channels that EMHSA mixes; MHCA has the rest
+    mlp_ratio: int | float = 2  # Hidden width of the mixing block's MLP, in multiples of $C$
+    drop_path: int | float = 0.1  # Probability that a training sample skips the MLP of the mixing block
+    kv_reduction: int | str = 1  # Reduction $r$ of EMHSA's keys and values per side, or `"scale"`
+    order: str = "mix-project"  # Or `"project-mix"`
+    activate: bool = True  # GELU and LayerNorm in each DeltaProjection
+    share_base: bool = False  # One $W_s$ for q, k and v
+    residual_mlp: bool = False  # LayerNorm and residual of Eq. 11
+    query_pool: str = "bilinear"  # Or `"mean"`
+    kv_pool: str = "raster"  # Or `"square"`
+    projection: str = "delta"  # Or `"base"` (no update), `"linear"` (nor GELU, LayerNorm), `"tokenpacker"`
+    mixing: str = "full"  # Or `"no_emhsa"`, `"no_mhca"`, `"none"` (no block at all)
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,105 +170,128 @@ class ProjectorConfig(CompressorConfig):
         if self.share_base and self.projection == "tokenpacker":
             raise ValueError(
                 "share_base=True needs a base to share, and projection='tokenpacker' has none; "
-                "use 'delta', 'base' or 'linear'.")
+                "use 'delta', 'base' or 'linear'."
+            )
 
     def _check_widths(self):
         if self.d_vision % self.heads:
             possible = [h for h in range(1, 33) if self.d_vision % h == 0]
             raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {possible}.")
+                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {possible}."
+            )
         if self.d_vision % 4:
             raise ValueError(
-                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column.")
+                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column."
+            )
 
-    def check_budget(self,
-        tokens:int,  # Budget $V$
-        grid:int,  # Patches per side
-    )->int:  # The budget
+    def check_budget(
+        self,
+        tokens: int,  # Budget $V$
+        grid: int,  # Patches per side
+    ) -> int:  # The budget
         "As for every compressor; the error also says which budgets cut the grid evenly."
-        return check_tokens(tokens, grid)**2
+        return check_tokens(tokens, grid) ** 2
 
     @property
-    def g(self)->int:
+    def g(self) -> int:
         "Visual tokens per side at the default budget, $g$."
         return check_tokens(self.tokens, self.grid)
 
     @property
-    def scale(self)->int:
+    def scale(self) -> int:
         "Grid reduction per side at the default budget, $s$ (@eq-budget)."
         return math.ceil(self.grid / self.g)
 
 # %% ../nbs/01_config.ipynb #11c70ebf
 def relative_levels(
-    depth:int,  # Blocks of the tower
-)->tuple[int, int, int, int]:  # Indices into `hidden_states`, rising; the last one is the query level
+    depth: int,  # Blocks of the tower
+) -> tuple[int, int, int, int]:  # Indices into `hidden_states`, rising; the last one is the query level
     "The authors' choice of levels, carried over to a tower of `depth` blocks."
     if depth < 4:
         raise ValueError(
-            f"depth={depth} is too shallow for four distinct levels; name them yourself with levels=(...).")
-    levels = [depth//2, round(2*depth/3), depth - 2, depth - 1]
+            f"depth={depth} is too shallow for four distinct levels; name them yourself with levels=(...)."
+        )
+    levels = [depth // 2, round(2 * depth / 3), depth - 2, depth - 1]
     for i in (2, 1, 0):  # in a shallow tower some would coincide
         levels[i] = min(levels[i], levels[i + 1] - 1)
     return tuple(levels)
 
 # %% ../nbs/01_config.ipynb #6cd17715
 def clip_l14_336(
-    tokens:int=144,  # Budget, visual tokens
-    d_llm:int=4096,  # Width of the LLM; 5120 for 13B
-)->ProjectorConfig:
+    tokens: int = 144,  # Budget, visual tokens
+    d_llm: int = 4096,  # Width of the LLM; 5120 for 13B
+) -> ProjectorConfig:
     "CLIP ViT-L/14 at 336 px, 24×24 patches: the paper's tower (§6). Stage 1: 0:33:32 on 8×H100 (Table 4)."
     return ProjectorConfig(tokens=tokens, d_llm=d_llm)
 
+
 def clip_l14_224(
-    tokens:int=64,  # Budget, visual tokens
-    d_llm:int=4096,  # Width of the LLM
-)->ProjectorConfig:
+    tokens: int = 64,  # Budget, visual tokens
+    d_llm: int = 4096,  # Width of the LLM
+) -> ProjectorConfig:
     "CLIP ViT-L/14 at 224 px, 16×16 patches; Table 5 must mean 64 tokens."
     return ProjectorConfig(grid=16, tokens=tokens, d_llm=d_llm)
 
 # %% ../nbs/01_config.ipynb #65283e0b
 def clip_b32_224(
-    tokens:int=16,  # Budget, visual tokens
-    d_llm:int=4096,  # Width of the LLM
-)->ProjectorConfig:
+    tokens: int = 16,  # Budget, visual tokens
+    d_llm: int = 4096,  # Width of the LLM
+) -> ProjectorConfig:
     "CLIP ViT-B/32 at 224 px, 7×7 patches, for runs on one machine; only 49 and 1 tokens cut its grid evenly."
     return ProjectorConfig(grid=7, tokens=tokens, levels=relative_levels(12), d_vision=768, d_llm=d_llm)
 
+
 def clip_b32_384(
-    tokens:int=36,  # Budget, visual tokens
-    d_llm:int=4096,  # Width of the LLM
-)->ProjectorConfig:
+    tokens: int = 36,  # Budget, visual tokens
+    d_llm: int = 4096,  # Width of the LLM
+) -> ProjectorConfig:
     "CLIP ViT-B/32 at 384 px (positions interpolated), 12×12 patches; 144, 36, 16, 9, 4, 1 cut it evenly."
     return ProjectorConfig(grid=12, tokens=tokens, levels=relative_levels(12), d_vision=768, d_llm=d_llm)
 
 # %% ../nbs/01_config.ipynb #ac94da26
 def siglip_so400m_384(
-    tokens:int=81,  # Budget, visual tokens
-    d_llm:int=4096,  # Width of the LLM
-)->ProjectorConfig:
+    tokens: int = 81,  # Budget, visual tokens
+    d_llm: int = 4096,  # Width of the LLM
+) -> ProjectorConfig:
     "SigLIP so400m/14 at 384 px, 27×27 patches; 81 tokens is the row that Table 5 calls SigLIP 386."
     return ProjectorConfig(grid=27, tokens=tokens, levels=relative_levels(27), d_vision=1152, d_llm=d_llm)
 
+
 def dinov2_s14(
-    image_size:int=168,  # Side of the image, px; a multiple of the patch size 14
-    tokens:int=36,  # Budget, visual tokens
-    d_llm:int=576,  # Width of the LLM; 576 is SmolLM2-135M
-)->ProjectorConfig:
+    image_size: int = 168,  # Side of the image, px; a multiple of the patch size 14
+    tokens: int = 36,  # Budget, visual tokens
+    d_llm: int = 576,  # Width of the LLM; 576 is SmolLM2-135M
+) -> ProjectorConfig:
     "DINOv2 ViT-S/14, the offline default tower; features standardized, its saliency-tuned end unused."
     if image_size < 14 or image_size % 14:
         raise ValueError(
-            f"image_size={image_size} must be a multiple of the patch size 14, such as 112, 168 or 336.")
+            f"image_size={image_size} must be a multiple of the patch size 14, such as 112, 168 or 336."
+        )
     return ProjectorConfig(
-        grid=image_size//14, tokens=tokens, levels=(4, 6, 8, 10), d_vision=384, d_llm=d_llm, standardize=True)
+        grid=image_size // 14,
+        tokens=tokens,
+        levels=(4, 6, 8, 10),
+        d_vision=384,
+        d_llm=d_llm,
+        standardize=True,
+    )
 
 # %% ../nbs/01_config.ipynb #5dec964a
 def paper_text_config(
-    config:ProjectorConfig|None=None,  # Where the sizes come from; `None` takes the default config
-)->ProjectorConfig:
+    config: ProjectorConfig | None = None,  # Where the sizes come from; `None` takes the default config
+) -> ProjectorConfig:
     "`config` with every switch set to the paper's text instead of the authors' code (§4, Eq. 3–11)."
     config = ProjectorConfig() if config is None else config
-    return replace(config, order="project-mix", activate=False, share_base=True, residual_mlp=True,
-                   query_pool="mean", kv_pool="square", kv_reduction="scale")
+    return replace(
+        config,
+        order="project-mix",
+        activate=False,
+        share_base=True,
+        residual_mlp=True,
+        query_pool="mean",
+        kv_pool="square",
+        kv_reduction="scale",
+    )
 
 # %% ../nbs/01_config.ipynb #ae45fa39
 _ABLATIONS = {
@@ -270,11 +304,12 @@ _ABLATIONS = {
     },
 }
 
+
 def ablation_config(
-    config:ProjectorConfig,  # The full projector
-    part:str,  # Row of Table 3: `"EMHSA"`, `"TB"` or `"DeltaProj"`
-    reading:str|None=None,  # How the row is read; `None` takes the default of the table above
-)->ProjectorConfig:
+    config: ProjectorConfig,  # The full projector
+    part: str,  # Row of Table 3: `"EMHSA"`, `"TB"` or `"DeltaProj"`
+    reading: str | None = None,  # How the row is read; `None` takes the default of the table above
+) -> ProjectorConfig:
     "`config` without one part (Table 3)."
     if part not in _ABLATIONS:
         raise ValueError(f"part={part!r}; use one of {list(_ABLATIONS)}.")
@@ -310,8 +345,8 @@ VARIANTS = {  # Name -> a compressor above, and fields of its config
 
 # %% ../nbs/01_config.ipynb #7032f53e
 def split_variant(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-)->tuple[str, dict]:  # A key of `COMPRESSORS`, and the fields of its config that the variant sets
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+) -> tuple[str, dict]:  # A key of `COMPRESSORS`, and the fields of its config that the variant sets
     "The compressor that a name stands for, and the settings that the name implies."
     if name in VARIANTS:
         return VARIANTS[name]
@@ -319,4 +354,5 @@ def split_variant(
         return name, {}
     raise ValueError(
         f"compressor={name!r} is unknown; use one of {[*COMPRESSORS, *VARIANTS]}, or add your own with "
-        "register_compressor.")
+        "register_compressor."
+    )

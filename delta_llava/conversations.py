@@ -28,17 +28,20 @@ from .tower import open_image, resolve_image_path
 # %% ../nbs/30b_conversations.ipynb #d039fee6
 class RowError(ValueError):
     "An error in a row: its kind, which can be counted, and a sentence."
-    def __init__(self,
-        kind:str,  # One word for the rule, e.g. `"empty-answer"`
-        message:str,  # What is wrong, and a way out
+
+    def __init__(
+        self,
+        kind: str,  # One word for the rule, e.g. `"empty-answer"`
+        message: str,  # What is wrong, and a way out
     ):
         super().__init__(message)
         self.kind = kind
 
+
 def row_name(
-    row:object,  # One entry of the JSON list, or a row of the table
-    index:int|None=None,  # Its number, if that is known
-)->str:
+    row: object,  # One entry of the JSON list, or a row of the table
+    index: int | None = None,  # Its number, if that is known
+) -> str:
     "How an error names a row: by number and id, or by what there is."
     fields = row if isinstance(row, dict) else {}
     if index is not None:
@@ -47,91 +50,119 @@ def row_name(
         return f"row {fields['id']!r}"
     return f"the row without id and with image {fields.get('image')!r}"
 
+
 def _check_characters(
-    text:str,  # Text of the row
-    where:str,  # Its field
-)->None:
+    text: str,  # Text of the row
+    where: str,  # Its field
+) -> None:
     "JSON can contain half of a surrogate pair, `\\ud83d`; no tokenizer and no file accepts it."
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise RowError("broken-text", f"{where} holds {text[e.start]!r}, half of a character; "
-                                      "write the whole one.") from e
+        raise RowError(
+            "broken-text", f"{where} holds {text[e.start]!r}, half of a character; write the whole one."
+        ) from e
 
 # %% ../nbs/30b_conversations.ipynb #dcdc7927
 def _check_turn(
-    turn:object,  # One entry of `conversations`
-    k:int,  # Its number
-)->None:
+    turn: object,  # One entry of `conversations`
+    k: int,  # Its number
+) -> None:
     "`RowError` if it is not the turn that must come here."
     where = f"conversations[{k}]"
     role = ("human", "gpt")[k % 2]
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise RowError("bad-turn", f"{where} must be {{'from': …, 'value': a text}}; correct it.")
     if turn.get("from") != role:
-        raise RowError("wrong-role", f"{where}['from'] is {turn.get('from')!r}, but roles must alternate "
-                                     f"'human', 'gpt', …, so it must be {role!r}; "
-                                     "reorder or rename the turns.")
+        raise RowError(
+            "wrong-role",
+            f"{where}['from'] is {turn.get('from')!r}, but roles must alternate "
+            f"'human', 'gpt', …, so it must be {role!r}; "
+            "reorder or rename the turns.",
+        )
     if role == "gpt" and not turn["value"].strip():
-        raise RowError("empty-answer", f"{where}['value'] is an empty answer, from which nothing can be "
-                                       "learned; write one or remove the row.")
+        raise RowError(
+            "empty-answer",
+            f"{where}['value'] is an empty answer, from which nothing can be "
+            "learned; write one or remove the row.",
+        )
     _check_characters(turn["value"], where)
 
+
 def check_turns(
-    turns:object,  # The row's `conversations`
-)->tuple[int, int]:  # How often `<image>` occurs in the questions, and in the answers
+    turns: object,  # The row's `conversations`
+) -> tuple[int, int]:  # How often `<image>` occurs in the questions, and in the answers
     "`RowError` if a model cannot learn from the turns."
     if not isinstance(turns, list) or not turns:
-        raise RowError("no-turns", "'conversations' must be a list of turns {'from': …, 'value': …} "
-                                   "and is missing or empty; add them.")
+        raise RowError(
+            "no-turns",
+            "'conversations' must be a list of turns {'from': …, 'value': …} "
+            "and is missing or empty; add them.",
+        )
     for k, turn in enumerate(turns):
         _check_turn(turn, k)
     if len(turns) % 2:
-        raise RowError("no-answer", f"conversations[{len(turns)-1}] is a question without an answer; "
-                                    "add the 'gpt' turn or remove the question.")
+        raise RowError(
+            "no-answer",
+            f"conversations[{len(turns) - 1}] is a question without an answer; "
+            "add the 'gpt' turn or remove the question.",
+        )
     in_questions = sum(turn["value"].count("<image>") for turn in turns[::2])
     in_answers = sum(turn["value"].count("<image>") for turn in turns[1::2])
     return in_questions, in_answers
 
 # %% ../nbs/30b_conversations.ipynb #beb6784c
 def _check_image_field(
-    image:object,  # The row's `image`, which is there
-    marks:int,  # How often `<image>` occurs in the questions
-)->None:
+    image: object,  # The row's `image`, which is there
+    marks: int,  # How often `<image>` occurs in the questions
+) -> None:
     "`RowError` if it is not the path of one image with one mark."
     if isinstance(image, list) and len(image) > 1:
-        raise RowError("several-images", f"'image' lists {len(image)} images, but must be the path of one "
-                                         "image; remove the row.")
+        raise RowError(
+            "several-images",
+            f"'image' lists {len(image)} images, but must be the path of one image; remove the row.",
+        )
     if not isinstance(image, str) or not image:
         raise RowError("bad-image", f"'image' is {image!r}, but must be the path of one image; correct it.")
     if marks != 1:
-        raise RowError("several-images" if marks else "no-mark",
-                       f"'<image>' occurs {marks} times in the questions, but must occur exactly once; "
-                       "put it where the image belongs.")
+        raise RowError(
+            "several-images" if marks else "no-mark",
+            f"'<image>' occurs {marks} times in the questions, but must occur exactly once; "
+            "put it where the image belongs.",
+        )
     _check_characters(image, "'image'")
 
 # %% ../nbs/30b_conversations.ipynb #b0b02338
 def check_row(
-    row:object,  # One entry of the JSON list
-    image_folder:str|Path,  # Where `image` is looked for, and which it may not leave
-    text_rows:bool=False,  # Allow rows without an image
-)->Path|None:  # The image's file; `None` for an allowed row without one
+    row: object,  # One entry of the JSON list
+    image_folder: str | Path,  # Where `image` is looked for, and which it may not leave
+    text_rows: bool = False,  # Allow rows without an image
+) -> Path | None:  # The image's file; `None` for an allowed row without one
     "`RowError` that says what is wrong with a row, and what to do about it."
     if not isinstance(row, dict):
-        raise RowError("no-object", "must be an object with 'id', 'image' and 'conversations'; "
-                                    "correct the file.")
+        raise RowError(
+            "no-object", "must be an object with 'id', 'image' and 'conversations'; correct the file."
+        )
     in_questions, in_answers = check_turns(row.get("conversations"))
     _check_characters(str(row.get("id")), "'id'")
     image = row.get("image")
     if in_answers:
-        raise RowError("mark-in-answer", "'<image>' occurs in an answer, but an image can only be part of a "
-                                         "question; remove the mark there.")
+        raise RowError(
+            "mark-in-answer",
+            "'<image>' occurs in an answer, but an image can only be part of a "
+            "question; remove the mark there.",
+        )
     if image is None and in_questions:
-        raise RowError("mark-without-image", "a question holds '<image>', but the row has no 'image'; "
-                                             "add the image's path, or remove the mark.")
+        raise RowError(
+            "mark-without-image",
+            "a question holds '<image>', but the row has no 'image'; "
+            "add the image's path, or remove the mark.",
+        )
     if image is None and not text_rows:
-        raise RowError("text-only", "has no 'image', but here every row needs an image; remove the row, "
-                                    "or pass text_rows=True.")
+        raise RowError(
+            "text-only",
+            "has no 'image', but here every row needs an image; remove the row, or pass text_rows=True.",
+        )
     if image is None:
         return None
     _check_image_field(image, in_questions)
@@ -143,16 +174,17 @@ def check_row(
 
 # %% ../nbs/30b_conversations.ipynb #c3639dc1
 def _image_first(
-    text:str,  # Of one turn
-)->str:
+    text: str,  # Of one turn
+) -> str:
     "The text with its `<image>` and a line break at the beginning, if it has one."
     if "<image>" not in text:
         return text
     return f"<image>\n{text.replace('<image>', '').strip()}".strip()
 
+
 def training_turns(
-    turns:list[dict],  # Checked by `check_turns`
-)->list[dict]:  # Each with `from` and `value` alone
+    turns: list[dict],  # Checked by `check_turns`
+) -> list[dict]:  # Each with `from` and `value` alone
     "The turns as they are trained on: `<image>` comes before its question."
     return [{"from": turn["from"], "value": _image_first(turn["value"])} for turn in turns]
 
@@ -162,19 +194,22 @@ MAX_ROW_CHARS = 2**24  # longest row; no context is that long
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
+
 class _TextBuffer:
     "A part of a text file, which grows at its end and is dropped at its beginning."
-    def __init__(self,
-        file:TextIO,  # Open for reading
+
+    def __init__(
+        self,
+        file: TextIO,  # Open for reading
     ):
         self.file = file
         self.text = ""  # the part that is held
         self.position = 0  # where in `text` the next value begins
         self.dropped = 0  # characters of the file before `text`
 
-    def read_more(self)->bool:  # `False` at the end of the file
+    def read_more(self) -> bool:  # `False` at the end of the file
         "Drop what was used, and read at least as much as is left."
-        left = self.text[self.position:]
+        left = self.text[self.position :]
         new = self.file.read(max(CHUNK_CHARS, len(left)))
         if not new:
             return False
@@ -183,7 +218,7 @@ class _TextBuffer:
         self.position = 0
         return True
 
-    def peek(self)->str:  # Empty at the end of the file
+    def peek(self) -> str:  # Empty at the end of the file
         "The next character that is not white space; the position moves there."
         while True:
             self.position = _WHITE_SPACE.match(self.text, self.position).end()
@@ -192,7 +227,7 @@ class _TextBuffer:
             if not self.read_more():
                 return ""
 
-    def decode_value(self)->tuple[object, str]:  # The value, and its text
+    def decode_value(self) -> tuple[object, str]:  # The value, and its text
         "Decode the JSON value that begins at the position, and move behind it."
         while True:
             try:
@@ -203,11 +238,11 @@ class _TextBuffer:
             # A number at the end of the text may be longer in the file: `12` may be `123`, or `12e+3`.
             if end + 2 >= len(self.text) and self.read_more():
                 continue
-            written = self.text[self.position:end]
+            written = self.text[self.position : end]
             self.position = end
             return value, written
 
-    def _read_more_after(self, error:json.JSONDecodeError)->None:
+    def _read_more_after(self, error: json.JSONDecodeError) -> None:
         "The value may only be incomplete: read on. If that is not possible, it is an error in the file."
         if len(self.text) - self.position > MAX_ROW_CHARS:
             raise ValueError(f"a row does not end within {MAX_ROW_CHARS:,} characters") from error
@@ -217,13 +252,15 @@ class _TextBuffer:
 
 # %% ../nbs/30b_conversations.ipynb #2e97b7ef
 def _rows_of_list(
-    file:TextIO,  # One JSON list
-)->Iterator[tuple[object, str]]:  # Each row, and its text
+    file: TextIO,  # One JSON list
+) -> Iterator[tuple[object, str]]:  # Each row, and its text
     "The rows of one JSON list: `[`, values with `,` between them, `]`, and nothing more."
     buffer = _TextBuffer(file)
     if (first := buffer.peek()) != "[":
-        raise ValueError(f"it begins with {first!r}, not with the '[' of a list; "
-                         "a file with one row on each line must have a name that ends in .jsonl")
+        raise ValueError(
+            f"it begins with {first!r}, not with the '[' of a list; "
+            "a file with one row on each line must have a name that ends in .jsonl"
+        )
     buffer.position += 1
     if buffer.peek() != "]":
         yield buffer.decode_value()
@@ -240,9 +277,10 @@ def _rows_of_list(
     if more := buffer.peek():
         raise ValueError(f"{more!r} follows the end of the list")
 
+
 def _rows_of_lines(
-    file:TextIO,  # One JSON value on each line
-)->Iterator[tuple[object, str]]:  # Each row, and its text
+    file: TextIO,  # One JSON value on each line
+) -> Iterator[tuple[object, str]]:  # Each row, and its text
     "The rows of a file with one on each line; empty lines are skipped."
     for n, line in enumerate(file, 1):
         text = line.strip()
@@ -255,8 +293,8 @@ def _rows_of_lines(
 
 # %% ../nbs/30b_conversations.ipynb #52f84f12
 def read_rows(
-    file:str|Path,  # A JSON list, or JSON lines if its name ends in `.jsonl`
-)->Iterator[tuple[object, str]]:  # As `json.loads` gives it, and as it is written
+    file: str | Path,  # A JSON list, or JSON lines if its name ends in `.jsonl`
+) -> Iterator[tuple[object, str]]:  # As `json.loads` gives it, and as it is written
     "The rows of a file one by one; the file is never held as a whole."
     file = Path(file)
     if not file.is_file():
@@ -269,8 +307,9 @@ def read_rows(
                 yield row
                 n += 1
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file} is not JSON as LLaVA writes it, one list of rows; "
-                             f"after {n} rows: {e}.") from e
+            raise ValueError(
+                f"{file} is not JSON as LLaVA writes it, one list of rows; after {n} rows: {e}."
+            ) from e
 
 # %% ../nbs/30b_conversations.ipynb #d0e943ff
 IN_MEMORY_BYTES = 2**24  # the table of a larger file is written to disk
@@ -282,12 +321,13 @@ _SCENE_KEYS = {
     "split": Value("string"),
 }
 
+
 def _table_row(
-    row:dict,  # Checked
-    index:int,  # Its number in the file
-    path:Path|None,  # The image's file
-    keys:Iterable[str],  # Of planted scenes, if the first row is of one
-)->dict:
+    row: dict,  # Checked
+    index: int,  # Its number in the file
+    path: Path | None,  # The image's file
+    keys: Iterable[str],  # Of planted scenes, if the first row is of one
+) -> dict:
     "A row as the table holds it."
     own_id = row.get("id")
     return {
@@ -297,21 +337,24 @@ def _table_row(
         **{key: row.get(key) for key in keys},
     }
 
-def _unusable(file:Path, folder:Path, problems:list[str], bad:int, rows:int)->ValueError:
+
+def _unusable(file: Path, folder: Path, problems: list[str], bad: int, rows: int) -> ValueError:
     "One error for all rows that cannot be used."
     command = shlex.join(["delta-llava", "doctor", str(file), "--images", str(folder)])
-    shown = "\n".join(problems) + "\n…"*(bad > len(problems))
-    return ValueError(f"{file}: {bad} of {rows} rows cannot be used.\n{shown}\n"
-                      f"To list all and to write a file without them: {command}")
+    shown = "\n".join(problems) + "\n…" * (bad > len(problems))
+    return ValueError(
+        f"{file}: {bad} of {rows} rows cannot be used.\n{shown}\n"
+        f"To list all and to write a file without them: {command}"
+    )
 
 # %% ../nbs/30b_conversations.ipynb #a8461f13
 def _checked_rows(
-    file:Path,  # JSON list or JSON lines
-    folder:Path,  # Of the images
-    text_rows:bool,  # Allow rows without an image
-    open_images:bool,  # Decode every image
-    keys:Iterable[str],  # Of planted scenes, if the first row is of one
-)->Iterator[dict]:
+    file: Path,  # JSON list or JSON lines
+    folder: Path,  # Of the images
+    text_rows: bool,  # Allow rows without an image
+    open_images: bool,  # Decode every image
+    keys: Iterable[str],  # Of planted scenes, if the first row is of one
+) -> Iterator[dict]:
     "Rows for the table. After the first problem the others are only counted; at the end they are one error."
     problems, bad, n = [], 0, 0
     for index, (row, _) in enumerate(read_rows(file)):
@@ -332,37 +375,41 @@ def _checked_rows(
     if bad:
         raise _unusable(file, folder, problems, bad, n)
 
+
 def _write_table(
-    rows:Iterator[dict],  # From `_checked_rows`
-    features:Features,  # Columns and their types
-    sink:object,  # An open file, or a buffer
-)->None:
+    rows: Iterator[dict],  # From `_checked_rows`
+    features: Features,  # Columns and their types
+    sink: object,  # An open file, or a buffer
+) -> None:
     "An Arrow stream, a thousand rows at a time."
     schema = features.arrow_schema
     with pa.ipc.new_stream(sink, schema) as stream:
         while batch := list(islice(rows, 1000)):
             stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
+
 def _table_path(
-    file:Path,  # JSON list or JSON lines
-    folder:Path,  # Of the images
-    text_rows:bool,  # Allow rows without an image
-    cache:Path,  # Folder of the tables
-)->Path:
+    file: Path,  # JSON list or JSON lines
+    folder: Path,  # Of the images
+    text_rows: bool,  # Allow rows without an image
+    cache: Path,  # Folder of the tables
+) -> Path:
     "Where the table of a file is kept: its name is a hash of all that the table depends on."
     with file.open("rb") as opened:
         content = hashlib.file_digest(opened, "sha256").hexdigest()
     key = json.dumps([_TABLE_VERSION, content, str(folder.resolve()), text_rows])
-    return cache/f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    return cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
 
 # %% ../nbs/30b_conversations.ipynb #88717e52
 def load_conversations(
-    file:str|Path,  # JSON list of rows, as LLaVA stores them, or JSON lines (`.jsonl`)
-    image_folder:str|Path|None=None,  # Start of the rows' image paths; `None` is the folder of `file`
-    text_rows:bool=False,  # Allow rows without an image
-    open_images:bool=False,  # Decode every image now, to find damaged ones before training
-    cache:str|Path|None=None,  # Folder for the table; `None`: memory for small files, else `cache_dir()`
-)->Dataset:  # `id`, `image` (full path), `conversations`; of planted scenes also `objects`, `task`, `split`
+    file: str | Path,  # JSON list of rows, as LLaVA stores them, or JSON lines (`.jsonl`)
+    image_folder: str | Path | None = None,  # Start of the rows' image paths; `None` is the folder of `file`
+    text_rows: bool = False,  # Allow rows without an image
+    open_images: bool = False,  # Decode every image now, to find damaged ones before training
+    cache: str
+    | Path
+    | None = None,  # Folder for the table; `None`: memory for small files, else `cache_dir()`
+) -> Dataset:  # `id`, `image` (full path), `conversations`; of planted scenes also `objects`, `task`, `split`
     "Read and check conversations; the same file is checked once. One error reports the first problems."
     file = Path(file)
     folder = file.parent if image_folder is None else Path(image_folder)
@@ -375,7 +422,7 @@ def load_conversations(
         sink = pa.BufferOutputStream()
         _write_table(rows, features, sink)
         return Dataset.from_buffer(sink.getvalue())
-    table = _table_path(file, folder, text_rows, Path(cache or cache_dir()/"conversations"))
+    table = _table_path(file, folder, text_rows, Path(cache or cache_dir() / "conversations"))
     if open_images or not table.exists():
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = iter(tqdm(rows, f"reading {file.name}", unit=" rows"))

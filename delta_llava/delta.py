@@ -15,17 +15,18 @@ from torch.nn import functional as F
 
 # %% ../nbs/03_delta.ipynb #1f4b7824
 def gelu_layer_norm(
-    y:Float[Tensor, "*tokens d"],  # Tokens
-    weight:Float[Tensor, "d"],  # Scale of the LayerNorm
-    bias:Float[Tensor, "d"],  # Shift of the LayerNorm
-    eps:float,  # Its epsilon
-)->Float[Tensor, "*tokens d"]:  # Activated tokens
+    y: Float[Tensor, "*tokens d"],  # Tokens
+    weight: Float[Tensor, "d"],  # Scale of the LayerNorm
+    bias: Float[Tensor, "d"],  # Shift of the LayerNorm
+    eps: float,  # Its epsilon
+) -> Float[Tensor, "*tokens d"]:  # Activated tokens
     "GELU, then LayerNorm."
     return F.layer_norm(F.gelu(y), y.shape[-1:], weight, bias, eps)
 
 # %% ../nbs/03_delta.ipynb #8c87a84b
 class _GELULayerNorm(torch.autograd.Function):
     "`gelu_layer_norm` that keeps only its input and computes the rest again in the backward pass."
+
     generate_vmap_rule = True  # `torch.func.vmap` works through it
 
     @staticmethod
@@ -37,8 +38,11 @@ class _GELULayerNorm(torch.autograd.Function):
         y, weight, bias, ctx.eps = inputs
         ctx.save_for_backward(y, weight, bias)
         device = y.device.type
-        ctx.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device),
-                            enabled=torch.is_autocast_enabled(device))
+        ctx.autocast = dict(
+            device_type=device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -49,12 +53,14 @@ class _GELULayerNorm(torch.autograd.Function):
 # %% ../nbs/03_delta.ipynb #8961dfca
 class DeltaProjection(nn.Module):
     r"Low-rank projection $(W_s + UV^\top)\,x$ (§4.2, Eq. 4 and 8)."
-    def __init__(self,
-        d_in:int,  # Channels in, $C$
-        d_out:int,  # Channels out, $d_v$
-        rank:int=16,  # Rank $r$ of the update; 0 leaves the update out
-        base:nn.Linear|None=None,  # Shared $W_s$: its last `d_in` columns; `None` makes its own
-        activate:bool=True,  # GELU and LayerNorm after the product: in the authors' code, not in Eq. 4
+
+    def __init__(
+        self,
+        d_in: int,  # Channels in, $C$
+        d_out: int,  # Channels out, $d_v$
+        rank: int = 16,  # Rank $r$ of the update; 0 leaves the update out
+        base: nn.Linear | None = None,  # Shared $W_s$: its last `d_in` columns; `None` makes its own
+        activate: bool = True,  # GELU and LayerNorm after the product: in the authors' code, not in Eq. 4
     ):
         super().__init__()
         self._check(d_in, d_out, rank, base)
@@ -72,37 +78,39 @@ class DeltaProjection(nn.Module):
         self.reset_parameters()
 
     @staticmethod
-    def _check(d_in:int, d_out:int, rank:int, base:nn.Linear|None):
+    def _check(d_in: int, d_out: int, rank: int, base: nn.Linear | None):
         if not 0 <= rank <= min(d_in, d_out):
             most = min(d_in, d_out)
             raise ValueError(f"rank={rank} must lie in 0..{most} for {d_in} -> {d_out} channels.")
         if base is not None and (base.in_features < d_in or base.out_features != d_out):
             raise ValueError(
                 f"base maps {base.in_features} -> {base.out_features} channels; it must give {d_out} and "
-                f"take at least {d_in}.")
+                f"take at least {d_in}."
+            )
 
     def reset_parameters(self):
         "The authors' initialization: normal with std 0.02 for the base, Xavier for the update."
         if hasattr(self, "base"):
-            nn.init.trunc_normal_(self.base.weight, std=.02)
+            nn.init.trunc_normal_(self.base.weight, std=0.02)
         if self.rank:
             nn.init.xavier_uniform_(self.U)
             nn.init.xavier_uniform_(self.V)
 
     @property
-    def base_weight(self)->Tensor:
+    def base_weight(self) -> Tensor:
         "The base $W_s$ as this projection uses it."
         if hasattr(self, "base"):
             return self.base.weight
-        return self.shared[0].weight[:, -self.d_in:]
+        return self.shared[0].weight[:, -self.d_in :]
 
-    def merged(self)->Float[Tensor, "{self.d_out} {self.d_in}"]:
+    def merged(self) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
         "The dense matrix $W_s + \\Delta W$."
         return self.base_weight + (self.U @ self.V).T if self.rank else self.base_weight
 
-    def forward(self,
-        x:Float[Tensor, "b n {self.d_in}"],  # Tokens
-    )->Float[Tensor, "b n {self.d_out}"]:  # Projected tokens
+    def forward(
+        self,
+        x: Float[Tensor, "b n {self.d_in}"],  # Tokens
+    ) -> Float[Tensor, "b n {self.d_out}"]:  # Projected tokens
         y = self.base(x) if hasattr(self, "base") else F.linear(x, self.base_weight)
         if self.rank:  # @eq-delta, without forming ΔW: y + (x U) V in one call
             y = torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ self.U, self.V).view_as(y)

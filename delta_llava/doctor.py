@@ -65,19 +65,22 @@ PROBLEMS = {
     "duplicate-row": ("warning", "The same image and text count twice; remove one if that is not meant."),
 }
 
+
 @dataclass(frozen=True)
 class Problem:
     "One problem of a row."
-    kind:str  # A key of `PROBLEMS`
-    message:str  # The finding in a sentence
+
+    kind: str  # A key of `PROBLEMS`
+    message: str  # The finding in a sentence
 
     def __post_init__(self):
         if self.kind not in PROBLEMS:
-            raise ValueError(f"kind={self.kind!r} is no problem that the doctor knows; "
-                             f"use one of {list(PROBLEMS)}.")
+            raise ValueError(
+                f"kind={self.kind!r} is no problem that the doctor knows; use one of {list(PROBLEMS)}."
+            )
 
     @property
-    def is_error(self)->bool:
+    def is_error(self) -> bool:
         "Whether training would stop at the row."
         return PROBLEMS[self.kind][0] == "error"
 
@@ -85,18 +88,20 @@ class Problem:
 SMALL_SIDE = 32  # px; an image with a shorter side is tiny
 NARROW_RATIO = 8  # an image whose sides differ by more is narrow
 
+
 def _ends_early(
-    path:Path,  # A file that does not decode
-)->bool:
+    path: Path,  # A file that does not decode
+) -> bool:
     "Whether a WebP file is shorter than its header says; the decoder's message does not tell."
     with path.open("rb") as file:
         head = file.read(8)
     return head[:4] == b"RIFF" and path.stat().st_size < int.from_bytes(head[4:], "little") + 8
 
+
 def _image_error_kind(
-    error:ValueError,  # Of `open_image`
-    path:Path,  # The file
-)->str:
+    error: ValueError,  # Of `open_image`
+    path: Path,  # The file
+) -> str:
     "The kind of problem behind a refusal of `open_image`."
     message = str(error.__cause__).lower()
     if "px are more than" in message or isinstance(error.__cause__, Image.DecompressionBombError):
@@ -107,10 +112,11 @@ def _image_error_kind(
         truncated = False
     return "truncated" if truncated else "unreadable"
 
+
 def _image_warnings(
-    name:str,  # As in the row
-    opened:Image.Image,  # The file
-)->list[Problem]:
+    name: str,  # As in the row
+    opened: Image.Image,  # The file
+) -> list[Problem]:
     "What is unusual about a file that decodes."
     form, frames = opened.format, getattr(opened, "n_frames", 1)
     if form == "MPO":  # a camera's JPEG with a preview inside
@@ -124,17 +130,17 @@ def _image_warnings(
     size = f"image {name!r} has {width}×{height} px"
     if min(width, height) < SMALL_SIDE:
         problems.append(Problem("tiny", f"{size}, less than {SMALL_SIDE} on a side."))
-    if max(width, height) > NARROW_RATIO*min(width, height):
+    if max(width, height) > NARROW_RATIO * min(width, height):
         problems.append(Problem("narrow", f"{size}, more than {NARROW_RATIO}:1."))
     return problems
 
 # %% ../nbs/33_doctor.ipynb #1e0a2778
 def image_problems(
-    image:str,  # Path of the image, as in a row
-    folder:str|Path,  # Image folder
-)->list[Problem]:
+    image: str,  # Path of the image, as in a row
+    folder: str | Path,  # Image folder
+) -> list[Problem]:
     "Decode an image as training does, and look at its header."
-    path = Path(folder)/image
+    path = Path(folder) / image
     try:
         open_image(image, folder)
         with Image.open(path, formats=FORMATS) as opened:
@@ -146,10 +152,10 @@ def image_problems(
 
 # %% ../nbs/33_doctor.ipynb #135c28ce
 def length_problems(
-    turns:list[dict],  # Turns that pass `check_turns`
-    processor:ProcessorMixin,  # A `DeltaLlavaProcessor`: tokenizer, template and budget of the training
-    max_length:int,  # Most tokens of a row, visual tokens included
-)->list[Problem]:
+    turns: list[dict],  # Turns that pass `check_turns`
+    processor: ProcessorMixin,  # A `DeltaLlavaProcessor`: tokenizer, template and budget of the training
+    max_length: int,  # Most tokens of a row, visual tokens included
+) -> list[Problem]:
     "Whether a row fits into the context."
     image, tokens = processor.image_token_id, processor.num_image_tokens()
     try:
@@ -162,14 +168,15 @@ def length_problems(
         return []
     return [Problem("over-long", f"{length} tokens are more than max_length={max_length}.")]
 
+
 def row_problems(
-    row:object,  # One entry of the JSON list
-    folder:str|Path,  # Image folder
-    text_rows:bool=True,  # Allow rows without an image
-    processor:ProcessorMixin|None=None,  # Measures lengths; `None` leaves them unknown
-    max_length:int=2048,  # Most tokens of a row
-    check_image:Callable|None=None,  # Finds problems of an image; `None` is `image_problems`
-)->list[Problem]:
+    row: object,  # One entry of the JSON list
+    folder: str | Path,  # Image folder
+    text_rows: bool = True,  # Allow rows without an image
+    processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
+    max_length: int = 2048,  # Most tokens of a row
+    check_image: Callable | None = None,  # Finds problems of an image; `None` is `image_problems`
+) -> list[Problem]:
     "All problems of one row by itself."
     try:
         path = check_row(row, folder, text_rows)
@@ -189,13 +196,15 @@ def row_problems(
 _ROLE_NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _ANY_MARK = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
 
+
 def _has_mark(
-    turns:list[dict],  # Of a row
-)->bool:
+    turns: list[dict],  # Of a row
+) -> bool:
     "Whether `<image>` occurs in any turn."
     return any("<image>" in turn["value"] for turn in turns)
 
-def _repair_turn(turn:dict)->dict:
+
+def _repair_turn(turn: dict) -> dict:
     "The turn with `from` and `value`, and with LLaVA's names of the roles."
     role = turn.get("from", turn.get("role"))
     if not isinstance(role, str):
@@ -204,11 +213,13 @@ def _repair_turn(turn:dict)->dict:
     value = turn.get("value", turn.get("content"))
     return {"from": _ROLE_NAMES.get(role.strip().lower(), role), "value": value, **others}
 
-def _repair_roles(row:dict, folder:Path)->dict:
+
+def _repair_roles(row: dict, folder: Path) -> dict:
     "Rename the roles, and the keys of the turns."
     return {**row, "conversations": [_repair_turn(turn) for turn in row["conversations"]]}
 
-def _repair_image(row:dict, folder:Path)->dict:
+
+def _repair_image(row: dict, folder: Path) -> dict:
     "Take the only path of a list; remove an empty path that no mark needs."
     image = row.get("image")
     if isinstance(image, list) and len(image) == 1:
@@ -219,28 +230,30 @@ def _repair_image(row:dict, folder:Path)->dict:
 
 # %% ../nbs/33_doctor.ipynb #a6fc0466
 def _other_extensions(
-    image:str,  # A path that does not exist
-    folder:Path,  # Image folder
-)->list[str]:
+    image: str,  # A path that does not exist
+    folder: Path,  # Image folder
+) -> list[str]:
     "Existing images of the same name with another extension."
     endings = [ending for ending, form in Image.registered_extensions().items() if form in FORMATS]
     candidates = [Path(image).with_suffix(ending).as_posix() for ending in endings]
-    return [candidate for candidate in candidates if (folder/candidate).is_file()]
+    return [candidate for candidate in candidates if (folder / candidate).is_file()]
 
-def _repair_path(row:dict, folder:Path)->dict:
+
+def _repair_path(row: dict, folder: Path) -> dict:
     "Find the file that the path means."
     image = row.get("image")
-    if not isinstance(image, str) or (folder/image).is_file():
+    if not isinstance(image, str) or (folder / image).is_file():
         return row
     image = image.strip()
-    if not (folder/image).is_file():
+    if not (folder / image).is_file():
         image = image.replace("\\", "/")
-    if (folder/image).is_file():
+    if (folder / image).is_file():
         return {**row, "image": image}
     others = _other_extensions(image, folder)
     return {**row, "image": others[0]} if len(others) == 1 else row
 
-def _repair_mark(row:dict, folder:Path)->dict:
+
+def _repair_mark(row: dict, folder: Path) -> dict:
     "Correct the spelling of the mark in the questions, or put it before the first one."
     turns = row["conversations"]
     if not isinstance(row.get("image"), str) or _has_mark(turns):
@@ -254,7 +267,8 @@ def _repair_mark(row:dict, folder:Path)->dict:
         turns[0]["value"] = f"<image>\n{turns[0]['value']}".strip()
     return {**row, "conversations": turns}
 
-def _repair_question(row:dict, folder:Path)->dict:
+
+def _repair_question(row: dict, folder: Path) -> dict:
     "Remove a last question without an answer, unless the image belongs to it."
     *turns, last = row["conversations"]
     answered = turns and len(turns) % 2 == 0
@@ -271,10 +285,11 @@ REPAIRS = {
     "question": _repair_question,
 }
 
+
 def repair_row(
-    row:dict,  # A row with an error
-    folder:str|Path,  # Image folder
-)->tuple[dict, list[str]]:  # The row as it might be meant, and the keys of `REPAIRS` that changed it
+    row: dict,  # A row with an error
+    folder: str | Path,  # Image folder
+) -> tuple[dict, list[str]]:  # The row as it might be meant, and the keys of `REPAIRS` that changed it
     "Try each repair. Whether the row can be trained on now is for `row_problems` to say."
     done = []
     for name, apply in REPAIRS.items():
@@ -291,29 +306,32 @@ def repair_row(
 @dataclass
 class RowResult:
     "What was found in one row of the file."
-    index:int  # Number in the file, from 0
-    id:str|None  # As in the row
-    outcome:Literal["kept", "repaired", "left out"]  # In the new index
-    problems:list[Problem]  # Of the row as it was; and those that kept a repaired one out
-    repairs:list[str]  # Keys of `REPAIRS`; of a row that is left out, none
-    text:str  # The row for the index, as JSON
-    length:int  # Characters of the row as it was
-    content:bytes  # Hash of image path and conversation
-    text_only:bool  # Whether the row has no image
+
+    index: int  # Number in the file, from 0
+    id: str | None  # As in the row
+    outcome: Literal["kept", "repaired", "left out"]  # In the new index
+    problems: list[Problem]  # Of the row as it was; and those that kept a repaired one out
+    repairs: list[str]  # Keys of `REPAIRS`; of a row that is left out, none
+    text: str  # The row for the index, as JSON
+    length: int  # Characters of the row as it was
+    content: bytes  # Hash of image path and conversation
+    text_only: bool  # Whether the row has no image
+
 
 def _content_hash(
-    fields:dict,  # The row
-)->bytes:  # 8 bytes
+    fields: dict,  # The row
+) -> bytes:  # 8 bytes
     "The same for rows with the same image path and conversation."
     content = json.dumps([fields.get("image"), fields.get("conversations")], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).digest()
 
+
 def _check_one(
-    index:int,  # Number in the file
-    text:str,  # The row as JSON
-    folder:Path,  # Image folder
-    find_problems:Callable,  # `row_problems` with its options
-)->RowResult:
+    index: int,  # Number in the file
+    text: str,  # The row as JSON
+    folder: Path,  # Image folder
+    find_problems: Callable,  # `row_problems` with its options
+) -> RowResult:
     "Check a row; if it has an error, repair it and check it again."
     row = json.loads(text)
     fields = row if isinstance(row, dict) else {}
@@ -328,41 +346,55 @@ def _check_one(
             outcome, repairs = "repaired", tried
             fields, text = repaired, json.dumps(repaired)
     own_id = fields.get("id")
-    return RowResult(index, None if own_id is None else str(own_id), outcome, problems, repairs, text, length,
-                     content, fields.get("image") is None)
+    return RowResult(
+        index,
+        None if own_id is None else str(own_id),
+        outcome,
+        problems,
+        repairs,
+        text,
+        length,
+        content,
+        fields.get("image") is None,
+    )
+
 
 def _check_chunk(
-    chunk:list[tuple[int, str]],  # Numbers and JSON of some rows that follow each other
-    folder:Path,  # Image folder
+    chunk: list[tuple[int, str]],  # Numbers and JSON of some rows that follow each other
+    folder: Path,  # Image folder
     **options,  # Of `row_problems`
-)->list[RowResult]:
+) -> list[RowResult]:
     "Check some rows; an image that several of them show is decoded once."
     of_image = {}
+
     def check_image(image, folder):
         if image not in of_image:
             of_image[image] = image_problems(image, folder)
         return of_image[image]
+
     find_problems = partial(row_problems, folder=folder, check_image=check_image, **options)
     return [_check_one(index, text, folder, find_problems) for index, text in chunk]
 
 # %% ../nbs/33_doctor.ipynb #ca9d3a4f
 def _start_worker(
-    options:dict,  # Of `_check_chunk`
-)->None:
+    options: dict,  # Of `_check_chunk`
+) -> None:
     "Give a process its options once; Ctrl-C is left to the first process."
     global _check_chunk_here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _check_chunk_here = partial(_check_chunk, **options)
 
-def _work(chunk:list[tuple[int, str]])->list[RowResult]:
+
+def _work(chunk: list[tuple[int, str]]) -> list[RowResult]:
     "`_check_chunk` in a worker process."
     return _check_chunk_here(chunk)
 
+
 def _in_order(
-    pool:Executor,  # Does the work
-    chunks:Iterable[list],  # Of rows
-    ahead:int,  # Most chunks in progress
-)->Iterator[list[RowResult]]:
+    pool: Executor,  # Does the work
+    chunks: Iterable[list],  # Of rows
+    ahead: int,  # Most chunks in progress
+) -> Iterator[list[RowResult]]:
     "Results in the order of the chunks."
     pending = deque()
     for chunk in chunks:
@@ -374,10 +406,10 @@ def _in_order(
 
 # %% ../nbs/33_doctor.ipynb #0b5b5531
 def _iterate_results(
-    file:str|Path,  # JSON list of rows, or JSON lines
-    workers:int,  # Processes; 1 works in this one
-    options:dict,  # Of `_check_chunk`
-)->Iterator[RowResult]:
+    file: str | Path,  # JSON list of rows, or JSON lines
+    workers: int,  # Processes; 1 works in this one
+    options: dict,  # Of `_check_chunk`
+) -> Iterator[RowResult]:
     "Results of all rows, in the order of the file."
     texts = enumerate(text for _, text in read_rows(file))
     chunks = iter(lambda: list(islice(texts, 64)), [])
@@ -387,48 +419,54 @@ def _iterate_results(
         else:
             pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options,))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            results = _in_order(pool, chunks, 3*workers)
+            results = _in_order(pool, chunks, 3 * workers)
         try:
             for chunk in results:
                 yield from chunk
         except BrokenProcessPool as e:
-            raise ValueError(f"workers={workers}: one of them was killed, perhaps because memory ran out; "
-                             "use fewer.") from e
+            raise ValueError(
+                f"workers={workers}: one of them was killed, perhaps because memory ran out; use fewer."
+            ) from e
+
 
 def check_rows(
-    file:str|Path,  # JSON list of rows, or JSON lines
-    folder:str|Path,  # Image folder
-    workers:int=1,  # Processes; 1 works in this one
+    file: str | Path,  # JSON list of rows, or JSON lines
+    folder: str | Path,  # Image folder
+    workers: int = 1,  # Processes; 1 works in this one
     **options,  # `text_rows`, `processor` and `max_length` of `row_problems`
-)->Iterator[RowResult]:  # In the order of the file
+) -> Iterator[RowResult]:  # In the order of the file
     "Check every row of a file."
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more.")
     if not Path(folder).is_dir():
-        raise ValueError(f"images={str(folder)!r} is not a folder; "
-                         "name the one that the paths of the rows start from.")
+        raise ValueError(
+            f"images={str(folder)!r} is not a folder; name the one that the paths of the rows start from."
+        )
     next(read_rows(file), None)  # a file that is no list of rows is an error now
     return _iterate_results(file, workers, dict(options, folder=Path(folder)))
 
 # %% ../nbs/33_doctor.ipynb #4512751b
 OUTCOMES = ("kept", "repaired", "left out")
 
+
 @dataclass
 class DatasetReport:
     "What was found in a file."
-    file:str  # The data
-    images:str  # Its image folder
-    checked:dict  # Options of the check
-    rows:int=0  # Rows in the file
-    outcomes:Counter=field(default_factory=Counter)  # Rows kept, repaired and left out
-    text_only:int=0  # Rows without an image in the new index
-    problems:Counter=field(default_factory=Counter)  # Rows with each kind of problem
-    repairs:Counter=field(default_factory=Counter)  # Rows with each kind of repair
-    found:list[RowResult]=field(default_factory=list)  # Rows with a problem
-    index:dict|None=None  # Name and SHA-256 of the new index
 
-    def add(self,
-        result:RowResult,  # Of the next row
+    file: str  # The data
+    images: str  # Its image folder
+    checked: dict  # Options of the check
+    rows: int = 0  # Rows in the file
+    outcomes: Counter = field(default_factory=Counter)  # Rows kept, repaired and left out
+    text_only: int = 0  # Rows without an image in the new index
+    problems: Counter = field(default_factory=Counter)  # Rows with each kind of problem
+    repairs: Counter = field(default_factory=Counter)  # Rows with each kind of repair
+    found: list[RowResult] = field(default_factory=list)  # Rows with a problem
+    index: dict | None = None  # Name and SHA-256 of the new index
+
+    def add(
+        self,
+        result: RowResult,  # Of the next row
     ):
         "Count a row."
         self.rows += 1
@@ -439,34 +477,40 @@ class DatasetReport:
         if result.problems:
             self.found.append(result)
 
-    def to_json(self)->str:
+    def to_json(self) -> str:
         "Counts, and every row with a problem, in the order of the file."
         return report_json(self)
 
-    def summary(self,
-        examples:int=3,  # Rows that are named for each problem
-    )->str:
+    def summary(
+        self,
+        examples: int = 3,  # Rows that are named for each problem
+    ) -> str:
         "The report as text."
         return report_text(self, examples)
 
 # %% ../nbs/33_doctor.ipynb #ff8699e7
 def _result_json(
-    result:RowResult,  # A row with a problem
-)->dict:
+    result: RowResult,  # A row with a problem
+) -> dict:
     "A row of `report.json`."
     problems = []
     for p in result.problems:
         level, hint = PROBLEMS[p.kind]
         problems.append(dict(kind=p.kind, level=level, message=p.message, hint=hint))
-    return dict(index=result.index, id=result.id, outcome=result.outcome, repairs=result.repairs,
-                problems=problems)
+    return dict(
+        index=result.index, id=result.id, outcome=result.outcome, repairs=result.repairs, problems=problems
+    )
+
 
 def report_json(
-    report:DatasetReport,  # Complete
-)->str:
+    report: DatasetReport,  # Complete
+) -> str:
     "Counts, and every row with a problem, in the order of the file."
     content = dict(
-        file=report.file, images=report.images, checked=report.checked, rows=report.rows,
+        file=report.file,
+        images=report.images,
+        checked=report.checked,
+        rows=report.rows,
         text_only=report.text_only,
         problems={kind: report.problems[kind] for kind in PROBLEMS},
         repairs={name: report.repairs[name] for name in REPAIRS},
@@ -476,11 +520,12 @@ def report_json(
     )
     return json.dumps(content, indent=1) + "\n"
 
+
 def _problem_text(
-    report:DatasetReport,  # Complete
-    kind:str,  # A key of `PROBLEMS`
-    examples:int,  # Rows that are named
-)->str:
+    report: DatasetReport,  # Complete
+    kind: str,  # A key of `PROBLEMS`
+    examples: int,  # Rows that are named
+) -> str:
     "Count, hint and examples of one kind of problem."
     level, hint = PROBLEMS[kind]
     rows = [r for r in report.found if any(p.kind == kind for p in r.problems)]
@@ -488,10 +533,11 @@ def _problem_text(
     more = ", …" if report.problems[kind] > examples else ""
     return f"\n{level:8}{kind:20}{report.problems[kind]:8}   {hint}\n{'':39}{names}{more}"
 
+
 def report_text(
-    report:DatasetReport,  # Complete
-    examples:int=3,  # Rows that are named for each problem
-)->str:
+    report: DatasetReport,  # Complete
+    examples: int = 3,  # Rows that are named for each problem
+) -> str:
     "The report as text."
     counts = ", ".join(f"{report.outcomes[name]} {name}" for name in OUTCOMES)
     lines = [f"{report.file}: {report.rows} rows, {counts}."]
@@ -504,18 +550,20 @@ def report_text(
 # %% ../nbs/33_doctor.ipynb #bef360d0
 class _IndexWriter:
     "A JSON list that is written row by row."
-    def __init__(self,
-        file:TextIO,  # Open for writing
+
+    def __init__(
+        self,
+        file: TextIO,  # Open for writing
     ):
         self.file = file
         self.rows = 0
         self.sha256 = hashlib.sha256()
 
-    def write(self, text:str):
+    def write(self, text: str):
         self.file.write(text)
         self.sha256.update(text.encode())
 
-    def add(self, text:str):
+    def add(self, text: str):
         self.write((",\n" if self.rows else "[\n") + text)
         self.rows += 1
 
@@ -524,11 +572,12 @@ class _IndexWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+
 def _add_duplicates(
-    result:RowResult,  # Gets the problem
-    ids:dict[bytes, int],  # Hash of each id so far, and its first row
-    contents:dict[bytes, int],  # Hash of each content so far, and its first row
-)->None:
+    result: RowResult,  # Gets the problem
+    ids: dict[bytes, int],  # Hash of each id so far, and its first row
+    contents: dict[bytes, int],  # Hash of each content so far, and its first row
+) -> None:
     "Compare a row with all rows before it."
     same_content = contents.setdefault(result.content, result.index)
     if same_content != result.index:
@@ -543,11 +592,11 @@ def _add_duplicates(
 
 # %% ../nbs/33_doctor.ipynb #17d15c9d
 def _collect(
-    report:DatasetReport,  # Counts the rows
-    results:Iterator[RowResult],  # From `check_rows`
-    index:_IndexWriter|None,  # Gets the rows to train on
-    size:int,  # Of the file, bytes: for the progress bar
-)->None:
+    report: DatasetReport,  # Counts the rows
+    results: Iterator[RowResult],  # From `check_rows`
+    index: _IndexWriter | None,  # Gets the rows to train on
+    size: int,  # Of the file, bytes: for the progress bar
+) -> None:
     "Count every row, look for duplicates, and write the index."
     ids, contents = {}, {}
     with tqdm(desc="doctor", total=size, unit="B", unit_scale=True) as bar:
@@ -563,33 +612,37 @@ def _collect(
         index.close()
         report.index = dict(name="index.json", rows=index.rows, sha256=index.sha256.hexdigest())
 
+
 def check_dataset(
-    file:str|Path,  # JSON list of rows, or JSON lines (`.jsonl`)
-    images:str|Path|None=None,  # Image folder; `None` is the folder of `file`
-    out:str|Path|None=None,  # Folder for `index.json`, `report.json`, `report.txt`; `None` writes nothing
-    text_rows:bool=True,  # Allow rows without an image
-    processor:ProcessorMixin|None=None,  # Measures lengths; `None` leaves them unknown
-    max_length:int=2048,  # Most tokens of a row, if there is a processor
-    workers:int=1,  # Processes
-)->DatasetReport:
+    file: str | Path,  # JSON list of rows, or JSON lines (`.jsonl`)
+    images: str | Path | None = None,  # Image folder; `None` is the folder of `file`
+    out: str
+    | Path
+    | None = None,  # Folder for `index.json`, `report.json`, `report.txt`; `None` writes nothing
+    text_rows: bool = True,  # Allow rows without an image
+    processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
+    max_length: int = 2048,  # Most tokens of a row, if there is a processor
+    workers: int = 1,  # Processes
+) -> DatasetReport:
     "Check a data set, and write an index of the rows to train on."
     file = Path(file)
     folder = file.parent if images is None else Path(images)
-    if out is not None and (Path(out)/"index.json").resolve() == file.resolve():
+    if out is not None and (Path(out) / "index.json").resolve() == file.resolve():
         raise ValueError(f"out={str(out)!r} would write the new index over the data; name another folder.")
     checked = dict(text_rows=text_rows, max_length=max_length if processor else None)
     report = DatasetReport(str(file), str(folder), checked)
-    results = check_rows(file, folder, workers, text_rows=text_rows, processor=processor,
-                         max_length=max_length)
+    results = check_rows(
+        file, folder, workers, text_rows=text_rows, processor=processor, max_length=max_length
+    )
     with ExitStack() as stack:
         stack.callback(results.close)
         index = None
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
-            temporary = stack.enter_context(atomic_path(Path(out)/"index.json"))
+            temporary = stack.enter_context(atomic_path(Path(out) / "index.json"))
             index = _IndexWriter(stack.enter_context(temporary.open("w", encoding="utf-8", newline="")))
         _collect(report, results, index, file.stat().st_size)
     if out is not None:
-        write_atomic(Path(out)/"report.txt", report.summary())
-        write_atomic(Path(out)/"report.json", report.to_json())
+        write_atomic(Path(out) / "report.txt", report.summary())
+        write_atomic(Path(out) / "report.json", report.to_json())
     return report

@@ -34,87 +34,95 @@ from .vlm import DeltaLlavaForConditionalGeneration
 # %% ../nbs/43_evaluate.ipynb #06bff80e
 @torch.no_grad()
 def encode_images(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    features:torch.utils.data.Dataset|Sequence|Tensor,  # Patch features of each image, from `cache_features`
-    tokens:int|None=None,  # Budget $V$; `None` takes the model's
-    batch_size:int=32,  # Images in one pass
-    question:dict|None=None,  # From `encode_questions`, for projectors that read the question
-)->Float[Tensor, "b v d"]:  # Visual tokens of each image
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    features: torch.utils.data.Dataset
+    | Sequence
+    | Tensor,  # Patch features of each image, from `cache_features`
+    tokens: int | None = None,  # Budget $V$; `None` takes the model's
+    batch_size: int = 32,  # Images in one pass
+    question: dict | None = None,  # From `encode_questions`, for projectors that read the question
+) -> Float[Tensor, "b v d"]:  # Visual tokens of each image
     "The projector's output for many images."
     if model.training:
-        raise ValueError("the model is in training mode, where DropPath changes every pass; call "
-                         "model.eval() first.")
+        raise ValueError(
+            "the model is in training mode, where DropPath changes every pass; call model.eval() first."
+        )
     if not len(features):
         raise ValueError("features hold no image; give at least one.")
     visual = []
     for batch in batches(features, batch_size):
         n = len(VisionFeatures.of(batch).levels)
-        inputs = {key: value.to(model.device).expand(n, -1) for key,value in (question or {}).items()}
+        inputs = {key: value.to(model.device).expand(n, -1) for key, value in (question or {}).items()}
         visual += model.get_image_features(vision_features=batch, tokens=tokens, **inputs).pooler_output
     return torch.stack(visual)
 
+
 def _check_paired(
-    rows:Sequence,  # One for each image
-    items:Sequence|Tensor,  # What belongs to the rows
-    what:str="images",  # Their name in the error
-)->None:
+    rows: Sequence,  # One for each image
+    items: Sequence | Tensor,  # What belongs to the rows
+    what: str = "images",  # Their name in the error
+) -> None:
     "Error unless there are as many items as rows, and at least one."
     if len(rows) != len(items) or not len(rows):
-        raise ValueError(f"{len(items)} {what} for {len(rows)} rows; each row needs one, and there must be a "
-                         f"row.")
+        raise ValueError(
+            f"{len(items)} {what} for {len(rows)} rows; each row needs one, and there must be a row."
+        )
+
 
 def _requests(
-    question:str,  # The same about every image
-    visual:Float[Tensor, "b v d"],  # Visual tokens of each image
-)->list[Request]:
+    question: str,  # The same about every image
+    visual: Float[Tensor, "b v d"],  # Visual tokens of each image
+) -> list[Request]:
     "One question about each image."
     return [Request(question, visual_tokens=image[None]) for image in visual]
 
 # %% ../nbs/43_evaluate.ipynb #b0570a61
 def answer_losses(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor:DeltaLlavaProcessor,  # Its processor
-    rows:Sequence[dict],  # With `conversations`
-    visual:Float[Tensor, "b v d"],  # Visual tokens for each row: of its own image, or of another
-    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
-    batch_size:int=16,  # Answers in one pass
-)->Float[Tensor, "b"]:  # Nats per token of each row's answers (@eq-shuffle)
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    processor: DeltaLlavaProcessor,  # Its processor
+    rows: Sequence[dict],  # With `conversations`
+    visual: Float[Tensor, "b v d"],  # Visual tokens for each row: of its own image, or of another
+    tokens: int | None = None,  # Budget $V$, where the LLM itself drops visual tokens
+    batch_size: int = 16,  # Answers in one pass
+) -> Float[Tensor, "b"]:  # Nats per token of each row's answers (@eq-shuffle)
     "How unlikely the answers of each row are, given the visual tokens."
     _check_paired(rows, visual)
-    requests,answers,row_numbers = [], [], []
-    for i,row in enumerate(rows):
+    requests, answers, row_numbers = [], [], []
+    for i, row in enumerate(rows):
         messages = as_messages(row["conversations"])
-        for turn,message in enumerate(messages):
+        for turn, message in enumerate(messages):
             if message["role"] == "assistant":
-                requests.append(Request(messages[:turn], visual_tokens=visual[i:i+1]))
+                requests.append(Request(messages[:turn], visual_tokens=visual[i : i + 1]))
                 answers.append(message["content"])
                 row_numbers.append(i)
-    scores = Answerer(model, processor).log_likelihoods(requests, answers, tokens=tokens,
-                                                        batch_size=batch_size, end_of_turn=True)
+    scores = Answerer(model, processor).log_likelihoods(
+        requests, answers, tokens=tokens, batch_size=batch_size, end_of_turn=True
+    )
     sums = torch.zeros(2, len(rows), dtype=torch.float64)
-    for i,score in zip(row_numbers, scores, strict=True):
+    for i, score in zip(row_numbers, scores, strict=True):
         sums[:, i] += torch.tensor([-score.log_likelihood, score.n_tokens])
-    return (sums[0]/sums[1]).float()
+    return (sums[0] / sums[1]).float()
 
 # %% ../nbs/43_evaluate.ipynb #954fc4f3
 def derangement(
-    n:int,  # Images
-    seed:int=0,  # Of the draw
-)->Tensor:  # For each image the number of another one
+    n: int,  # Images
+    seed: int = 0,  # Of the draw
+) -> Tensor:  # For each image the number of another one
     "A random permutation without fixed points."
     if n < 2:
         raise ValueError(f"n={n} must be at least 2: one image alone has no other.")
     ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(ring).scatter_(0, ring, ring.roll(1))
 
+
 def matched_mismatched_loss(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor:DeltaLlavaProcessor,  # Its processor
-    rows:Sequence[dict],  # Captions, one row for each image
-    visual:Float[Tensor, "b v d"],  # Visual tokens of the rows' own images
-    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
-    seed:int=0,  # Of the derangement
-)->dict[str, float]:  # `matched_loss`, `mismatched_loss` (nats per token), and `p` of the paired test
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    processor: DeltaLlavaProcessor,  # Its processor
+    rows: Sequence[dict],  # Captions, one row for each image
+    visual: Float[Tensor, "b v d"],  # Visual tokens of the rows' own images
+    tokens: int | None = None,  # Budget $V$, where the LLM itself drops visual tokens
+    seed: int = 0,  # Of the derangement
+) -> dict[str, float]:  # `matched_loss`, `mismatched_loss` (nats per token), and `p` of the paired test
     "Loss of each caption with its own image and with another one (@eq-shuffle)."
     matched = answer_losses(model, processor, rows, visual, tokens)
     mismatched = answer_losses(model, processor, rows, visual[derangement(len(visual), seed)], tokens)
@@ -123,38 +131,39 @@ def matched_mismatched_loss(
 
 # %% ../nbs/43_evaluate.ipynb #f5e5c305
 def _candidates(
-    rows:Sequence[dict],  # Planted scenes, with `objects`
-    n:int,  # Names for each
-    seed:int,  # Of the draws
-)->list[list[str]]:  # The first name of each list is in the image, the others are not
+    rows: Sequence[dict],  # Planted scenes, with `objects`
+    n: int,  # Names for each
+    seed: int,  # Of the draws
+) -> list[list[str]]:  # The first name of each list is in the image, the others are not
     "One object of each scene, and objects that it does not show."
     rng = np.random.default_rng(seed)
     lists = []
     for row in rows:
         shown = [o["name"] for o in row["objects"]]
         absent = [name for name in concept_names() if name not in shown]
-        lists.append([str(rng.choice(shown)), *map(str, rng.choice(absent, n-1, replace=False))])
+        lists.append([str(rng.choice(shown)), *map(str, rng.choice(absent, n - 1, replace=False))])
     return lists
 
+
 def _name_answer(
-    name:str,  # Of an object
-)->str:  # `A fox`
+    name: str,  # Of an object
+) -> str:  # `A fox`
     "The answer that names one object; without a full stop, as more objects may follow."
     text = with_article(name)
     return text[0].upper() + text[1:]
 
 # %% ../nbs/43_evaluate.ipynb #4d94688e
 def forced_choice_accuracy(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor:DeltaLlavaProcessor,  # Its processor
-    rows:Sequence[dict],  # Planted scenes, one row for each image
-    visual:Float[Tensor, "b v d"],  # Their visual tokens
-    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
-    question:str="<image>\nWhat is in the picture?",  # Prompt; the names are its answers
-    candidates:int=16,  # Names for each image, one of which is correct
-    seed:int=0,  # Of the candidates
-    batch_size:int=8,  # Images in one pass
-)->float:  # Fraction of the images whose most likely name is correct; chance is 1/candidates
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    processor: DeltaLlavaProcessor,  # Its processor
+    rows: Sequence[dict],  # Planted scenes, one row for each image
+    visual: Float[Tensor, "b v d"],  # Their visual tokens
+    tokens: int | None = None,  # Budget $V$, where the LLM itself drops visual tokens
+    question: str = "<image>\nWhat is in the picture?",  # Prompt; the names are its answers
+    candidates: int = 16,  # Names for each image, one of which is correct
+    seed: int = 0,  # Of the candidates
+    batch_size: int = 8,  # Images in one pass
+) -> float:  # Fraction of the images whose most likely name is correct; chance is 1/candidates
     "Forced choice among names, by likelihood."
     _check_paired(rows, visual)
     most = len(concept_names()) - 3  # a scene shows up to four objects
@@ -163,88 +172,101 @@ def forced_choice_accuracy(
     choices = []
     for names in _candidates(rows, candidates, seed):
         choices.append([_name_answer(name) for name in names])
-    found = Answerer(model, processor).choice_log_likelihoods(_requests(question, visual), choices,
-                                                              tokens=tokens, batch_size=batch_size)
+    found = Answerer(model, processor).choice_log_likelihoods(
+        _requests(question, visual), choices, tokens=tokens, batch_size=batch_size
+    )
     correct = []
-    for first,*others in found:  # neither a tie nor a NaN is correct
+    for first, *others in found:  # neither a tie nor a NaN is correct
         correct.append(all(first.log_likelihood > other.log_likelihood for other in others))
-    return sum(correct)/len(correct)
+    return sum(correct) / len(correct)
 
 # %% ../nbs/43_evaluate.ipynb #e28eabf3
 def generate_captions(
-    model:DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor:DeltaLlavaProcessor,  # Its processor
-    visual:Float[Tensor, "b v d"],  # Visual tokens of each image
-    tokens:int|None=None,  # Budget $V$, where the LLM itself drops visual tokens
-    question:str="<image>\nWhat is in the picture?",  # Prompt
-    max_new_tokens:int=24,  # Longest caption, tokens
-    batch_size:int=16,  # Images in one pass
-)->list[str]:  # Greedy decoding: the same every time
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    processor: DeltaLlavaProcessor,  # Its processor
+    visual: Float[Tensor, "b v d"],  # Visual tokens of each image
+    tokens: int | None = None,  # Budget $V$, where the LLM itself drops visual tokens
+    question: str = "<image>\nWhat is in the picture?",  # Prompt
+    max_new_tokens: int = 24,  # Longest caption, tokens
+    batch_size: int = 16,  # Images in one pass
+) -> list[str]:  # Greedy decoding: the same every time
     "The model's caption of each image."
     if not len(visual):
         raise ValueError("visual holds no image; give the visual tokens of at least one.")
-    return Answerer(model, processor).generate(_requests(question, visual), tokens=tokens,
-                                               batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return Answerer(model, processor).generate(
+        _requests(question, visual), tokens=tokens, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
 
 # %% ../nbs/43_evaluate.ipynb #889bf9be
 def normalize_text(
-    text:str,  # An answer
-)->str:
+    text: str,  # An answer
+) -> str:
     "Its words in lower case, without punctuation."
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
+
 def mentioned_objects(
-    text:str,  # A caption
-)->set[str]:  # Of `concept_names()`
+    text: str,  # A caption
+) -> set[str]:  # Of `concept_names()`
     "The objects that a caption names, in singular or plural."
     forms = {name: name for name in concept_names()}
     forms |= {name[:-1] + "ies": name for name in concept_names() if name.endswith("y")}
     words = re.findall(rf"\b({'|'.join(forms)})(?:s|es)?\b", text.lower())
     return {forms[word] for word in words}
 
+
 def object_scores(
-    captions:Sequence[str],  # One for each image
-    rows:Sequence[dict],  # Planted scenes, with `objects`
-)->dict[str, float]:  # `precision`, `recall`, `f1` over all names, and `exact_match` over the images
+    captions: Sequence[str],  # One for each image
+    rows: Sequence[dict],  # Planted scenes, with `objects`
+) -> dict[str, float]:  # `precision`, `recall`, `f1` over all names, and `exact_match` over the images
     "Which of the planted objects the captions name."
     _check_paired(rows, captions, "captions")
-    hits,mentioned,shown,exact = 0, 0, 0, 0
-    for caption,row in zip(captions, rows, strict=True):
-        names,objects = mentioned_objects(caption), {o["name"] for o in row["objects"]}
+    hits, mentioned, shown, exact = 0, 0, 0, 0
+    for caption, row in zip(captions, rows, strict=True):
+        names, objects = mentioned_objects(caption), {o["name"] for o in row["objects"]}
         hits += len(names & objects)
         mentioned += len(names)
         shown += len(objects)
         exact += names == objects
-    return dict(precision=hits/mentioned if mentioned else 0., recall=hits/shown,
-                f1=2*hits/(mentioned + shown), exact_match=exact/len(rows))
+    return dict(
+        precision=hits / mentioned if mentioned else 0.0,
+        recall=hits / shown,
+        f1=2 * hits / (mentioned + shown),
+        exact_match=exact / len(rows),
+    )
 
 # %% ../nbs/43_evaluate.ipynb #98935296
 def reference_captions(
-    row:dict,  # A planted scene, with `objects`
-)->list[str]:  # One for each phrasing
+    row: dict,  # A planted scene, with `objects`
+) -> list[str]:  # One for each phrasing
     "The true captions of a scene."
     objects = join_phrases([with_article(o["name"]) for o in row["objects"]])
-    return [answer.format(objects) for _,answer in PHRASINGS["caption"]]
+    return [answer.format(objects) for _, answer in PHRASINGS["caption"]]
+
 
 def cider(
-    captions:Sequence[str],  # One for each image
-    references:Sequence[Sequence[str]],  # Some for each image
-)->float:  # In the paper's unit: a caption like all its references has 1000
+    captions: Sequence[str],  # One for each image
+    references: Sequence[Sequence[str]],  # Some for each image
+) -> float:  # In the paper's unit: a caption like all its references has 1000
     "Similarity of captions to references (@eq-cider)."
     if find_spec("pycocoevalcap") is None:
         raise ImportError("CIDEr needs the package pycocoevalcap: pip install 'delta-llava[captions]'.")
     from pycocoevalcap.cider.cider import Cider
+
     if len(captions) != len(references) or len(captions) < 2:
-        raise ValueError(f"{len(captions)} captions for {len(references)} images: each needs one, and there "
-                         f"must be two, or all weights are zero.")
-    found = {i: [normalize_text(caption)] for i,caption in enumerate(captions)}
-    wanted = {i: list(map(normalize_text, texts)) for i,texts in enumerate(references)}
-    return 100*float(Cider().compute_score(wanted, found)[0])
+        raise ValueError(
+            f"{len(captions)} captions for {len(references)} images: each needs one, and there "
+            f"must be two, or all weights are zero."
+        )
+    found = {i: [normalize_text(caption)] for i, caption in enumerate(captions)}
+    wanted = {i: list(map(normalize_text, texts)) for i, texts in enumerate(references)}
+    return 100 * float(Cider().compute_score(wanted, found)[0])
+
 
 def score_captions(
-    captions:Sequence[str],  # One for each image
-    rows:Sequence[dict],  # Planted scenes
-)->dict[str, float|None]:  # `object_scores`, `cider`, and `cider_reference` of true captions
+    captions: Sequence[str],  # One for each image
+    rows: Sequence[dict],  # Planted scenes
+) -> dict[str, float | None]:  # `object_scores`, `cider`, and `cider_reference` of true captions
     "All scores of captions; both CIDErs are `None` without pycocoevalcap."
     scores = object_scores(captions, rows) | dict(cider=None, cider_reference=None)
     if find_spec("pycocoevalcap") is None:
@@ -255,85 +277,107 @@ def score_captions(
 
 # %% ../nbs/43_evaluate.ipynb #5aec911b
 @cache
-def paper_tables()->dict:
+def paper_tables() -> dict:
     "The paper's tables with their warnings, the benchmarks, and our names of its systems."
-    return json.loads((files("delta_llava")/"paper.json").read_text(encoding="utf-8"))
+    return json.loads((files("delta_llava") / "paper.json").read_text(encoding="utf-8"))
 
-def _table(number:int)->dict:
+
+def _table(number: int) -> dict:
     "One of the paper's tables."
     if str(number) not in paper_tables()["tables"]:
         raise ValueError(f"number={number} must be one of 1..6, the paper's tables.")
     return paper_tables()["tables"][str(number)]
 
-def _table_rows(table:dict)->list[dict[str, str]]:
+
+def _table_rows(table: dict) -> list[dict[str, str]]:
     "The rows of a table, each as column -> printed text."
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
-def _number(printed:str)->float|None:
+
+def _number(printed: str) -> float | None:
     "As a number; a time in seconds; `None` for a dash."
     if printed == "–":
         return None
     if ":" not in printed:
         return float(printed)
-    hours,minutes,seconds = map(int, printed.split(":"))
-    return float(3600*hours + 60*minutes + seconds)
+    hours, minutes, seconds = map(int, printed.split(":"))
+    return float(3600 * hours + 60 * minutes + seconds)
 
 # %% ../nbs/43_evaluate.ipynb #88b4730c
 _KEYS = ("system", "llm", "tokens")  # columns that name a row; the others hold numbers
 
-def _lettered_warnings(table:dict)->list[tuple[str, dict]]:
+
+def _lettered_warnings(table: dict) -> list[tuple[str, dict]]:
     "The warnings of a table with the letters that mark their cells."
     return list(zip("abcdefghij", table["warnings"], strict=False))
 
-def _concerns(where:dict, row:dict, column:str)->bool:
+
+def _concerns(where: dict, row: dict, column: str) -> bool:
     "Whether one selector of a warning picks a cell. Without a column it picks all numbers of its rows."
     if "column" not in where and column in _KEYS:
         return False
-    return all((column if key == "column" else row[key]) in values for key,values in where.items())
+    return all((column if key == "column" else row[key]) in values for key, values in where.items())
 
-def _warning_letters(table:dict, row:dict, column:str)->str:
+
+def _warning_letters(table: dict, row: dict, column: str) -> str:
     "Letters of the warnings that concern a cell."
     if row[column] == "–":
         return ""
-    letters = [letter for letter,warning in _lettered_warnings(table)
-               if any(_concerns(where, row, column) for where in warning["cells"])]
+    letters = [
+        letter
+        for letter, warning in _lettered_warnings(table)
+        if any(_concerns(where, row, column) for where in warning["cells"])
+    ]
     return "".join(letters)
 
+
 def paper_cells(
-    number:int,  # Of the table
-)->list[dict]:  # `table`, `source`, `system`, `llm`, `tokens`, `column`, `printed`, `value`, `warnings`
+    number: int,  # Of the table
+) -> list[dict]:  # `table`, `source`, `system`, `llm`, `tokens`, `column`, `printed`, `value`, `warnings`
     "Every number of one of the paper's tables (times in s), with the warnings that concern it, for pandas."
     table = _table(number)
-    texts = {letter: f"{warning['says']} ({warning['evidence']})"
-             for letter,warning in _lettered_warnings(table)}
+    texts = {
+        letter: f"{warning['says']} ({warning['evidence']})" for letter, warning in _lettered_warnings(table)
+    }
     cells = []
     for row in _table_rows(table):
-        for column in table["columns"][len(_KEYS):]:
+        for column in table["columns"][len(_KEYS) :]:
             warnings = [texts[letter] for letter in _warning_letters(table, row, column)]
-            cells.append(dict(table=number, source=table["source"], **{key: row[key] for key in _KEYS},
-                              column=column, printed=row[column], value=_number(row[column]),
-                              warnings=warnings))
+            cells.append(
+                dict(
+                    table=number,
+                    source=table["source"],
+                    **{key: row[key] for key in _KEYS},
+                    column=column,
+                    printed=row[column],
+                    value=_number(row[column]),
+                    warnings=warnings,
+                )
+            )
     return cells
 
 # %% ../nbs/43_evaluate.ipynb #2e4c390f
 def mean_and_range(
-    values:Sequence[float],  # One for each seed
-    form:str=".0%",  # Of the numbers
-)->str:  # `mean (lowest–highest, n=…)`
+    values: Sequence[float],  # One for each seed
+    form: str = ".0%",  # Of the numbers
+) -> str:  # `mean (lowest–highest, n=…)`
     "Several seeds in one cell."
     return f"{np.mean(values):{form}} ({min(values):{form}}–{max(values):{form}}, n={len(values)})"
 
-def _existing_record(runs:Path, name:str)->dict|None:
-    "A record with today's names; `None` if it is not there."
-    return read_record(runs/name) if (runs/name).exists() else None
 
-def _mean_over_sets(scores:Mapping, tokens:str)->float:
+def _existing_record(runs: Path, name: str) -> dict | None:
+    "A record with today's names; `None` if it is not there."
+    return read_record(runs / name) if (runs / name).exists() else None
+
+
+def _mean_over_sets(scores: Mapping, tokens: str) -> float:
     "Forced-choice accuracy at one budget, mean over the held-out sets."
     return float(np.mean([budgets[tokens]["forced_choice_accuracy"] for budgets in scores.values()]))
 
+
 def accuracy_by_system(
-    record:dict,  # Of the comparison of compressors
-)->dict[tuple[str, int|None], list[float]]:  # (system, budget) -> a value for each seed
+    record: dict,  # Of the comparison of compressors
+) -> dict[tuple[str, int | None], list[float]]:  # (system, budget) -> a value for each seed
     "Forced-choice accuracy of closed-form initialized runs, mean over the sets; `None` is all patches."
     found = {}
     for run in record["result"]:
@@ -345,51 +389,57 @@ def accuracy_by_system(
             found.setdefault(key, []).append(_mean_over_sets(run["scores"], tokens))
     return found
 
+
 def caption_scores_by_system(
-    record:dict,  # Of `benchmarks/captions.py`
-    score:str,  # Such as `"cider"`
-)->dict[tuple[str, int|None], list[float]]:  # (system, budget) -> a value for each seed
+    record: dict,  # Of `benchmarks/captions.py`
+    score: str,  # Such as `"cider"`
+) -> dict[tuple[str, int | None], list[float]]:  # (system, budget) -> a value for each seed
     "A score of the captions, mean over the held-out sets; budget `None` is all patches."
     by_seed = {}
     for run in record["result"]:
         budget = None if run["tokens"] == record["patches"] else run["tokens"]
         by_seed.setdefault((run["compressor"], budget, run["seed"]), []).append(run[score])
     found = {}
-    for (system,budget,_),values in by_seed.items():
+    for (system, budget, _), values in by_seed.items():
         found.setdefault((system, budget), []).append(float(np.mean(values)))
     return found
 
-def _step_times(record:dict, stage:str)->dict[tuple[str, int|None], str]:
+
+def _step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
     "Time of a training step relative to LLaVA's: median, lowest and highest repeat."
     found = {}
     for run in record["result"]:
         if run["stage"] == stage:
-            middle,low,high = run["ratio"]
+            middle, low, high = run["ratio"]
             budget = run["tokens"] if run["tokens"] < 576 else None
             found["delta", budget] = f"{middle:.2f} ({low:.2f}–{high:.2f}, {record['repeats']} repeats)"
     return found
 
 # %% ../nbs/43_evaluate.ipynb #85e43f79
-def _recorded_texts(number:int, runs:Path)->dict[str, dict[tuple[str, int|None], str]]:
+def _recorded_texts(number: int, runs: Path) -> dict[str, dict[tuple[str, int | None], str]]:
     "Heading -> (system, budget) -> text, of every record that belongs beside a table."
     columns = {}
     for name in ("compare.json", "compare-short.json") if number == 1 else ():
         if record := _existing_record(runs, name):
-            steps,batch = record["settings"]["max_steps"], record["settings"]["batch_size"]
+            steps, batch = record["settings"]["max_steps"], record["settings"]["batch_size"]
             accuracy = accuracy_by_system(record)
             columns[f"here: forced choice, planted scenes, {steps}×{batch} images"] = {
-                key: mean_and_range(values) for key,values in accuracy.items()}
+                key: mean_and_range(values) for key, values in accuracy.items()
+            }
     if number == 4 and (record := _existing_record(runs, "stage_tokens.json")):
         for stage in ("pretrain", "finetune"):
             columns[f"here: time of a {stage} step relative to 576 tokens"] = _step_times(record, stage)
     if number == 6 and (record := _existing_record(runs, "captions.json")):
-        for score,heading,form in (("cider", "CIDEr, planted scenes", ".0f"),
-                                   ("f1", "F1 of the objects", ".2f")):
+        for score, heading, form in (
+            ("cider", "CIDEr, planted scenes", ".0f"),
+            ("f1", "F1 of the objects", ".2f"),
+        ):
             found = caption_scores_by_system(record, score)
-            columns[f"here: {heading}"] = {key: mean_and_range(values, form) for key,values in found.items()}
+            columns[f"here: {heading}"] = {key: mean_and_range(values, form) for key, values in found.items()}
     return columns
 
-def _our_budget(row:dict)->int|None:
+
+def _our_budget(row: dict) -> int | None:
     "The budget of ours that a row is matched with; `None` is all patches, 0 nothing."
     if "13B" in f"{row['system']} {row['llm']}":
         return 0  # we have none
@@ -397,14 +447,15 @@ def _our_budget(row:dict)->int|None:
         return 36  # PruMerge's mean; ours keeps what it is asked for
     return None if row["tokens"] == "576" else int(row["tokens"])
 
+
 def recorded_columns(
-    number:int,  # Of the table
-    runs:str|Path="runs",  # Folder of the records
-)->dict[str, list[str]]:  # Heading -> one text for each row of the table
+    number: int,  # Of the table
+    runs: str | Path = "runs",  # Folder of the records
+) -> dict[str, list[str]]:  # Heading -> one text for each row of the table
     "Our numbers beside one of the paper's tables: another task (1, 6), relative times (4), or nothing."
     rows = _table_rows(_table(number))
     columns = {}
-    for heading,texts in _recorded_texts(number, Path(runs)).items():
+    for heading, texts in _recorded_texts(number, Path(runs)).items():
         columns[heading] = []
         for row in rows:
             system = paper_tables()["systems"].get(row["system"])
@@ -413,43 +464,46 @@ def recorded_columns(
             text = texts.get((system, _our_budget(row)), "not run")
             note = " at 36 tokens" if row["tokens"] == "~32" and text != "not run" else ""
             columns[heading].append(text + note)
-    return columns or {"here": ["not run"]*len(rows)}
+    return columns or {"here": ["not run"] * len(rows)}
+
 
 def paper_table(
-    number:int,  # Of the table
-    runs:str|Path="runs",  # Folder of the records
-)->str:  # Markdown
+    number: int,  # Of the table
+    runs: str | Path = "runs",  # Folder of the records
+) -> str:  # Markdown
     "One of the paper's tables, with marked cells, our numbers beside it, and the warnings below."
     table = _table(number)
     rows = _table_rows(table)
     columns = [c for c in table["columns"] if c == "tokens" or any(row[c] for row in rows)]
     ours = recorded_columns(number, runs)
     lines = []
-    for i,row in enumerate(rows):
+    for i, row in enumerate(rows):
         line = {}
         for column in columns:
             letters = _warning_letters(table, row, column)
             line[column] = (row[column] or "not stated") + (f" ⚠{letters}" if letters else "")
-        lines.append(line | {heading: texts[i] for heading,texts in ours.items()})
-    warnings = [f"- ⚠{letter} {w['says']} *({w['evidence']})*" for letter,w in _lettered_warnings(table)]
+        lines.append(line | {heading: texts[i] for heading, texts in ours.items()})
+    warnings = [f"- ⚠{letter} {w['says']} *({w['evidence']})*" for letter, w in _lettered_warnings(table)]
     return "\n".join([f"**{table['source']}. {table['title']}**", "", as_table(lines), "", *warnings])
 
 # %% ../nbs/43_evaluate.ipynb #ae9a6eee
 def unavailable_benchmarks(
-    folder:str|Path,  # A trained model
-    tokens:Sequence[int],  # Budgets $V$
-)->str:
+    folder: str | Path,  # A trained model
+    tokens: Sequence[int],  # Budgets $V$
+) -> str:
     "Which of the paper's benchmarks cannot run offline, and the commands that would run them."
     benchmarks = paper_tables()["benchmarks"]
     tasks = ",".join(benchmark["task"] for benchmark in benchmarks.values())
     lines = ["Not run: the paper's benchmarks, whose images and questions come from a model hub."]
-    for name,benchmark in benchmarks.items():
+    for name, benchmark in benchmarks.items():
         lines.append(f"  {name:10}{benchmark['task']:17}{benchmark['what']}")
     lines.append("With a hub, `pip install 'delta-llava[eval]'` and, for the captions, Java:")
     for budget in tokens:
-        lines.append(f"  python -m lmms_eval --model delta_llava --model_args "
-                     f"pretrained={folder},tokens={budget} --tasks {tasks} --batch_size 8 --output_path "
-                     f"{folder}/lmms-eval --log_samples")
+        lines.append(
+            f"  python -m lmms_eval --model delta_llava --model_args "
+            f"pretrained={folder},tokens={budget} --tasks {tasks} --batch_size 8 --output_path "
+            f"{folder}/lmms-eval --log_samples"
+        )
     if not find_spec("pycocoevalcap"):
         lines.append("Not run: CIDEr, which needs `pip install 'delta-llava[captions]'`.")
     return "\n".join(lines)
@@ -457,43 +511,54 @@ def unavailable_benchmarks(
 # %% ../nbs/43_evaluate.ipynb #b028c8c1
 _SYSTEMS = {"delta": ("Delta, trained at the budgets", "o-"), "fastv": ("FastV, not trained for it", "s--")}
 
+
 def _draw_panel(
     ax,  # matplotlib axes
-    values:Mapping[tuple[str, int], Sequence[float]],  # (system, budget) -> one value for each seed
-    patches:int,  # Budget at which FastV keeps everything
-)->None:
+    values: Mapping[tuple[str, int], Sequence[float]],  # (system, budget) -> one value for each seed
+    patches: int,  # Budget at which FastV keeps everything
+) -> None:
     "One score of one held-out set against the budget."
     full = values["fastv", patches]
     ax.axhspan(min(full), max(full), color="0.85")
     ax.axhline(np.mean(full), color="0.5", label=f"all {patches} patches")
-    for system,(label,style) in _SYSTEMS.items():
-        budgets = sorted(tokens for name,tokens in values if name == system and tokens != patches)
+    for system, (label, style) in _SYSTEMS.items():
+        budgets = sorted(tokens for name, tokens in values if name == system and tokens != patches)
         runs = [values[system, tokens] for tokens in budgets]
         mean = np.array([np.mean(run) for run in runs])
-        low,high = np.array([min(run) for run in runs]), np.array([max(run) for run in runs])
+        low, high = np.array([min(run) for run in runs]), np.array([max(run) for run in runs])
         ax.errorbar(budgets, mean, yerr=(mean - low, high - mean), fmt=style, capsize=3, label=label)
     ax.set(xscale="log", xticks=budgets, xticklabels=budgets, ylim=(0, None))
     ax.minorticks_off()
 
+
 def draw_captions(
-    record:dict,  # What `benchmarks/captions.py` wrote
-    scores:Mapping[str, str]|None=None,  # Score -> label, one row of panels each; `None` takes CIDEr and F1
+    record: dict,  # What `benchmarks/captions.py` wrote
+    scores: Mapping[str, str]
+    | None = None,  # Score -> label, one row of panels each; `None` takes CIDEr and F1
 ):  # A matplotlib figure
     "Captions against budget: mean and range over the seeds; line and band are all patches (Fig. 4)."
     import matplotlib.pyplot as plt
+
     scores = scores or {"cider": "CIDEr", "f1": "F1 of the named objects"}
     sets = list(dict.fromkeys(run["set"] for run in record["result"]))
-    fig,axes = plt.subplots(len(scores), len(sets), figsize=(2.6*len(sets), 2.4*len(scores)), sharex=True,
-                            sharey="row", squeeze=False, layout="constrained")
-    for line,(score,label) in zip(axes, scores.items(), strict=True):
-        for ax,name in zip(line, sets, strict=True):
+    fig, axes = plt.subplots(
+        len(scores),
+        len(sets),
+        figsize=(2.6 * len(sets), 2.4 * len(scores)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, (score, label) in zip(axes, scores.items(), strict=True):
+        for ax, name in zip(line, sets, strict=True):
             values = {}
             for run in record["result"]:
                 if run["set"] == name:
                     values.setdefault((run["compressor"], run["tokens"]), []).append(run[score])
             _draw_panel(ax, values, record["patches"])
         line[0].set_ylabel(label)
-    for ax,name in zip(axes[0], sets, strict=True):
+    for ax, name in zip(axes[0], sets, strict=True):
         ax.set_title(name.replace("_", " "), fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("visual tokens")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # %% ../nbs/08_files.ipynb #b909e00f
 @contextmanager
 def atomic_path(
-    path:str|Path,  # Final name; its folder must exist
-)->Iterator[Path]:  # Temporary name in the same folder, for the caller to write to
+    path: str | Path,  # Final name; its folder must exist
+) -> Iterator[Path]:  # Temporary name in the same folder, for the caller to write to
     "A temporary path that is renamed to `path` on success and removed on failure."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -38,54 +38,58 @@ def atomic_path(
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_atomic(
-    path:str|Path,  # File to write
-    data:str|bytes,  # Its content; text is encoded as UTF-8
-)->Path:  # The file
+    path: str | Path,  # File to write
+    data: str | bytes,  # Its content; text is encoded as UTF-8
+) -> Path:  # The file
     "Write a file as a whole or not at all."
     content = data.encode("utf-8") if isinstance(data, str) else data
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
 
+
 def write_json(
-    path:str|Path,  # File to write
+    path: str | Path,  # File to write
     value,  # What JSON can hold
-    indent:int|None=1,  # Spaces per level
+    indent: int | None = 1,  # Spaces per level
     default=None,  # Converts what JSON cannot hold, as in `json.dumps`
-)->Path:  # The file
+) -> Path:  # The file
     "Write JSON as a whole or not at all."
     return write_atomic(path, json.dumps(value, indent=indent, default=default) + "\n")
 
 # %% ../nbs/08_files.ipynb #c0b63d5a
 def check_new_folder(
-    path:str|Path,  # Must not exist, or be an empty folder
-)->Path:
+    path: str | Path,  # Must not exist, or be an empty folder
+) -> Path:
     "An error if a file or a folder with content is in the way."
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"target={str(path)!r} exists and is not empty; "
-                         "name a new folder, or remove it first.")
+        raise ValueError(
+            f"target={str(path)!r} exists and is not empty; name a new folder, or remove it first."
+        )
     return path
+
 
 @contextmanager
 def new_folder(
-    path:str|Path,  # Must not exist, or be an empty folder
-)->Iterator[Path]:  # A temporary folder for the caller to fill
+    path: str | Path,  # Must not exist, or be an empty folder
+) -> Iterator[Path]:  # A temporary folder for the caller to fill
     "A folder that is renamed to `path` on success and removed on failure."
     path = check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        new = Path(temporary)/"new"
+        new = Path(temporary) / "new"
         new.mkdir()
         yield new
         new.replace(path)
 
 # %% ../nbs/08_files.ipynb #5bfab504
 def read_json(
-    path:str|Path,  # File to read
-    kind:type|None=None,  # `dict` or `list`, if only that is useful
-    hint:str="Write or fetch it again.",  # The way out, for the message
+    path: str | Path,  # File to read
+    kind: type | None = None,  # `dict` or `list`, if only that is useful
+    hint: str = "Write or fetch it again.",  # The way out, for the message
 ):  # Its content
     "Content of a JSON file, or a `ValueError` of one sentence that names the file."
     path = Path(path)
@@ -94,24 +98,27 @@ def read_json(
     except FileNotFoundError as e:
         raise ValueError(f"{path} does not exist. {hint}") from e
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not valid JSON: {e.msg} in line {e.lineno}, "
-                         f"column {e.colno}. {hint}") from e
+        raise ValueError(
+            f"{path} is not valid JSON: {e.msg} in line {e.lineno}, column {e.colno}. {hint}"
+        ) from e
     except (UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON ({type(e).__name__}). {hint}") from e
     if kind is not None and not isinstance(value, kind):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, "
-                         f"but a {kind.__name__} is needed. {hint}")
+        raise ValueError(
+            f"{path} holds a JSON {type(value).__name__}, but a {kind.__name__} is needed. {hint}"
+        )
     return value
 
 # %% ../nbs/08_files.ipynb #8f1fcad0
 @contextmanager
 def open_safetensors(
-    path:str|Path,  # File to open
-    device:str="cpu",  # Where `get_tensor` puts its tensors
-    hint:str="Write or fetch it again.",  # The way out, for the message
-)->Iterator:  # As `safetensors.safe_open` gives it: tensors are read on demand
+    path: str | Path,  # File to open
+    device: str = "cpu",  # Where `get_tensor` puts its tensors
+    hint: str = "Write or fetch it again.",  # The way out, for the message
+) -> Iterator:  # As `safetensors.safe_open` gives it: tensors are read on demand
     "An open safetensors file, or a `ValueError` of one sentence that names the file."
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(Path(path), "pt", device=device) as file:
             yield file
@@ -120,22 +127,25 @@ def open_safetensors(
     except FileNotFoundError as e:
         raise ValueError(f"{path} does not exist. {hint}") from e
 
+
 def read_safetensors(
-    path:str|Path,  # File to read
-    device:str="cpu",  # Where the tensors go
-    hint:str="Write or fetch it again.",  # The way out, for the message
-)->"dict[str, Tensor]":  # By name
+    path: str | Path,  # File to read
+    device: str = "cpu",  # Where the tensors go
+    hint: str = "Write or fetch it again.",  # The way out, for the message
+) -> "dict[str, Tensor]":  # By name
     "All tensors of a safetensors file, or a `ValueError` of one sentence that names the file."
     with open_safetensors(path, device, hint) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
+
 def write_safetensors(
-    path:str|Path,  # File to write
-    tensors:"Mapping[str, Tensor]",  # By name
-    metadata:Mapping[str, str]|None=None,  # Text for the header; `format` is added
-)->Path:  # The file
+    path: str | Path,  # File to write
+    tensors: "Mapping[str, Tensor]",  # By name
+    metadata: Mapping[str, str] | None = None,  # Text for the header; `format` is added
+) -> Path:  # The file
     "Write a safetensors file as a whole or not at all."
     from safetensors.torch import save_file
+
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt"} | dict(metadata or {}))
@@ -144,23 +154,25 @@ def write_safetensors(
 # %% ../nbs/08_files.ipynb #fd6867d3
 @lru_cache
 def _sha256(
-    path:Path,  # File to read
-    size:int,  # Its size in bytes; with `mtime_ns` the reason to read it again
-    mtime_ns:int,  # Its time of change, ns
-)->str:  # 64 hex digits
+    path: Path,  # File to read
+    size: int,  # Its size in bytes; with `mtime_ns` the reason to read it again
+    mtime_ns: int,  # Its time of change, ns
+) -> str:  # 64 hex digits
     "SHA-256 of a file, computed once per size and time of change."
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+
 def file_sha256(
-    path:str|Path,  # File to read
-)->str:  # 64 hex digits
+    path: str | Path,  # File to read
+) -> str:  # 64 hex digits
     "SHA-256 of a file."
     path = Path(path)
     return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
+
 def text_sha256(
-    text:str,  # Encoded as UTF-8
-)->str:  # 64 hex digits
+    text: str,  # Encoded as UTF-8
+) -> str:  # 64 hex digits
     "SHA-256 of a text."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -53,28 +53,57 @@ from .vlm import DeltaLlavaConfig
 # %% ../nbs/26_flops.ipynb #72d2276d
 PRETRAINED_CONFIGS = {  # of the paper's parts
     "openai/clip-vit-large-patch14-336": CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        patch_size=14, image_size=336),
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=336,
+    ),
     "openai/clip-vit-base-patch32": CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        patch_size=32, image_size=224),
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        patch_size=32,
+        image_size=224,
+    ),
     "google/siglip-so400m-patch14-384": SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-        patch_size=14, image_size=384),
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=384,
+    ),
     "lmsys/vicuna-7b-v1.5": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32),
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
     "lmsys/vicuna-13b-v1.5": LlamaConfig(
-        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-        num_attention_heads=40),
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+    ),
     "Qwen/Qwen2-7B": Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4),
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
 }
 
+
 def pretrained_config(
-    name:str,  # `hub:` name, or a folder
-)->PreTrainedConfig:  # A copy
+    name: str,  # `hub:` name, or a folder
+) -> PreTrainedConfig:  # A copy
     "The configuration of a vision tower or an LLM."
     if known := PRETRAINED_CONFIGS.get(name.removeprefix("hub:")):
         return type(known).from_dict(known.to_dict())
@@ -83,46 +112,58 @@ def pretrained_config(
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         known = list(PRETRAINED_CONFIGS)
-        raise ValueError(f"the configuration of {name!r} is not known here; use one of {known}, "
-                         "or a folder or hub name with a config.json.") from error
+        raise ValueError(
+            f"the configuration of {name!r} is not known here; use one of {known}, "
+            "or a folder or hub name with a config.json."
+        ) from error
     return getattr(config, "vision_config", config)
 
 # %% ../nbs/26_flops.ipynb #3babfe21
 def model_config(
-    tower:str,  # Vision tower, as for `pretrained_config`
-    llm:str,  # LLM
-    compressor:str="delta",  # Which projector, by its name in the registry
-    tokens:int=144,  # Budget $V$
-    image_size:int|None=None,  # Side of the image, px; `None` takes the tower's own
-    standardize:bool=False,  # Features standardized before the projector
-)->DeltaLlavaConfig:
+    tower: str,  # Vision tower, as for `pretrained_config`
+    llm: str,  # LLM
+    compressor: str = "delta",  # Which projector, by its name in the registry
+    tokens: int = 144,  # Budget $V$
+    image_size: int | None = None,  # Side of the image, px; `None` takes the tower's own
+    standardize: bool = False,  # Features standardized before the projector
+) -> DeltaLlavaConfig:
     "The configuration of a model from the names of its parts; `<image>` is added to the LLM's vocabulary."
     vision_config = pretrained_config(tower)
     text_config = pretrained_config(llm)
     sizes = ProjectorConfig(
-        grid=(image_size or vision_config.image_size)//vision_config.patch_size, tokens=1,
-        levels=default_levels(tower, vision_config.num_hidden_layers), d_vision=vision_config.hidden_size,
-        d_llm=text_config.hidden_size, standardize=standardize)
+        grid=(image_size or vision_config.image_size) // vision_config.patch_size,
+        tokens=1,
+        levels=default_levels(tower, vision_config.num_hidden_layers),
+        d_vision=vision_config.hidden_size,
+        d_llm=text_config.hidden_size,
+        standardize=standardize,
+    )
     projector = compressor_config(compressor, sizes, tokens=tokens)
     image_token_index = text_config.vocab_size
     text_config.vocab_size += 1
     return DeltaLlavaConfig(
-        vision_config=vision_config, text_config=text_config, compressor=compressor,
-        projector=projector.to_dict(), image_token_index=image_token_index)
+        vision_config=vision_config,
+        text_config=text_config,
+        compressor=compressor,
+        projector=projector.to_dict(),
+        image_token_index=image_token_index,
+    )
+
 
 _config = cache(model_config)  # never changed by its callers
 
 # %% ../nbs/26_flops.ipynb #4046ef99
 def num_parameters(
-    *modules:nn.Module,  # May be on the meta device
-)->int:
+    *modules: nn.Module,  # May be on the meta device
+) -> int:
     "Parameters of some modules together."
     return sum(p.numel() for m in modules for p in m.parameters())
 
+
 def counted(
-    work:Callable,  # Called once, without arguments; its modules may be on the meta device
-    backward:bool=False,  # Also the backward pass of what it returns
-)->int:
+    work: Callable,  # Called once, without arguments; its modules may be on the meta device
+    backward: bool = False,  # Also the backward pass of what it returns
+) -> int:
     "FLOPs of some work, counted from the operations that are called."
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         out = work()
@@ -130,45 +171,51 @@ def counted(
             out.sum().backward()
     return counter.get_total_flops()
 
+
 def meta_zeros(
-    *shape:int,  # Without the batch
-)->torch.Tensor:
+    *shape: int,  # Without the batch
+) -> torch.Tensor:
     "Zeros for one image, without memory."
     return torch.zeros(1, *shape, device="meta")
 
 # %% ../nbs/26_flops.ipynb #f548c2eb
 def tower_flops(
-    config:PreTrainedConfig,  # Of a CLIP, SigLIP or DINOv2 tower
-    depth:int,  # Blocks that run, $D$
-    image_size:int,  # Side of the image, px
-    attention:bool=False,  # Also the CLS attention, which PruMerge reads
-)->int:
+    config: PreTrainedConfig,  # Of a CLIP, SigLIP or DINOv2 tower
+    depth: int,  # Blocks that run, $D$
+    image_size: int,  # Side of the image, px
+    attention: bool = False,  # Also the CLS attention, which PruMerge reads
+) -> int:
     "FLOPs of one image through the frozen vision tower (@eq-tower)."
     family = config.model_type.split("_")[0]
     if family not in ("clip", "siglip", "dinov2"):
-        raise ValueError(f"no equation for a vision tower of type {config.model_type!r}; "
-                         "use a CLIP, SigLIP or DINOv2 tower.")
+        raise ValueError(
+            f"no equation for a vision tower of type {config.model_type!r}; "
+            "use a CLIP, SigLIP or DINOv2 tower."
+        )
     if attention and family == "siglip":
-        raise ValueError("a SigLIP tower has no CLS token for PruMerge to read; "
-                         "use a CLIP or DINOv2 tower, or another compressor.")
+        raise ValueError(
+            "a SigLIP tower has no CLS token for PruMerge to read; "
+            "use a CLIP or DINOv2 tower, or another compressor."
+        )
     c = config.hidden_size
-    patches = (image_size//config.patch_size)**2
+    patches = (image_size // config.patch_size) ** 2
     n = patches + (family != "siglip") + getattr(config, "num_register_tokens", 0)
-    hidden = int(c*config.mlp_ratio) if family == "dinov2" else config.intermediate_size
+    hidden = int(c * config.mlp_ratio) if family == "dinov2" else config.intermediate_size
     if getattr(config, "use_swiglu_ffn", False):  # a gate: three matrices of a width rounded to 8
-        feed_forward = 6*c*((int(hidden*2/3) + 7)//8*8)
+        feed_forward = 6 * c * ((int(hidden * 2 / 3) + 7) // 8 * 8)
     else:
-        feed_forward = 4*c*hidden
-    cls_attention = 2*c*c + 2*n*c*c + 2*n*c if attention else 0
-    blocks = depth*(8*n*c*c + n*feed_forward + 4*n*n*c)
-    return 6*patches*config.patch_size**2*c + blocks + cls_attention
+        feed_forward = 4 * c * hidden
+    cls_attention = 2 * c * c + 2 * n * c * c + 2 * n * c if attention else 0
+    blocks = depth * (8 * n * c * c + n * feed_forward + 4 * n * n * c)
+    return 6 * patches * config.patch_size**2 * c + blocks + cls_attention
+
 
 def counted_tower(
-    config:PreTrainedConfig,  # Of the tower
-    levels:tuple[int, ...],  # Hidden states that are read
-    image_size:int,  # Side of the image, px
-    attention:bool=False,  # Also the CLS attention
-)->int:
+    config: PreTrainedConfig,  # Of the tower
+    levels: tuple[int, ...],  # Hidden states that are read
+    image_size: int,  # Side of the image, px
+    attention: bool = False,  # Also the CLS attention
+) -> int:
     "The same, counted."
     depth = max(*levels, levels[-1] + attention)
     with torch.device("meta"):
@@ -177,87 +224,96 @@ def counted_tower(
     return counted(lambda: vision_features(tower, pixels, levels, attention).levels)
 
 # %% ../nbs/26_flops.ipynb #f7997f94
-def _mlp_flops(m:int, c:int, d:int, depth:int=2)->int:
+def _mlp_flops(m: int, c: int, d: int, depth: int = 2) -> int:
     "LLaVA's MLP for `m` tokens (@eq-shared)."
-    return 2*m*(c*d + (depth - 1)*d*d)
+    return 2 * m * (c * d + (depth - 1) * d * d)
 
-def _window_attention(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _window_attention(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     "Windowed attention (@eq-shared)."
-    c,h,g = config.d_vision,config.heads,math.isqrt(v)
-    patches = (g*math.ceil(math.isqrt(n)/g))**2  # in all windows together
-    few_queries = not reference and v*h <= 2*n  # keys and values are projected on the side of the queries
+    c, h, g = config.d_vision, config.heads, math.isqrt(v)
+    patches = (g * math.ceil(math.isqrt(n) / g)) ** 2  # in all windows together
+    few_queries = not reference and v * h <= 2 * n  # keys and values are projected on the side of the queries
     return {
-        "attention: queries": 2*v*c*c,
-        "attention: keys, values": 4*(v if few_queries else n)*c*c,
-        "attention: scores": 4*c*patches*(h if few_queries else reference),
-        "attention: output": 2*v*c*c,
+        "attention: queries": 2 * v * c * c,
+        "attention: keys, values": 4 * (v if few_queries else n) * c * c,
+        "attention: scores": 4 * c * patches * (h if few_queries else reference),
+        "attention: output": 2 * v * c * c,
     }
 
-def _mlp(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _mlp(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     return {"mlp": _mlp_flops(n, config.d_vision, config.d_llm, config.depth)}
 
-def _prumerge(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _prumerge(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     if config.adaptive:
-        raise ValueError("adaptive=True gives each image its own number of tokens, so there is no formula;"
-                         " use adaptive=False with a budget.")
+        raise ValueError(
+            "adaptive=True gives each image its own number of tokens, so there is no formula;"
+            " use adaptive=False with a budget."
+        )
     c = config.d_vision
     return {
-        "similarity": 2*(v - 1)*n*c,
-        "merging": 2*v*n*c,
+        "similarity": 2 * (v - 1) * n * c,
+        "merging": 2 * v * n * c,
         "mlp": _mlp_flops(v, c, config.d_llm, config.depth),
     }
 
-def _tokenpacker(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _tokenpacker(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
-        "queries": 2*v*c*c,
-        "keys, values": 4*n*(len(config.levels) + 1)*c*c,
+        "queries": 2 * v * c * c,
+        "keys, values": 4 * n * (len(config.levels) + 1) * c * c,
         **_window_attention(config, n, v, reference),
         "mlp": _mlp_flops(v, c, config.d_llm),
     }
 
 # %% ../nbs/26_flops.ipynb #7f2a4ca5
-def _quecc(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+def _quecc(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
-        "question": 2*(config.d_text or config.d_llm)*c,
-        "queries": 4*n*c*c,
-        "kernel": 2*v*config.kernel**2*c,
-        "keys, values": 4*n*(len(config.levels) + 1)*c*c,
+        "question": 2 * (config.d_text or config.d_llm) * c,
+        "queries": 4 * n * c * c,
+        "kernel": 2 * v * config.kernel**2 * c,
+        "keys, values": 4 * n * (len(config.levels) + 1) * c * c,
         **_window_attention(config, n, v, reference),
         "mlp": _mlp_flops(v, c, config.d_llm),
     }
 
-def _mqt(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _mqt(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
-        "keys, values": 4*n*c*c,
-        "queries, output": 4*v*c*c,
-        "scores, means": 4*v*n*c,
-        "last matrix": 2*v*c*config.d_llm,
+        "keys, values": 4 * n * c * c,
+        "queries, output": 4 * v * c * c,
+        "scores, means": 4 * v * n * c,
+        "last matrix": 2 * v * c * config.d_llm,
     }
 
-def _qwen(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
-    c,d = config.d_vision,config.d_llm
+
+def _qwen(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+    c, d = config.d_vision, config.d_llm
     return {
-        "width": 0 if c == d else 2*n*c*d,
-        "keys, values": 4*n*d*d,
-        "queries, output": 4*v*d*d,
-        "scores, means": 4*v*n*d,
-        "last matrix": 2*v*d*d if config.post else 0,
+        "width": 0 if c == d else 2 * n * c * d,
+        "keys, values": 4 * n * d * d,
+        "queries, output": 4 * v * d * d,
+        "scores, means": 4 * v * n * d,
+        "last matrix": 2 * v * d * d if config.post else 0,
     }
 
 # %% ../nbs/26_flops.ipynb #fddeb038
-def _reg_stage(m:int, a:int, b:int, depth:int)->int:
+def _reg_stage(m: int, a: int, b: int, depth: int) -> int:
     "A stage of `depth` blocks (@eq-regblock-flops)."
     flops = 0
-    for width in [a, *[b]*depth][:depth]:  # the first block changes the width
-        convolutions = 2*width*b*(1 if width == b else 2) + 18*b + 2*b*b
-        flops += m*convolutions + 4*b*max(1, round(width/4))
+    for width in [a, *[b] * depth][:depth]:  # the first block changes the width
+        convolutions = 2 * width * b * (1 if width == b else 2) + 18 * b + 2 * b * b
+        flops += m * convolutions + 4 * b * max(1, round(width / 4))
     return flops
 
-def _cabstractor(config:CompressorConfig, n:int, v:int, reference:bool)->dict[str, int]:
-    c,w = config.d_vision,config.width
+
+def _cabstractor(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+    c, w = config.d_vision, config.width
     cells = v - config.eos
     return {
         "before": _reg_stage(n, c, w, config.depth),
@@ -266,68 +322,78 @@ def _cabstractor(config:CompressorConfig, n:int, v:int, reference:bool)->dict[st
     }
 
 # %% ../nbs/26_flops.ipynb #d1bcb0cc
-def _mix_flops(config:ProjectorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+def _mix_flops(config: ProjectorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     "The mixing block (@eq-mix-flops)."
     if config.mixing == "none":
         return {}
-    c,h,g = config.d_vision,config.head_dim,math.isqrt(v)
-    attn,conv = split_channels(c, config.mix_ratio, h)
-    r = min(g, math.ceil(math.isqrt(n)/g) if config.kv_reduction == "scale" else config.kv_reduction)
+    c, h, g = config.d_vision, config.head_dim, math.isqrt(v)
+    attn, conv = split_channels(c, config.mix_ratio, h)
+    r = min(g, math.ceil(math.isqrt(n) / g) if config.kv_reduction == "scale" else config.kv_reduction)
     if r == 1:
         keys = v
     else:
-        keys = math.ceil(g/r)**2 if config.kv_pool == "square" else v//r**2
-    emhsa = 4*v*attn*attn + 4*keys*attn*attn
+        keys = math.ceil(g / r) ** 2 if config.kv_pool == "square" else v // r**2
+    emhsa = 4 * v * attn * attn + 4 * keys * attn * attn
     if keys > 1 or reference:
-        emhsa += 4*v*keys*attn
+        emhsa += 4 * v * keys * attn
     return {
-        "mix: attention branch": 2*v*c*attn,
+        "mix: attention branch": 2 * v * c * attn,
         "mix: EMHSA": emhsa if config.mixing != "no_emhsa" else 0,
-        "mix: convolution branch": 2*v*attn*conv,
-        "mix: MHCA": 18*v*h*conv + 2*v*conv*conv if config.mixing != "no_mhca" else 0,
-        "mix: MLP": 4*v*c*round(c*config.mlp_ratio),
+        "mix: convolution branch": 2 * v * attn * conv,
+        "mix: MHCA": 18 * v * h * conv + 2 * v * conv * conv if config.mixing != "no_mhca" else 0,
+        "mix: MLP": 4 * v * c * round(c * config.mlp_ratio),
     }
 
-def _delta(config:ProjectorConfig, n:int, v:int, reference:bool)->dict[str, int]:
+
+def _delta(config: ProjectorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     "The Delta projector, with all its switches (@eq-delta-flops); a window of one patch needs values only."
-    c,l_levels,d = config.d_vision,len(config.levels),config.d_llm
-    kv = 4*n*(l_levels + (config.projection == "tokenpacker"))*c*c
+    c, l_levels, d = config.d_vision, len(config.levels), config.d_llm
+    kv = 4 * n * (l_levels + (config.projection == "tokenpacker")) * c * c
     r = config.rank if config.projection == "delta" else 0
     if reference:
-        updates = 4*r*l_levels*c*c + 2*r*c*c
+        updates = 4 * r * l_levels * c * c + 2 * r * c * c
     else:
-        updates = 4*n*r*(l_levels + 1)*c + 4*v*r*c
-    mlp = _mlp_flops(v, c, d) + (2*v*d*d if config.residual_mlp else 0)  # Eq. 11 has one more matrix
+        updates = 4 * n * r * (l_levels + 1) * c + 4 * v * r * c
+    mlp = _mlp_flops(v, c, d) + (2 * v * d * d if config.residual_mlp else 0)  # Eq. 11 has one more matrix
     if v == n and not reference:
         return {
-            "values": kv//2,
-            "update": 2*n*r*(l_levels + 1)*c,
-            "attention: values, output": 4*n*c*c,
+            "values": kv // 2,
+            "update": 2 * n * r * (l_levels + 1) * c,
+            "attention: values, output": 4 * n * c * c,
             "mlp": mlp,
         }
     return {
         "keys, values": kv,
         "updates": updates,
         **_mix_flops(config, n, v, reference),
-        "queries": 2*v*c*c,
+        "queries": 2 * v * c * c,
         **_window_attention(config, n, v, reference),
         "mlp": mlp,
     }
 
+
 _FORMULAS = dict(
-    delta=_delta, mlp=_mlp, m3=_mlp, fastv=_mlp, prumerge=_prumerge, tokenpacker=_tokenpacker,
-    quecc=_quecc, mqt=_mqt, qwen=_qwen, cabstractor=_cabstractor,
+    delta=_delta,
+    mlp=_mlp,
+    m3=_mlp,
+    fastv=_mlp,
+    prumerge=_prumerge,
+    tokenpacker=_tokenpacker,
+    quecc=_quecc,
+    mqt=_mqt,
+    qwen=_qwen,
+    cabstractor=_cabstractor,
 )
 
 # %% ../nbs/26_flops.ipynb #aa136af9
 def projector_terms(
-    compressor:str,  # Name in the registry
-    config:CompressorConfig,  # Its own config
-    tokens:int|None=None,  # Budget $V$; `None` takes the config's
-    reference:bool=False,  # As the reference's code runs it, instead of our modules
-)->dict[str, int]:  # Part -> FLOPs
+    compressor: str,  # Name in the registry
+    config: CompressorConfig,  # Its own config
+    tokens: int | None = None,  # Budget $V$; `None` takes the config's
+    reference: bool = False,  # As the reference's code runs it, instead of our modules
+) -> dict[str, int]:  # Part -> FLOPs
     "FLOPs of one image through a projector, part by part (@eq-delta-flops and the table above)."
-    name,_ = split_variant(compressor)  # an unknown name is an error
+    name, _ = split_variant(compressor)  # an unknown name is an error
     v = config.check_budget(config.tokens if tokens is None else tokens, config.grid)
     if name in _FORMULAS and name not in COST_FORMULAS:  # a registered formula replaces ours
         return _FORMULAS[name](config, config.grid**2, v, reference)
@@ -335,8 +401,8 @@ def projector_terms(
 
 # %% ../nbs/26_flops.ipynb #bc7399ae
 def projector_forward(
-    projector:Compressor,  # On the meta device
-)->Callable:  # Without arguments
+    projector: Compressor,  # On the meta device
+) -> Callable:  # Without arguments
     "The forward pass of the projector for one image, as work for `counted`."
     c = projector.config
     n = c.grid**2
@@ -349,90 +415,96 @@ def projector_forward(
 
 # %% ../nbs/26_flops.ipynb #66fdc404
 def as_table(
-    rows:list[dict],  # With the same keys
-)->str:  # Markdown
+    rows: list[dict],  # With the same keys
+) -> str:  # Markdown
     "Rows as a table that is readable in a terminal and in a notebook."
     header = list(rows[0])
     lines = [header] + [[str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = []
     for line in lines:
-        cells = [cell.ljust(width) for cell,width in zip(line, widths, strict=True)]
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         padded.append("| " + " | ".join(cells) + " |")
-    rule = "|" + "|".join("-"*(width+2) for width in widths) + "|"
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([padded[0], rule, *padded[1:]])
 
 # %% ../nbs/26_flops.ipynb #f9cc86d6
 def attention_widths(
-    config:PreTrainedConfig,  # Of an LLM
-)->tuple[int, int]:  # $q$ and $k$
+    config: PreTrainedConfig,  # Of an LLM
+) -> tuple[int, int]:  # $q$ and $k$
     "Channels of all query heads, and of all key heads."
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size//heads
-    return heads*head_dim, (config.num_key_value_heads or heads)*head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head_dim, (config.num_key_value_heads or heads) * head_dim
+
 
 def block_weights(
-    config:PreTrainedConfig,  # Of the LLM: rotary attention, gated feed-forward
-)->int:
+    config: PreTrainedConfig,  # Of the LLM: rotary attention, gated feed-forward
+) -> int:
     "Weights in the linear layers of one block (@eq-block)."
     d = config.hidden_size
-    q,k = attention_widths(config)
-    return 2*d*q + 2*d*k + 3*d*config.intermediate_size
+    q, k = attention_widths(config)
+    return 2 * d * q + 2 * d * k + 3 * d * config.intermediate_size
 
-LayerTokens = tuple[tuple[int, int|float], ...]  # (blocks, tokens of the prompt in them), first to last
+
+LayerTokens = tuple[tuple[int, int | float], ...]  # (blocks, tokens of the prompt in them), first to last
+
 
 def prefill_flops(
-    config:PreTrainedConfig,  # Of the LLM
-    layer_tokens:LayerTokens,  # FastV has two pairs, all other compressors one
-    causal:bool=False,  # Scores of earlier tokens only
-)->int|float:
+    config: PreTrainedConfig,  # Of the LLM
+    layer_tokens: LayerTokens,  # FastV has two pairs, all other compressors one
+    causal: bool = False,  # Scores of earlier tokens only
+) -> int | float:
     "FLOPs of the prompt, with the logits of its last token (@eq-prefill)."
     w = block_weights(config)
-    q,_ = attention_widths(config)
-    flops = 2*config.hidden_size*config.vocab_size
-    for layers,s in layer_tokens:
-        pairs = s*(s + 1)/2 if causal else s*s
-        flops += layers*(2*w*s + 4*q*pairs)
+    q, _ = attention_widths(config)
+    flops = 2 * config.hidden_size * config.vocab_size
+    for layers, s in layer_tokens:
+        pairs = s * (s + 1) / 2 if causal else s * s
+        flops += layers * (2 * w * s + 4 * q * pairs)
     if len(layer_tokens) > 1:
-        flops += 2*q*layer_tokens[0][1]  # FastV's ranking
+        flops += 2 * q * layer_tokens[0][1]  # FastV's ranking
     return flops
 
+
 def decode_flops(
-    config:PreTrainedConfig,  # Of the LLM
-    layer_tokens:LayerTokens,  # As for `prefill_flops`
-    answer:int|float,  # Tokens of the answer, $G$; a mean need not be an integer
-)->int|float:
+    config: PreTrainedConfig,  # Of the LLM
+    layer_tokens: LayerTokens,  # As for `prefill_flops`
+    answer: int | float,  # Tokens of the answer, $G$; a mean need not be an integer
+) -> int | float:
     "FLOPs of the answer after its first token (@eq-decode)."
     w = block_weights(config)
-    q,_ = attention_widths(config)
+    q, _ = attention_widths(config)
     steps = answer - 1
-    flops = steps*2*config.hidden_size*config.vocab_size
-    for layers,s in layer_tokens:
-        flops += layers*(2*w*steps + 4*q*(steps*s + steps*(steps + 1)/2))
+    flops = steps * 2 * config.hidden_size * config.vocab_size
+    for layers, s in layer_tokens:
+        flops += layers * (2 * w * steps + 4 * q * (steps * s + steps * (steps + 1) / 2))
     return flops
 
 # %% ../nbs/26_flops.ipynb #5298b8ed
-def _with_layers(config:PreTrainedConfig, layers:int)->PreTrainedConfig:
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     "The same LLM with fewer blocks."
-    values = {k: v for k,v in config.to_dict().items() if k != "layer_types"}
+    values = {k: v for k, v in config.to_dict().items() if k != "layer_types"}
     return type(config).from_dict(values | dict(num_hidden_layers=layers))
 
+
 @cache
-def _meta_llm(name:str, layers:int)->PreTrainedModel:
+def _meta_llm(name: str, layers: int) -> PreTrainedModel:
     "Some blocks of an LLM, with its head, on the meta device."
     config = _with_layers(pretrained_config(name), layers)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
+
 def counted_llm(
-    name:str,  # Of the LLM
-    layer_tokens:LayerTokens,  # As for `prefill_flops`
-    answer:int=1,  # Tokens of the answer, $G$
-)->tuple[int, int]:
+    name: str,  # Of the LLM
+    layer_tokens: LayerTokens,  # As for `prefill_flops`
+    answer: int = 1,  # Tokens of the answer, $G$
+) -> tuple[int, int]:
     "Prefill and decode, counted; blocks with the same tokens run together, the last ones with the head."
     config = pretrained_config(name)
     prefill = decode = 0
-    for i,(layers,s) in enumerate(layer_tokens):
+    for i, (layers, s) in enumerate(layer_tokens):
         llm = _meta_llm(name, layers)
         last = i == len(layer_tokens) - 1
         run = partial(llm, logits_to_keep=1) if last else llm.base_model
@@ -441,25 +513,26 @@ def counted_llm(
         for _ in range(answer - 1):
             decode += counted(partial(run, inputs_embeds=meta_zeros(1, config.hidden_size)))
     if len(layer_tokens) > 1:  # FastV's ranking
-        q,k = attention_widths(config)
+        q, k = attention_widths(config)
         heads = config.num_attention_heads
-        query = meta_zeros(heads, q//heads)
-        keys = meta_zeros(k*heads//q, layer_tokens[0][1], q//heads)
-        prefill += counted(lambda: attention_row(query, keys, 1.))
-    return prefill,decode
+        query = meta_zeros(heads, q // heads)
+        keys = meta_zeros(k * heads // q, layer_tokens[0][1], q // heads)
+        prefill += counted(lambda: attention_row(query, keys, 1.0))
+    return prefill, decode
 
 # %% ../nbs/26_flops.ipynb #6e87da45
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     "One number for each stage, of one image with its question and answer: FLOPs, or bytes."
-    tower:int|float=0  # The frozen vision tower
-    projector:int|float=0  # Patch tokens to visual tokens
-    question:int|float=0  # The LLM's pass over the question alone, which QueCC needs
-    prefill:int|float=0  # The LLM over the prompt, up to the first token of the answer
-    decode:int|float=0  # The LLM over the rest of the answer
+
+    tower: int | float = 0  # The frozen vision tower
+    projector: int | float = 0  # Patch tokens to visual tokens
+    question: int | float = 0  # The LLM's pass over the question alone, which QueCC needs
+    prefill: int | float = 0  # The LLM over the prompt, up to the first token of the answer
+    decode: int | float = 0  # The LLM over the rest of the answer
 
     @property
-    def total(self)->int|float:
+    def total(self) -> int | float:
         "All stages together."
         return sum(vars(self).values())
 
@@ -467,29 +540,30 @@ class Cost:
 @dataclass(frozen=True, kw_only=True)
 class Setup(CostSettings):
     "What is run: settings whose parts and budget exist."
+
     def __post_init__(self):
         super().__post_init__()
         self.config  # noqa: B018  an impossible budget or part is an error here
 
     @property
-    def config(self)->DeltaLlavaConfig:
+    def config(self) -> DeltaLlavaConfig:
         "The configuration of the model."
         return _config(self.tower, self.llm, self.compressor, self.tokens, self.image_size)
 
     @property
-    def image_side(self)->int:
+    def image_side(self) -> int:
         "Side of the image, px."
         return self.image_size or pretrained_config(self.tower).image_size
 
     @property
-    def question_tokens(self)->int|float:
+    def question_tokens(self) -> int | float:
         "Tokens that the LLM reads before the projector runs; 0 if the projector does not need the question."
         if "text" not in compressor_class(self.compressor).requires:
             return 0
         return self.text if self.question is None else self.question
 
     @property
-    def layer_tokens(self)->LayerTokens:
+    def layer_tokens(self) -> LayerTokens:
         "Blocks of the LLM, and the tokens of the prompt in them."
         projector = self.config.projector_config()
         layers = pretrained_config(self.llm).num_hidden_layers
@@ -501,20 +575,23 @@ class Setup(CostSettings):
 
 # %% ../nbs/26_flops.ipynb #e7541e35
 @cache
-def _check_llm(name:str):
+def _check_llm(name: str):
     "An error if the blocks of an LLM are not those of @eq-block."
     expected = block_weights(pretrained_config(name))
     block = _meta_llm(name, 1).base_model.layers[0]
     found = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
     if found != expected:
-        raise ValueError(f"{name!r} has {found:,} weights in the linear layers of a block,"
-                         f" not {expected:,}: the equations are for LLMs like Llama, Mistral or Qwen2.")
+        raise ValueError(
+            f"{name!r} has {found:,} weights in the linear layers of a block,"
+            f" not {expected:,}: the equations are for LLMs like Llama, Mistral or Qwen2."
+        )
+
 
 def cost(
-    setup:Setup,  # What is run
-    causal:bool=False,  # Count scores of earlier tokens only
-    reference:bool=False,  # The projector as its reference's code runs it
-)->Cost:  # FLOPs
+    setup: Setup,  # What is run
+    causal: bool = False,  # Count scores of earlier tokens only
+    reference: bool = False,  # The projector as its reference's code runs it
+) -> Cost:  # FLOPs
     "FLOPs of each stage in closed form (@eq-tower to @eq-decode)."
     _check_llm(setup.llm)
     config = setup.config
@@ -523,19 +600,20 @@ def cost(
     question = 0
     if setup.question_tokens:  # no logits are needed
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
-        question -= 2*llm.hidden_size*llm.vocab_size
+        question -= 2 * llm.hidden_size * llm.vocab_size
     attention = "attention" in compressor_class(setup.compressor).requires
     return Cost(
         tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, attention),
         projector=sum(projector_terms(setup.compressor, projector, reference=reference).values()),
         question=question,
         prefill=prefill_flops(llm, setup.layer_tokens, causal),
-        decode=decode_flops(llm, setup.layer_tokens, setup.answer))
+        decode=decode_flops(llm, setup.layer_tokens, setup.answer),
+    )
 
 # %% ../nbs/26_flops.ipynb #2b769500
 def counted_cost(
-    setup:Setup,  # What is run, with integer numbers of tokens
-)->Cost:  # FLOPs
+    setup: Setup,  # What is run, with integer numbers of tokens
+) -> Cost:  # FLOPs
     "The same, counted over the real modules on the meta device; attention is counted in full."
     for name in ("text", "answer", "question"):
         if (value := getattr(setup, name) or 0) % 1:
@@ -549,42 +627,49 @@ def counted_cost(
         embeds = meta_zeros(setup.question_tokens, projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
     attention = "attention" in projector.requires
-    prefill,decode = counted_llm(setup.llm, setup.layer_tokens, setup.answer)
+    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, setup.answer)
     return Cost(
         tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
         projector=counted(projector_forward(projector)),
-        question=question, prefill=prefill, decode=decode)
+        question=question,
+        prefill=prefill,
+        decode=decode,
+    )
 
 # %% ../nbs/26_flops.ipynb #b70b8b25
 def authors_cost(
-    setup:Setup,  # With the compressor delta, or mlp
-)->Cost:  # FLOPs, as the authors' script counts them
+    setup: Setup,  # With the compressor delta, or mlp
+) -> Cost:  # FLOPs, as the authors' script counts them
     "FLOPs by the authors' `analyze_speed_multi.py` (@eq-authors): the paper's numbers, not what runs."
     if setup.compressor not in ("delta", "mlp"):
-        raise ValueError(f"compressor={setup.compressor!r}: the authors' formula is for 'delta' and 'mlp'; "
-                         "cost(setup) is for all.")
+        raise ValueError(
+            f"compressor={setup.compressor!r}: the authors' formula is for 'delta' and 'mlp'; "
+            "cost(setup) is for all."
+        )
     tower = pretrained_config(setup.tower)
     llm = pretrained_config(setup.llm)
     c = setup.config.projector_config()
-    layers,d,g = llm.num_hidden_layers,llm.hidden_size,setup.answer
+    layers, d, g = llm.num_hidden_layers, llm.hidden_size, setup.answer
     if setup.compressor == "mlp":
         k = setup.tokens + 1  # with CLS
         projector = _mlp_flops(k, c.d_vision, d)
     else:
         k = setup.tokens
-        projector = 2*k*(c.d_vision*c.d_vision + c.d_levels*c.d_vision)
+        projector = 2 * k * (c.d_vision * c.d_vision + c.d_levels * c.d_vision)
     s = setup.text + k
-    token = 8*d*d + 4*d*llm.intermediate_size
+    token = 8 * d * d + 4 * d * llm.intermediate_size
     return Cost(
         tower=tower_flops(tower, tower.num_hidden_layers, setup.image_side),
         projector=projector,
-        prefill=layers*(s*token + 4*s*s*d),
-        decode=layers*(g*token + 4*d*(g*s + g*(g - 1)/2)))
+        prefill=layers * (s * token + 4 * s * s * d),
+        decode=layers * (g * token + 4 * d * (g * s + g * (g - 1) / 2)),
+    )
+
 
 def at_budget(
-    tokens:int,  # Visual tokens, as the paper writes them
+    tokens: int,  # Visual tokens, as the paper writes them
     **options,  # Other fields of `Setup`
-)->Setup:
+) -> Setup:
     "The paper's model at a budget: LLaVA's MLP at 576 tokens, Delta below."
     return Setup(compressor="mlp" if tokens == 576 else "delta", tokens=tokens, **options)
 
@@ -602,47 +687,54 @@ _PRINTED = {  # (where, what) -> {budgets: as printed}
 }
 PAPER_NUMBERS = tuple(  # (where, what, budgets, as printed)
     (where, what, budgets, printed)
-    for (where,what),numbers in _PRINTED.items() for budgets,printed in numbers.items())
+    for (where, what), numbers in _PRINTED.items()
+    for budgets, printed in numbers.items()
+)
 
-def _paper_number(what:str, budgets:tuple[int, ...], formula:Callable, answer:int|float)->float:
+
+def _paper_number(what: str, budgets: tuple[int, ...], formula: Callable, answer: int | float) -> float:
     "A number of the paper by a formula: TFLOP, percent, or a ratio."
     costs = [formula(at_budget(v, answer=answer)) for v in budgets]
     if what == "total saved":
-        return 100*(1 - costs[1].total/costs[0].total)
+        return 100 * (1 - costs[1].total / costs[0].total)
     if what == "projector ratio":
-        return costs[0].projector/costs[1].projector
-    return getattr(costs[0], what)/1e12
+        return costs[0].projector / costs[1].projector
+    return getattr(costs[0], what) / 1e12
 
 # %% ../nbs/26_flops.ipynb #5b5351b7
 def matches(
-    printed:str,  # As in the paper
-    value:float,  # By a formula, in the same unit
-)->bool:
+    printed: str,  # As in the paper
+    value: float,  # By a formula, in the same unit
+) -> bool:
     "Whether a value, rounded as the paper rounds, is the printed number, or not above it."
     number = printed.strip("≤ %")
     rounded = round(value, len(number.partition(".")[2]))
     return rounded <= float(number) if printed.startswith("≤") else rounded == float(number)
 
-def _verdict(what:str, budgets:tuple[int, ...], printed:str, formula:Callable, answer:int|float)->str|None:
+
+def _verdict(
+    what: str, budgets: tuple[int, ...], printed: str, formula: Callable, answer: int | float
+) -> str | None:
     "`''` if a formula matches, the lengths of the answer with which it does, or `None`."
     if matches(printed, _paper_number(what, budgets, formula, answer)):
         return ""
     if what not in ("decode", "total"):  # only these depend on the answer
         return None
-    lengths = [g/10 for g in range(270, 331)]
+    lengths = [g / 10 for g in range(270, 331)]
     matching = [g for g in lengths if matches(printed, _paper_number(what, budgets, formula, g))]
     return f", G = {matching[0]:.1f}–{matching[-1]:.1f}" if matching else None
 
+
 def paper_numbers(
-    answer:int|float=29,  # Mean length of the answer that is tried first
-)->list[dict[str, str]]:  # One row for each number
+    answer: int | float = 29,  # Mean length of the answer that is tried first
+) -> list[dict[str, str]]:  # One row for each number
     "The numbers that the paper prints, both formulas, and which of them matches."
     formulas = {"authors' formula": authors_cost, "exact": partial(cost, reference=True)}
     rows = []
-    for where,what,budgets,printed in PAPER_NUMBERS:
+    for where, what, budgets, printed in PAPER_NUMBERS:
         row = {"where": where, "what": what, "V": " → ".join(map(str, budgets)), "paper": printed}
         verdicts = []
-        for name,formula in formulas.items():
+        for name, formula in formulas.items():
             row[name] = f"{_paper_number(what, budgets, formula, answer):.4g}"
             verdict = _verdict(what, budgets, printed, formula, answer)
             if verdict is not None:
@@ -653,19 +745,19 @@ def paper_numbers(
 
 # %% ../nbs/26_flops.ipynb #24903ffb
 def kv_cache_bytes(
-    setup:Setup,  # What is run
-    new_tokens:int|float=0,  # Tokens of the answer that are in the cache too
-    batch:int=1,  # Rows
-    element_size:int=2,  # Bytes of one number, $e$
-)->int|float:
+    setup: Setup,  # What is run
+    new_tokens: int | float = 0,  # Tokens of the answer that are in the cache too
+    batch: int = 1,  # Rows
+    element_size: int = 2,  # Bytes of one number, $e$
+) -> int | float:
     "Keys and values of a prompt in all blocks (@eq-bytes)."
-    _,k = attention_widths(pretrained_config(setup.llm))
-    cached = sum(layers*(s + new_tokens) for layers,s in setup.layer_tokens)
-    return 2*element_size*batch*k*cached
+    _, k = attention_widths(pretrained_config(setup.llm))
+    cached = sum(layers * (s + new_tokens) for layers, s in setup.layer_tokens)
+    return 2 * element_size * batch * k * cached
 
 # %% ../nbs/26_flops.ipynb #1115b512
 @cache
-def _num_weights(setup:Setup)->tuple[int, int]:
+def _num_weights(setup: Setup) -> tuple[int, int]:
     "Parameters of vision tower and projector."
     config = setup.config
     with torch.device("meta"):
@@ -673,78 +765,97 @@ def _num_weights(setup:Setup)->tuple[int, int]:
         projector = build_compressor(setup.compressor, config.projector)
     return num_parameters(tower), num_parameters(projector)
 
+
 def memory_traffic(
-    setup:Setup,  # What is run
-    batch:int=1,  # Rows with an image each
-    element_size:int=2,  # Bytes of one number, $e$
-)->Cost:  # Bytes
+    setup: Setup,  # What is run
+    batch: int = 1,  # Rows with an image each
+    element_size: int = 2,  # Bytes of one number, $e$
+) -> Cost:  # Bytes
     "Bytes that each stage has to move: weights once per pass, inputs, outputs, keys and values."
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1.")
     c = setup.config.projector_config()
     llm = pretrained_config(setup.llm)
     model = _meta_llm(setup.llm, llm.num_hidden_layers)
-    tower,projector = _num_weights(setup)
-    n,d,vocab = c.grid**2,c.d_llm,llm.vocab_size
-    features = n*c.d_levels
+    tower, projector = _num_weights(setup)
+    n, d, vocab = c.grid**2, c.d_llm, llm.vocab_size
+    features = n * c.d_levels
     if "attention" in compressor_class(setup.compressor).requires:
-        features += n*c.d_vision + n
-    llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab*d)
-    token_cache = 2*attention_widths(llm)[1]*llm.num_hidden_layers  # numbers of one token in the cache
+        features += n * c.d_vision + n
+    llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab * d)
+    token_cache = 2 * attention_widths(llm)[1] * llm.num_hidden_layers  # numbers of one token in the cache
     prompt_cache = kv_cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache
     question = 0
     if setup.question_tokens:
-        question = num_parameters(model.base_model) - vocab*d + batch*(setup.question_tokens + 1)*d
+        question = num_parameters(model.base_model) - vocab * d + batch * (setup.question_tokens + 1) * d
     steps = setup.answer - 1  # each writes one token to the cache and reads all before it
-    decode = steps*(llm_weights + batch*(d + vocab + token_cache + prompt_cache))
+    decode = steps * (llm_weights + batch * (d + vocab + token_cache + prompt_cache))
     numbers = Cost(
-        tower=tower + batch*(3*setup.image_side**2 + features),
-        projector=projector + batch*(features + c.placeholders(setup.tokens)*d),
+        tower=tower + batch * (3 * setup.image_side**2 + features),
+        projector=projector + batch * (features + c.placeholders(setup.tokens) * d),
         question=question,
-        prefill=llm_weights + batch*(setup.layer_tokens[0][1]*d + prompt_cache + vocab),
-        decode=decode + batch*token_cache*steps*(steps - 1)/2)
-    return Cost(**{stage: element_size*value for stage,value in vars(numbers).items()})
+        prefill=llm_weights + batch * (setup.layer_tokens[0][1] * d + prompt_cache + vocab),
+        decode=decode + batch * token_cache * steps * (steps - 1) / 2,
+    )
+    return Cost(**{stage: element_size * value for stage, value in vars(numbers).items()})
 
 # %% ../nbs/26_flops.ipynb #30298624
 @dataclass(frozen=True, kw_only=True)
 class Device:
     "Peak rates of a device."
-    name:str  # As its maker writes it
-    peak:float  # FLOP/s in bfloat16, dense
-    bandwidth:float  # Bytes/s of its memory
-    source:str  # Where the numbers come from
+
+    name: str  # As its maker writes it
+    peak: float  # FLOP/s in bfloat16, dense
+    bandwidth: float  # Bytes/s of its memory
+    source: str  # Where the numbers come from
+
 
 DEVICES = {
-    "h100": Device(name="H100 SXM", peak=989e12, bandwidth=3.35e12,
-                   source="NVIDIA H100 data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s"),
-    "h200": Device(name="H200 SXM", peak=989e12, bandwidth=4.8e12,
-                   source="NVIDIA H200 data sheet: 1,979 TFLOP/s with sparsity, 4.8 TB/s"),
+    "h100": Device(
+        name="H100 SXM",
+        peak=989e12,
+        bandwidth=3.35e12,
+        source="NVIDIA H100 data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s",
+    ),
+    "h200": Device(
+        name="H200 SXM",
+        peak=989e12,
+        bandwidth=4.8e12,
+        source="NVIDIA H200 data sheet: 1,979 TFLOP/s with sparsity, 4.8 TB/s",
+    ),
 }
 
+
 def roofline(
-    setup:Setup,  # What is run
-    device:Device=DEVICES["h100"],  # On what
-    batch:int=1,  # Rows with an image each
-    element_size:int=2,  # Bytes of one number
-)->list[dict]:  # One row for each stage
+    setup: Setup,  # What is run
+    device: Device = DEVICES["h100"],  # On what
+    batch: int = 1,  # Rows with an image each
+    element_size: int = 2,  # Bytes of one number
+) -> list[dict]:  # One row for each stage
     "FLOPs, bytes, intensity, the bound of each stage, and the least time (@eq-roofline)."
     flops_by_stage = cost(setup, causal=True)
     bytes_by_stage = memory_traffic(setup, batch, element_size)
     rows = []
-    for stage,flops in vars(flops_by_stage).items():
-        flops = batch*flops
+    for stage, flops in vars(flops_by_stage).items():
+        flops = batch * flops
         moved = getattr(bytes_by_stage, stage)
         if not moved:
             continue
-        compute_bound = flops/moved >= device.peak/device.bandwidth
-        rows.append(dict(
-            stage=stage, flops=flops, bytes=moved, intensity=flops/moved,
-            bound="compute" if compute_bound else "memory",
-            seconds=max(flops/device.peak, moved/device.bandwidth)))
+        compute_bound = flops / moved >= device.peak / device.bandwidth
+        rows.append(
+            dict(
+                stage=stage,
+                flops=flops,
+                bytes=moved,
+                intensity=flops / moved,
+                bound="compute" if compute_bound else "memory",
+                seconds=max(flops / device.peak, moved / device.bandwidth),
+            )
+        )
     return rows
 
 # %% ../nbs/26_flops.ipynb #4234b7f8
-def _flops_table(setup:Setup)->str:
+def _flops_table(setup: Setup) -> str:
     "FLOPs of each stage by each formula."
     columns = {"TFLOP, full attention": cost(setup), "causal": cost(setup, causal=True)}
     if setup.compressor in ("delta", "mlp"):
@@ -753,23 +864,31 @@ def _flops_table(setup:Setup)->str:
     stages = [f.name for f in fields(Cost) if getattr(full, f.name)] + ["total"]
     rows = []
     for stage in stages:
-        counts = {column: f"{getattr(value, stage)/1e12:.4f}" for column,value in columns.items()}
+        counts = {column: f"{getattr(value, stage) / 1e12:.4f}" for column, value in columns.items()}
         rows.append({"stage": stage} | counts)
     return as_table(rows)
 
+
 def cost_report(
-    setup:Setup,  # What is run
-    device:Device=DEVICES["h100"],  # On what
-    batch:int=1,  # Rows with an image each
-)->str:
+    setup: Setup,  # What is run
+    device: Device = DEVICES["h100"],  # On what
+    batch: int = 1,  # Rows with an image each
+) -> str:
     "FLOPs of each stage by each formula, and whether it is compute-bound or memory-bound, as tables."
-    bounds = [{
-        "stage": row["stage"], "GB": f"{row['bytes']/1e9:.2f}", "FLOP/byte": f"{row['intensity']:.1f}",
-        "bound by": row["bound"], "least ms": f"{1e3*row['seconds']:.2f}",
-    } for row in roofline(setup, device, batch)]
+    bounds = [
+        {
+            "stage": row["stage"],
+            "GB": f"{row['bytes'] / 1e9:.2f}",
+            "FLOP/byte": f"{row['intensity']:.1f}",
+            "bound by": row["bound"],
+            "least ms": f"{1e3 * row['seconds']:.2f}",
+        }
+        for row in roofline(setup, device, batch)
+    ]
     return (
         f"{setup.compressor}, {setup.tokens} visual tokens, {setup.text:g} text tokens,"
         f" {setup.answer:g} tokens of answer, one image:\n\n{_flops_table(setup)}\n\n"
-        f"On one {device.name} ({device.peak/1e12:.0f} TFLOP/s, {device.bandwidth/1e12:.2f} TB/s),"
+        f"On one {device.name} ({device.peak / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s),"
         f" batch {batch}, bfloat16, causal attention; keys and values of the prompts:"
-        f" {kv_cache_bytes(setup, 0, batch)/1e9:.2f} GB:\n\n{as_table(bounds)}")
+        f" {kv_cache_bytes(setup, 0, batch) / 1e9:.2f} GB:\n\n{as_table(bounds)}"
+    )

@@ -140,9 +140,7 @@ def answer_cam(
     with frozen_eval(model), leaf_output(projector) as outputs, torch.enable_grad():
         scores = _token_scores(model, inputs, positions, log_prob)
         if len(outputs) != 1:
-            raise ValueError(
-                f"the projector ran {len(outputs)} times, not once: pass the image, too."
-            )
+            raise ValueError(f"the projector ran {len(outputs)} times, not once: pass the image, too.")
         tokens = outputs[0]
         for word in words[..., positions]:
             last = len(maps) + 1 == len(words)

@@ -20,32 +20,35 @@ from torch.utils.data import Dataset
 
 # %% ../nbs/02_grid.ipynb #8ab067a7
 def grid_side(
-    n:int,  # Tokens of one image
-)->int:  # Tokens per side
+    n: int,  # Tokens of one image
+) -> int:  # Tokens per side
     "The side of a square grid of `n` tokens."
     side = math.isqrt(max(n, 0))
     if n < 1 or side**2 != n:
         raise ValueError(
             f"{n} tokens form no square grid; drop the CLS token and registers first, and give the tower "
-            "square images (then it gives 49, 144, 256, 576, … patches).")
+            "square images (then it gives 49, 144, 256, 576, … patches)."
+        )
     return side
 
+
 def to_grid(
-    x:Float[Tensor, "b n c"],  # Tokens, row by row
-)->Float[Tensor, "b c g g"]:  # The same tokens as an image with `c` channels
+    x: Float[Tensor, "b n c"],  # Tokens, row by row
+) -> Float[Tensor, "b c g g"]:  # The same tokens as an image with `c` channels
     "Tokens as a square image; a view, nothing is copied."
     return rearrange(x, "b (row col) c -> b c row col", row=grid_side(x.shape[1]))
 
+
 def from_grid(
-    x:Float[Tensor, "b c g g"],  # A square image
-)->Float[Tensor, "b n c"]:  # Its tokens, row by row
+    x: Float[Tensor, "b c g g"],  # A square image
+) -> Float[Tensor, "b n c"]:  # Its tokens, row by row
     "A square image as tokens: the inverse of `to_grid`."
     return rearrange(x, "b c row col -> b (row col) c")
 
 # %% ../nbs/02_grid.ipynb #cb86870c
 def square_side(
-    grid:int|tuple[int, int],  # Patches per side, or rows and columns
-)->int:  # Patches per side
+    grid: int | tuple[int, int],  # Patches per side, or rows and columns
+) -> int:  # Patches per side
     "The side of a grid that must be square."
     if not isinstance(grid, tuple):
         return grid
@@ -53,37 +56,42 @@ def square_side(
     if rows != columns:
         raise ValueError(
             f"the grid has {rows}×{columns} patches; compressors need a square one: resize or pad images to "
-            "squares before the tower (its image processor can do so).")
+            "squares before the tower (its image processor can do so)."
+        )
     return rows
 
+
 def drop_cls(
-    state:Float[Tensor, "b n c"],  # One hidden state of a tower
-)->Float[Tensor, "b patches c"]:  # Its patch tokens
+    state: Float[Tensor, "b n c"],  # One hidden state of a tower
+) -> Float[Tensor, "b patches c"]:  # Its patch tokens
     "A hidden state without its CLS token: dropped if the rest forms a square and the whole does not."
     n = state.shape[1]
-    is_square = math.isqrt(n)**2 == n
-    has_cls = not is_square and math.isqrt(n - 1)**2 == n - 1
+    is_square = math.isqrt(n) ** 2 == n
+    has_cls = not is_square and math.isqrt(n - 1) ** 2 == n - 1
     return state[:, 1:] if has_cls else state
 
+
 def concat_levels(
-    states:Sequence[Tensor],  # One hidden state `[b, n, c]` for each level, with or without CLS token
-)->Float[Tensor, "b patches levels_c"]:  # Levels concatenated on channels
+    states: Sequence[Tensor],  # One hidden state `[b, n, c]` for each level, with or without CLS token
+) -> Float[Tensor, "b patches levels_c"]:  # Levels concatenated on channels
     "Patch tokens of several hidden states as one tensor."
     shapes = [tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__ for state in states]
     if not shapes or any(len(shape) != 3 or shape[:2] != shapes[0][:2] for shape in shapes):
         raise ValueError(
             "a list of features must hold one hidden state [batch, patches, channels] for each level, all of "
-            f"one batch and grid, not {shapes}.")
+            f"one batch and grid, not {shapes}."
+        )
     return torch.cat([drop_cls(state) for state in states], dim=-1)
 
 # %% ../nbs/02_grid.ipynb #4cdc2382
 @dataclass(frozen=True)
 class VisionFeatures:
     "What a vision tower gives to a projector."
-    levels:Tensor  # Patch tokens `[b, n, l·c]`: levels joined on channels, query level last, no CLS token
-    grid:int  # Patches per side; `n = grid²`
-    cls_attention:Tensor|None=None  # Attention of the CLS token of the last block, `[b, n]`
-    keys:Tensor|None=None  # Keys of the last block, `[b, n, c]`
+
+    levels: Tensor  # Patch tokens `[b, n, l·c]`: levels joined on channels, query level last, no CLS token
+    grid: int  # Patches per side; `n = grid²`
+    cls_attention: Tensor | None = None  # Attention of the CLS token of the last block, `[b, n]`
+    keys: Tensor | None = None  # Keys of the last block, `[b, n, c]`
 
     def __post_init__(self):
         shape = tuple(self.levels.shape)
@@ -92,13 +100,17 @@ class VisionFeatures:
         if shape[1] != self.grid**2:
             raise ValueError(
                 f"grid={self.grid} means {self.grid**2} patches, but levels has {shape[1]}; "
-                "drop the CLS token and registers.")
+                "drop the CLS token and registers."
+            )
 
     @classmethod
-    def of(cls,
-        x:"Tensor|Sequence[Tensor]|VisionFeatures",  # Features, their `levels`, or one hidden state per level
-        grid:int|tuple[int, int]|None=None,  # Patches per side, or rows and columns; `None` takes a square
-    )->"VisionFeatures":
+    def of(
+        cls,
+        x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, their `levels`, or one hidden state per level
+        grid: int
+        | tuple[int, int]
+        | None = None,  # Patches per side, or rows and columns; `None` takes a square
+    ) -> "VisionFeatures":
         "`x` itself if it is features already; else the features made of it."
         if isinstance(x, cls):
             return x
@@ -108,13 +120,15 @@ class VisionFeatures:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 "features must be VisionFeatures, a tensor [batch, patches, levels·channels] or a list of "
-                f"hidden states [batch, patches, channels], not {found}.")
+                f"hidden states [batch, patches, channels], not {found}."
+            )
         return cls(x, grid_side(x.shape[1]) if grid is None else square_side(grid))
 
     @classmethod
-    def cat(cls,
-        parts:"Sequence[VisionFeatures]",  # Of the same tower and grid
-    )->"VisionFeatures":
+    def cat(
+        cls,
+        parts: "Sequence[VisionFeatures]",  # Of the same tower and grid
+    ) -> "VisionFeatures":
         "Several batches as one."
         first = parts[0]
         tensors = {}
@@ -123,22 +137,25 @@ class VisionFeatures:
             tensors[name] = None if missing else torch.cat([getattr(part, name) for part in parts])
         return cls(grid=first.grid, **tensors)
 
-    def to(self,
-        *args, **kwargs,  # Device and dtype, as for a tensor
-    )->"VisionFeatures":
+    def to(
+        self,
+        *args,
+        **kwargs,  # Device and dtype, as for a tensor
+    ) -> "VisionFeatures":
         "All tensors moved; the attention keeps its precision, because patches are ranked by it."
         levels = self.levels.to(*args, **kwargs)
         attention = None if self.cls_attention is None else self.cls_attention.to(levels.device)
         keys = None if self.keys is None else self.keys.to(*args, **kwargs)
         return VisionFeatures(levels, self.grid, attention, keys)
 
+
 FeaturesLike = Tensor | Sequence[Tensor] | VisionFeatures  # What `VisionFeatures.of` and compressors accept
 
 # %% ../nbs/02_grid.ipynb #68770758
 def index_batch(
-    features:Tensor|Sequence|Dataset,  # `[b, n, c]`, or a data set of `[n, c]` or `VisionFeatures`
-    indices:Sequence[int],  # Which images
-)->Tensor|VisionFeatures:  # A batch of them
+    features: Tensor | Sequence | Dataset,  # `[b, n, c]`, or a data set of `[n, c]` or `VisionFeatures`
+    indices: Sequence[int],  # Which images
+) -> Tensor | VisionFeatures:  # A batch of them
     "Patch tokens of some images."
     if isinstance(features, Tensor):
         return features[list(indices)]
@@ -147,10 +164,11 @@ def index_batch(
         return VisionFeatures.cat(rows)
     return torch.stack([torch.as_tensor(row) for row in rows])
 
+
 def batches(
-    features:Tensor|Sequence|Dataset,  # As for `index_batch`
-    size:int,  # Images in a batch
-)->Iterator[Tensor|VisionFeatures]:  # The last batch may be smaller
+    features: Tensor | Sequence | Dataset,  # As for `index_batch`
+    size: int,  # Images in a batch
+) -> Iterator[Tensor | VisionFeatures]:  # The last batch may be smaller
     "Patch tokens of all images, `size` images at a time."
     if isinstance(features, Tensor):
         yield from features.split(size)
@@ -160,20 +178,21 @@ def batches(
 
 # %% ../nbs/02_grid.ipynb #e7adef86
 def _pool_cells(
-    x:Float[Tensor, "b n c"],  # Tokens of a square grid
-    s:int,  # Patches per side of a cell
-    pool:str,  # `"bilinear"` or `"mean"`
-)->Float[Tensor, "b v c"]:  # One token for each cell
-    "Mean of the center patches of each cell (`\"bilinear\"`), or of all its patches (`\"mean\"`)."
-    first = (s - 1)//2 if pool == "bilinear" else 0
-    last = s//2 if pool == "bilinear" else s - 1
+    x: Float[Tensor, "b n c"],  # Tokens of a square grid
+    s: int,  # Patches per side of a cell
+    pool: str,  # `"bilinear"` or `"mean"`
+) -> Float[Tensor, "b v c"]:  # One token for each cell
+    'Mean of the center patches of each cell (`"bilinear"`), or of all its patches (`"mean"`).'
+    first = (s - 1) // 2 if pool == "bilinear" else 0
+    last = s // 2 if pool == "bilinear" else s - 1
     return from_grid(F.avg_pool2d(to_grid(x)[..., first:, first:], last - first + 1, stride=s))
 
+
 def interpolate(
-    x:Float[Tensor, "b n c"],  # Tokens of a square grid
-    g:int,  # Tokens per side of the result
-    pool:str="bilinear",  # `"bilinear"`: without antialiasing; `"mean"`: mean over each cell; `"bicubic"`
-)->Float[Tensor, "b {g**2} c"]:  # Tokens of the new grid
+    x: Float[Tensor, "b n c"],  # Tokens of a square grid
+    g: int,  # Tokens per side of the result
+    pool: str = "bilinear",  # `"bilinear"`: without antialiasing; `"mean"`: mean over each cell; `"bicubic"`
+) -> Float[Tensor, "b {g**2} c"]:  # Tokens of the new grid
     "Tokens resized to a grid with side `g` (§4.1, Eq. 3)."
     if pool not in ("bilinear", "mean", "bicubic"):
         raise ValueError(f"pool={pool!r}; use 'bilinear', 'mean' or 'bicubic'.")
@@ -181,52 +200,54 @@ def interpolate(
     if g == grid:
         return x
     if pool != "bicubic" and grid % g == 0:
-        return _pool_cells(x, grid//g, pool)
+        return _pool_cells(x, grid // g, pool)
     if pool == "mean":
         return from_grid(F.adaptive_avg_pool2d(to_grid(x), g))
     return from_grid(F.interpolate(to_grid(x), size=(g, g), mode=pool, align_corners=False))
 
 # %% ../nbs/02_grid.ipynb #a432ebf3
 def _sincos_1d(
-    grid:int,  # Positions along one side
-    channels:int,  # Channels of one coordinate, $D/2$
-    device:torch.device,  # Where the result is computed
-)->Float[Tensor, "{grid} {channels}"]:  # Sines, then cosines
+    grid: int,  # Positions along one side
+    channels: int,  # Channels of one coordinate, $D/2$
+    device: torch.device,  # Where the result is computed
+) -> Float[Tensor, "{grid} {channels}"]:  # Sines, then cosines
     "Sine-cosine code of one coordinate, computed in float64 where the device has it."
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    exponent = torch.arange(channels//2, dtype=dtype, device=device) / (channels//2)
+    exponent = torch.arange(channels // 2, dtype=dtype, device=device) / (channels // 2)
     position = torch.arange(grid, dtype=dtype, device=device)
-    angle = position[:, None] * 10000.**-exponent
+    angle = position[:, None] * 10000.0**-exponent
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
+
 def _combine_coordinates(
-    code:Float[Tensor, "g d"],  # Code of each position along one side
-)->Float[Tensor, "g*g 2*d"]:  # Code of each place, row by row
+    code: Float[Tensor, "g d"],  # Code of each position along one side
+) -> Float[Tensor, "g*g 2*d"]:  # Code of each place, row by row
     "Code of the column in the first half of the channels, of the row in the second (@eq-sincos)."
     g = len(code)
     return torch.cat([code.repeat(g, 1), code.repeat_interleave(g, 0)], dim=1)
 
+
 def sincos_2d(
-    grid:int,  # Positions per side
-    channels:int,  # Channels $D$, a multiple of 4
-)->Float[Tensor, "{grid**2} {channels}"]:  # One code for each place, row by row
+    grid: int,  # Positions per side
+    channels: int,  # Channels $D$, a multiple of 4
+) -> Float[Tensor, "{grid**2} {channels}"]:  # One code for each place, row by row
     "Fixed 2-D sine-cosine positions: column in the first half of the channels, row in the second (§4.1)."
     if channels % 4:
         raise ValueError(f"channels={channels} must be a multiple of 4: sine and cosine of row and column.")
-    return _combine_coordinates(_sincos_1d(grid, channels//2, torch.device("cpu")))
+    return _combine_coordinates(_sincos_1d(grid, channels // 2, torch.device("cpu")))
 
 # %% ../nbs/02_grid.ipynb #91ef487b
 def pos_embed(
-    grid:int,  # Positions per side of the table
-    g:int,  # Positions per side wanted
-    channels:int,  # Channels $D$, a multiple of 4
-    device:torch.device|str="cpu",  # Where the result is computed
-    dtype:torch.dtype=torch.float32,  # Its precision; the resizing is always done in float32
-)->Float[Tensor, "{g**2} {channels}"]:  # One code for each place, row by row
+    grid: int,  # Positions per side of the table
+    g: int,  # Positions per side wanted
+    channels: int,  # Channels $D$, a multiple of 4
+    device: torch.device | str = "cpu",  # Where the result is computed
+    dtype: torch.dtype = torch.float32,  # Its precision; the resizing is always done in float32
+) -> Float[Tensor, "{g**2} {channels}"]:  # One code for each place, row by row
     "The table of `grid` resized bicubically to `g`, as the authors do (§4.1)."
     if channels % 4:
         raise ValueError(f"channels={channels} must be a multiple of 4: sine and cosine of row and column.")
-    code = _sincos_1d(grid, channels//2, torch.device(device))
+    code = _sincos_1d(grid, channels // 2, torch.device(device))
     if g != grid:
         column = code.T[None, :, :, None]  # an image that is one pixel wide
         code = F.interpolate(column, size=(g, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T
@@ -234,17 +255,18 @@ def pos_embed(
 
 # %% ../nbs/02_grid.ipynb #3879efb5
 def to_windows(
-    x:Float[Tensor, "b n c"],  # Patch tokens of a square grid
-    g:int,  # Windows per side
-)->Float[Tensor, "b {g**2} m c"]:  # Windows row by row, and patches row by row in each
+    x: Float[Tensor, "b n c"],  # Patch tokens of a square grid
+    g: int,  # Windows per side
+) -> Float[Tensor, "b {g**2} m c"]:  # Windows row by row, and patches row by row in each
     "Patches grouped by the window of each visual token (§4.3, Eq. 9)."
     s = math.ceil(grid_side(x.shape[1]) / g)
-    x = interpolate(x, g*s)  # unchanged if g divides the grid
+    x = interpolate(x, g * s)  # unchanged if g divides the grid
     return rearrange(x, "b (row i col j) c -> b (row col) (i j) c", row=g, i=s, j=s)
 
+
 def from_windows(
-    x:Float[Tensor, "b v m c"],  # Windows of a square grid
-)->Float[Tensor, "b n c"]:  # Patch tokens, row by row
+    x: Float[Tensor, "b v m c"],  # Windows of a square grid
+) -> Float[Tensor, "b n c"]:  # Patch tokens, row by row
     "Windows put back into their grid: the inverse of `to_windows` where `g` divides the grid."
     g = grid_side(x.shape[1])
     s = grid_side(x.shape[2])

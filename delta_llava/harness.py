@@ -32,23 +32,24 @@ from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/46_harness.ipynb #49644a85
 def checkpoint_origin(
-    pretrained:str|Path,  # As for `runs.load`
-    model:DeltaLlavaForConditionalGeneration,  # What was loaded
-)->dict:  # JSON-safe: checksums, names, the hub's commit
+    pretrained: str | Path,  # As for `runs.load`
+    model: DeltaLlavaForConditionalGeneration,  # What was loaded
+) -> dict:  # JSON-safe: checksums, names, the hub's commit
     "What identifies the weights of a model."
     folder = Path(pretrained)
     checksums = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     origin = dict(pretrained=str(pretrained), sha256=checksums)
-    if (folder/"config.json").exists() or not folder.exists():
+    if (folder / "config.json").exists() or not folder.exists():
         return origin | dict(revision=getattr(model.config, "_commit_hash", None))
     settings = read_run(folder)["settings"]
     for part in ("tower", "llm"):
         origin[part] = dict(name=settings[part], sha256=resolve(settings[part]).sha256)
     return origin
 
+
 def package_version(
-    name:str,  # Of an installed package
-)->str|None:  # `None` if it is not installed
+    name: str,  # Of an installed package
+) -> str | None:  # `None` if it is not installed
     "The version of a package."
     try:
         return version(name)
@@ -57,43 +58,58 @@ def package_version(
 
 # %% ../nbs/46_harness.ipynb #f0b81f88
 log = logging.getLogger(__name__)
-MODEL_ARGS = ("pretrained", "tokens", "batch_size", "device", "dtype", "template", "system_prompt",
-              "image_aspect")
+MODEL_ARGS = (
+    "pretrained",
+    "tokens",
+    "batch_size",
+    "device",
+    "dtype",
+    "template",
+    "system_prompt",
+    "image_aspect",
+)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+
 def check_model_args(
-    batch_size:int|str,  # A whole number; lmms-eval passes texts
-    dtype:str,  # `"auto"` or a name of torch's
-    template:str|None,  # A key of `TEMPLATES`
-    unknown:dict,  # What no argument takes
-)->None:
+    batch_size: int | str,  # A whole number; lmms-eval passes texts
+    dtype: str,  # `"auto"` or a name of torch's
+    template: str | None,  # A key of `TEMPLATES`
+    unknown: dict,  # What no argument takes
+) -> None:
     "Error for a wrong argument of `--model_args`."
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}; use one of {list(_DTYPES)}.")
-    if names := sorted(name for name,value in unknown.items() if value is not None):
+    if names := sorted(name for name, value in unknown.items() if value is not None):
         raise ValueError(f"model_args {names} are unknown; use {', '.join(MODEL_ARGS)}.")
     if not str(batch_size).isdigit():
-        raise ValueError(f"batch_size={batch_size!r} must be a number; it does not change a score, so take "
-                         f"the largest that fits.")
+        raise ValueError(
+            f"batch_size={batch_size!r} must be a number; it does not change a score, so take "
+            f"the largest that fits."
+        )
     if template not in (None, *TEMPLATES):
-        raise ValueError(f"template={template!r}; use one of {list(TEMPLATES)}, "
-                         "or leave it out for the one that the model was trained with.")
+        raise ValueError(
+            f"template={template!r}; use one of {list(TEMPLATES)}, "
+            "or leave it out for the one that the model was trained with."
+        )
+
 
 def model_settings(
-    answerer:Answerer,  # Model and processor
-)->dict:  # JSON-safe
+    answerer: Answerer,  # Model and processor
+) -> dict:  # JSON-safe
     "Everything about model and processor that affects a score."
     from delta_llava import __version__  # here: no notebook makes it
-    model,processor = answerer.model, answerer.processor
+
+    model, processor = answerer.model, answerer.processor
     parts = dict(tower=model.vision_tower, projector=model.multi_modal_projector, llm=model.language_model)
     pixels = processor.image_processor.to_dict()
-    names = [name for name,text in TEMPLATES.items() if processor.chat_template == JOIN_PARTS + text]
+    names = [name for name, text in TEMPLATES.items() if processor.chat_template == JOIN_PARTS + text]
     packages = ("lmms-eval", "transformers", "torch", "datasets", "pillow")
     versions = {name.replace("-", "_"): package_version(name) for name in packages}
     return dict(
         compressor=model.config.compressor,
         visual_tokens=model.config.projector_config().tokens,
-        dtype={name: str(next(part.parameters()).dtype) for name,part in parts.items()},
+        dtype={name: str(next(part.parameters()).dtype) for name, part in parts.items()},
         device=str(model.device),
         attention=model.config.text_config._attn_implementation,
         template=names[0] if names else "the LLM's own",
@@ -101,26 +117,30 @@ def model_settings(
         image_aspect=image_aspect(processor.image_processor),
         image_size=pixels.get("crop_size") or pixels["size"],
         delta_llava=dict(version=__version__, commit=commit()),
-        versions=versions | dict(python=platform.python_version()))
+        versions=versions | dict(python=platform.python_version()),
+    )
 
 # %% ../nbs/46_harness.ipynb #28e5156c
 class TaskRequests:
     "Reads lmms-eval's requests, and writes settings to where lmms-eval takes them into its result."
+
     def _document(self, request):
         "The row of the task that a request belongs to."
-        *_,doc,task,split = request.args
+        *_, doc, task, split = request.args
         return self.task_dict[task][split][doc]
 
-    def _request(self, request)->Request:
+    def _request(self, request) -> Request:
         "A request of lmms-eval as one of ours."
-        context,_,to_visual,*_ = request.args
+        context, _, to_visual, *_ = request.args
         images = list(to_visual(self._document(request)) or []) if to_visual else []
         if other := sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)}):
-            raise ValueError(f"a request holds {other}, but this model reads images only; "
-                             "leave out tasks with video or sound.")
+            raise ValueError(
+                f"a request holds {other}, but this model reads images only; "
+                "leave out tasks with video or sound."
+            )
         return Request(context, images)
 
-    def _write_settings(self, requests)->None:
+    def _write_settings(self, requests) -> None:
         "Write the settings of model and tasks to where lmms-eval takes them into its result."
         for request in requests:
             task = getattr(request.args[2], "__self__", None)
@@ -129,21 +149,28 @@ class TaskRequests:
                 continue
             self.task_settings[name] = self._settings_of_task(task, request)
             if getattr(task, "args", None) is None:
-                log.warning("lmms-eval was not started from its command line, and so cannot write the "
-                            "model's settings into its result; store model.settings() and "
-                            "model.task_settings beside it.")
+                log.warning(
+                    "lmms-eval was not started from its command line, and so cannot write the "
+                    "model's settings into its result; store model.settings() and "
+                    "model.task_settings beside it."
+                )
             else:
                 task.args.delta_llava = dict(self.settings(), tasks=self.task_settings)
 
-    def _settings_of_task(self, task, request)->dict:  # JSON-safe
+    def _settings_of_task(self, task, request) -> dict:  # JSON-safe
         "Everything about one task that affects a score."
-        ours,kwargs = self._request(request), request.args[1]
+        ours, kwargs = self._request(request), request.args[1]
         prompts = getattr(task, "lmms_eval_specific_kwargs", None) or {}
         settings = {key: prompts.get(key) for key in ("pre_prompt", "post_prompt", "prompt", "ocr")}
-        settings |= dict(split=request.args[5], num_fewshot=task.config.num_fewshot,
-                         output=task.config.output_type, metadata=task.config.metadata,
-                         first_prompt=self.answerer.encoder.prompt(ours), images=ours.n_images,
-                         generation_kwargs=kwargs if isinstance(kwargs, dict) else None)
+        settings |= dict(
+            split=request.args[5],
+            num_fewshot=task.config.num_fewshot,
+            output=task.config.output_type,
+            metadata=task.config.metadata,
+            first_prompt=self.answerer.encoder.prompt(ours),
+            images=ours.n_images,
+            generation_kwargs=kwargs if isinstance(kwargs, dict) else None,
+        )
         if isinstance(kwargs, dict) and "image_aspect_ratio" in kwargs:
             settings["image_aspect"] = kwargs["image_aspect_ratio"]
         return settings
@@ -151,15 +178,18 @@ class TaskRequests:
 # %% ../nbs/46_harness.ipynb #c04408f3
 class HarnessModel(TaskRequests):
     "What lmms-eval calls: requests in, answers out, and every setting that affects a score in the result."
-    def __init__(self,
-        pretrained:str,  # As for `runs.load`
-        tokens:int|None=None,  # Budget $V$; `None` takes the model's
-        batch_size:int|str=1,  # Requests in one pass
-        device:str|None=None,  # `None` takes a GPU if there is one; of several processes each takes its own
-        dtype:str="auto",  # Of all weights, such as `"bfloat16"`; `"auto"` leaves them as they were saved
-        template:str|None=None,  # `"plain"`, `"v1"` or `"chatml"`; `None` takes the one of the training
-        system_prompt:str="",  # Before each question
-        image_aspect:str|None=None,  # `"pad"` or `"original"`; `None` takes the one of the training
+
+    def __init__(
+        self,
+        pretrained: str,  # As for `runs.load`
+        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        batch_size: int | str = 1,  # Requests in one pass
+        device: str
+        | None = None,  # `None` takes a GPU if there is one; of several processes each takes its own
+        dtype: str = "auto",  # Of all weights, such as `"bfloat16"`; `"auto"` leaves them as they were saved
+        template: str | None = None,  # `"plain"`, `"v1"` or `"chatml"`; `None` takes the one of the training
+        system_prompt: str = "",  # Before each question
+        image_aspect: str | None = None,  # `"pad"` or `"original"`; `None` takes the one of the training
         **unknown,
     ):
         super().__init__()
@@ -167,7 +197,7 @@ class HarnessModel(TaskRequests):
         if device is None:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        model,processor = load(pretrained, device=self._device)
+        model, processor = load(pretrained, device=self._device)
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
         if tokens is not None:
@@ -186,34 +216,36 @@ class HarnessModel(TaskRequests):
         self.task_settings = {}
 
     @property
-    def device(self)->torch.device:
+    def device(self) -> torch.device:
         "Where the model is."
         return self._device
 
-    def settings(self)->dict:  # JSON-safe
+    def settings(self) -> dict:  # JSON-safe
         "Everything about the model that affects a score, and how it was run."
         settings = dict(checkpoint=self.origin, batch_size=self.batch_size) | model_settings(self.answerer)
         return settings if self.tokens is None else settings | dict(visual_tokens=self.tokens)
 
-    def generate_until(self,
+    def generate_until(
+        self,
         requests,  # Of lmms-eval: context, generation settings, function for images, document
-    )->list[str]:
+    ) -> list[str]:
         "The model's answer to each request."
         self._write_settings(requests)
         groups = {}  # requests with the same generation settings
-        for i,request in enumerate(requests):
+        for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        answers = [""]*len(requests)
+        answers = [""] * len(requests)
         for places in groups.values():
-            for i,answer in zip(places, self._generate([requests[i] for i in places]), strict=True):
+            for i, answer in zip(places, self._generate([requests[i] for i in places]), strict=True):
                 answers[i] = answer
-                context,kwargs = requests[i].args[:2]
+                context, kwargs = requests[i].args[:2]
                 self.cache_hook.add_partial("generate_until", (context, kwargs), answer)
         return answers
 
-    def loglikelihood(self,
+    def loglikelihood(
+        self,
         requests,  # Of lmms-eval: context, continuation or its function, function for images, document
-    )->list[tuple[float, bool]]:  # Negative log-likelihood in nats
+    ) -> list[tuple[float, bool]]:  # Negative log-likelihood in nats
         "How unlikely each continuation is (lmms-eval chooses the smallest), and whether it is greedy."
         self._write_settings(requests)
         answers = []
@@ -221,16 +253,23 @@ class HarnessModel(TaskRequests):
             continuation = request.args[1]
             text = continuation if isinstance(continuation, str) else continuation(self._document(request))
             answers.append(text.strip())
-        scores = self.answerer.log_likelihoods([self._request(r) for r in requests], answers,
-                                               tokens=self.tokens, batch_size=self.batch_size, progress=True)
+        scores = self.answerer.log_likelihoods(
+            [self._request(r) for r in requests],
+            answers,
+            tokens=self.tokens,
+            batch_size=self.batch_size,
+            progress=True,
+        )
         return [(-score.log_likelihood, score.is_greedy) for score in scores]
 
-    def generate_until_multi_round(self,
+    def generate_until_multi_round(
+        self,
         requests,  # Of lmms-eval
     ):
         "Not offered: tasks that ask about an earlier answer."
-        raise NotImplementedError("delta_llava answers one question at a time; leave out tasks of several "
-                                  "rounds.")
+        raise NotImplementedError(
+            "delta_llava answers one question at a time; leave out tasks of several rounds."
+        )
 
     def clean(self):
         "Free the memory, once all answers are there."
@@ -238,35 +277,45 @@ class HarnessModel(TaskRequests):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _generate(self, requests)->list[str]:
+    def _generate(self, requests) -> list[str]:
         "Answers to requests with the same generation settings."
         options = dict(requests[0].args[1])
-        until,aspect = options.pop("until", None) or [], options.pop("image_aspect_ratio", None)
+        until, aspect = options.pop("until", None) or [], options.pop("image_aspect_ratio", None)
         options = dict(max_new_tokens=1024) | options  # lmms-eval's own default for LLaVA
         processor = self.answerer.processor
         before = processor.image_processor
         if aspect is not None:
             processor.image_processor = with_aspect(self.trained_image_processor, aspect)
         try:
-            return self.answerer.generate([self._request(r) for r in requests], tokens=self.tokens,
-                                          until=until, batch_size=self.batch_size, progress=True, **options)
+            return self.answerer.generate(
+                [self._request(r) for r in requests],
+                tokens=self.tokens,
+                until=until,
+                batch_size=self.batch_size,
+                progress=True,
+                **options,
+            )
         finally:
             processor.image_processor = before
 
 # %% ../nbs/46_harness.ipynb #cc764593
-def _check_lmms_eval()->None:
+def _check_lmms_eval() -> None:
     "Error unless lmms-eval is installed."
     if find_spec("lmms_eval") is None:
-        raise ImportError("lmms-eval is not installed here. In the repository `make eval` makes an "
-                          "environment that has it, .venv-eval; elsewhere: pip install 'delta-llava[eval]'.")
+        raise ImportError(
+            "lmms-eval is not installed here. In the repository `make eval` makes an "
+            "environment that has it, .venv-eval; elsewhere: pip install 'delta-llava[eval]'."
+        )
+
 
 def manifest():
     "What the entry point `delta_llava` of the group `lmms_eval.models` returns to lmms-eval."
     _check_lmms_eval()
     return moving_part("ModelManifest")(model_id="delta_llava", simple_class_path=f"{__name__}.DeltaLlava")
 
+
 @cache
-def plugin_class()->type:
+def plugin_class() -> type:
     "The class that lmms-eval instantiates: `HarnessModel` as a subclass of lmms-eval's own."
     _check_lmms_eval()
     wrap = moving_part("GenerationResult")
@@ -274,47 +323,65 @@ def plugin_class()->type:
     def loglikelihood(self, requests):  # a bare pair would become a text
         return [wrap(text=pair) for pair in HarnessModel.loglikelihood(self, requests)]
 
-    members = dict(__module__=__name__, __doc__=HarnessModel.__doc__, is_simple=True,
-                   loglikelihood=loglikelihood)
+    members = dict(
+        __module__=__name__, __doc__=HarnessModel.__doc__, is_simple=True, loglikelihood=loglikelihood
+    )
     return type("DeltaLlava", (HarnessModel, moving_part("lmms")), members)
 
-def __getattr__(name:str):  # of this module: `DeltaLlava` is made when lmms-eval asks for it
+
+def __getattr__(name: str):  # of this module: `DeltaLlava` is made when lmms-eval asks for it
     if name == "DeltaLlava":
         return plugin_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../nbs/46_harness.ipynb #aeefdb0d
 def harness_cmd(
-    pretrained:str|Path,  # As for `runs.load`
-    out:str|Path,  # Gets the results
-    include:str|Path,  # Folder of `write_tasks`
-    tasks:str|Sequence[str]=TASK_NAMES,  # Names of tasks, lmms-eval's own too
-    batch_size:int=1,  # Requests in one pass
-    limit:int|None=None,  # Only the first so many questions of each task
-    python:str="python",  # Of an environment that has lmms-eval
+    pretrained: str | Path,  # As for `runs.load`
+    out: str | Path,  # Gets the results
+    include: str | Path,  # Folder of `write_tasks`
+    tasks: str | Sequence[str] = TASK_NAMES,  # Names of tasks, lmms-eval's own too
+    batch_size: int = 1,  # Requests in one pass
+    limit: int | None = None,  # Only the first so many questions of each task
+    python: str = "python",  # Of an environment that has lmms-eval
     **model_args,  # More arguments of `HarnessModel`, such as `tokens=36`
-)->list[str]:  # Ready for `subprocess.run(cmd, check=True)`
+) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
     "The one command that scores a model on offline tasks."
     arguments = dict(pretrained=pretrained, **model_args)
-    if bad := {key: value for key,value in arguments.items() if "," in str(value)}:
+    if bad := {key: value for key, value in arguments.items() if "," in str(value)}:
         raise ValueError(f"{bad}: lmms-eval cuts its --model_args at commas; use values without any.")
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    joined = ",".join(f"{key}={value}" for key,value in arguments.items())
-    cmd = [python, "-m", "lmms_eval", "--model", "delta_llava", "--model_args", joined, "--include_path",
-           str(include), "--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--output_path",
-           str(out), "--log_samples"]
+    joined = ",".join(f"{key}={value}" for key, value in arguments.items())
+    cmd = [
+        python,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "delta_llava",
+        "--model_args",
+        joined,
+        "--include_path",
+        str(include),
+        "--tasks",
+        ",".join(tasks),
+        "--batch_size",
+        str(batch_size),
+        "--output_path",
+        str(out),
+        "--log_samples",
+    ]
     return cmd if limit is None else [*cmd, "--limit", str(limit)]
 
+
 def read_result(
-    out:str|Path,  # What `harness_cmd` was given
-)->tuple[dict, dict]:  # Task -> metric -> score; all settings of model and tasks
+    out: str | Path,  # What `harness_cmd` was given
+) -> tuple[dict, dict]:  # Task -> metric -> score; all settings of model and tasks
     "The newest result below a folder."
     paths = sorted(Path(out).rglob("*_results.json"), key=lambda path: path.name)  # begins with the time
     if not paths:
         raise ValueError(f"{out} holds no result; run lmms-eval with --output_path {out} first.")
     result = json.loads(paths[-1].read_text(encoding="utf-8"))
     scores = {}
-    for task,found in result["results"].items():
+    for task, found in result["results"].items():
         metrics = [key for key in found if key.endswith(",none") and "stderr" not in key]
         scores[task] = {key.partition(",")[0]: found[key] for key in metrics}
     return scores, result["config"]["resolved_cli_args"]["delta_llava"]

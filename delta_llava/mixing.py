@@ -15,10 +15,12 @@ from torch.nn import functional as F
 # %% ../nbs/04_mixing.ipynb #7522915a
 class EMHSA(nn.Module):
     "Efficient multi-head self-attention with its own LayerNorm (§4.1, Eq. 2)."
-    def __init__(self,
-        channels:int,  # Channels of a token
-        head_dim:int=32,  # Channels of one head
-        pool:str="raster",  # How keys and values are reduced: `"raster"` or `"square"`
+
+    def __init__(
+        self,
+        channels: int,  # Channels of a token
+        head_dim: int = 32,  # Channels of one head
+        pool: str = "raster",  # How keys and values are reduced: `"raster"` or `"square"`
     ):
         super().__init__()
         if channels % head_dim:
@@ -27,30 +29,32 @@ class EMHSA(nn.Module):
         self.head_dim = head_dim
         self.pool = pool
         self.norm = nn.LayerNorm(channels, eps=1e-5)
-        self.qkv = nn.Linear(channels, 3*channels)  # one matrix product for all three
+        self.qkv = nn.Linear(channels, 3 * channels)  # one matrix product for all three
         self.out = nn.Linear(channels, channels)
         self.reset_parameters()
 
     def reset_parameters(self):
         "The authors' initialization: normal with standard deviation 0.02, biases zero."
         for layer in (self.qkv, self.out):
-            nn.init.trunc_normal_(layer.weight, std=.02)
+            nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def reduce(self,
-        x:Float[Tensor, "b row col {self.channels}"],  # Map of tokens
-        r:int,  # Reduction per side, $r$
-    )->Float[Tensor, "b _ {self.channels}"]:  # About $1/r^2$ as many tokens
+    def reduce(
+        self,
+        x: Float[Tensor, "b row col {self.channels}"],  # Map of tokens
+        r: int,  # Reduction per side, $r$
+    ) -> Float[Tensor, "b _ {self.channels}"]:  # About $1/r^2$ as many tokens
         "Tokens for keys and values, pooled by `r` per side."
         if self.pool == "square":  # cells of r×r; at an incomplete border, the mean of what is there
             image = x.permute(0, 3, 1, 2)
             return F.avg_pool2d(image, r, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
-        return F.avg_pool1d(x.flatten(1, 2).transpose(1, 2), r*r).transpose(1, 2)  # the tail is dropped
+        return F.avg_pool1d(x.flatten(1, 2).transpose(1, 2), r * r).transpose(1, 2)  # the tail is dropped
 
-    def project(self,
-        x:Float[Tensor, "b row col {self.channels}"],  # Map of queries, normalized
-        reduction:int,  # Reduction of keys and values per side, $r$
-    )->tuple[Tensor, Tensor, Tensor]:  # $Q$ `[b, n, c]`, $K$ and $V$ `[b, m, c]`
+    def project(
+        self,
+        x: Float[Tensor, "b row col {self.channels}"],  # Map of queries, normalized
+        reduction: int,  # Reduction of keys and values per side, $r$
+    ) -> tuple[Tensor, Tensor, Tensor]:  # $Q$ `[b, n, c]`, $K$ and $V$ `[b, m, c]`
         "Queries of all tokens; keys and values of all, or of the pooled ones."
         if reduction == 1:
             return self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
@@ -60,89 +64,99 @@ class EMHSA(nn.Module):
         k, v = F.linear(self.reduce(x, reduction), weight[c:], bias[c:]).chunk(2, dim=-1)
         return q, k, v
 
-    def forward(self,
-        x:Float[Tensor, "b row col {self.channels}"],  # Map of queries
-        reduction:int=1,  # Reduction of keys and values per side, $r$
-    )->Float[Tensor, "b row col {self.channels}"]:  # Attention's output for each query
+    def forward(
+        self,
+        x: Float[Tensor, "b row col {self.channels}"],  # Map of queries
+        reduction: int = 1,  # Reduction of keys and values per side, $r$
+    ) -> Float[Tensor, "b row col {self.channels}"]:  # Attention's output for each query
         qkv = self.project(self.norm(x), reduction)
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", d=self.head_dim) for t in qkv)
         if k.shape[2] == 1:
             y = v.expand_as(q)
         else:
-            y = (q*self.head_dim**-.5 @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-emhsa
+            y = (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-emhsa
         return self.out(rearrange(y, "b h n d -> b n (h d)")).view(x.shape)
 
 # %% ../nbs/04_mixing.ipynb #f7df4890
 class MHCA(nn.Module):
     "Multi-head convolutional attention: a grouped 3×3 convolution and a linear map (§4.1)."
-    def __init__(self,
-        channels:int,  # Channels of a token
-        head_dim:int=32,  # Channels of one group
+
+    def __init__(
+        self,
+        channels: int,  # Channels of a token
+        head_dim: int = 32,  # Channels of one group
     ):
         super().__init__()
         if channels % head_dim:
             raise ValueError(f"head_dim={head_dim} must divide the {channels} channels of MHCA.")
         self.channels = channels
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels//head_dim, bias=False)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // head_dim, bias=False)
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.out = nn.Linear(channels, channels, bias=False)
 
-    def forward(self,
-        x:Float[Tensor, "b row col {self.channels}"],  # Map of tokens
-    )->Float[Tensor, "b row col {self.channels}"]:  # Combination of each token's neighborhood
+    def forward(
+        self,
+        x: Float[Tensor, "b row col {self.channels}"],  # Map of tokens
+    ) -> Float[Tensor, "b row col {self.channels}"]:  # Combination of each token's neighborhood
         y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views: memory stays channels-last
         return self.out(F.relu(self.norm(y)))  # @eq-mhca
 
 # %% ../nbs/04_mixing.ipynb #5e5a0fac
 class DropPath(nn.Module):
     "Skips a residual branch for whole samples while training (§4.3, the authors' code)."
-    def __init__(self,
-        rate:int|float=0,  # Probability of skipping, in [0, 1)
+
+    def __init__(
+        self,
+        rate: int | float = 0,  # Probability of skipping, in [0, 1)
     ):
         super().__init__()
         self.rate = rate
 
-    def forward(self,
-        x:Float[Tensor, "b *rest"],  # Output of the branch
-    )->Float[Tensor, "b *rest"]:  # For each sample, the same divided by $1-p$, or zeros
+    def forward(
+        self,
+        x: Float[Tensor, "b *rest"],  # Output of the branch
+    ) -> Float[Tensor, "b *rest"]:  # For each sample, the same divided by $1-p$, or zeros
         if not self.training or self.rate == 0:
             return x
-        one_per_sample = (len(x),) + (1,)*(x.ndim - 1)
+        one_per_sample = (len(x),) + (1,) * (x.ndim - 1)
         keep = torch.rand(one_per_sample, device=x.device) >= self.rate
         return x * keep / (1 - self.rate)
 
 # %% ../nbs/04_mixing.ipynb #c715cf5b
 def round_channels(
-    channels:int|float,  # Channels wanted
-    step:int,  # The result is a multiple of this
-)->int:  # Channels
+    channels: int | float,  # Channels wanted
+    step: int,  # The result is a multiple of this
+) -> int:  # Channels
     "`channels` rounded to a multiple of `step`; up, if rounding down would lose more than a tenth."
-    rounded = max(step, int(channels + step/2)//step*step)
-    return rounded if rounded >= .9*channels else rounded + step
+    rounded = max(step, int(channels + step / 2) // step * step)
+    return rounded if rounded >= 0.9 * channels else rounded + step
+
 
 def split_channels(
-    channels:int,  # Channels of the block
-    ratio:int|float,  # Fraction for EMHSA
-    head_dim:int,  # Channels of one head; both parts are multiples of it
-)->tuple[int, int]:  # Channels of EMHSA and of MHCA
+    channels: int,  # Channels of the block
+    ratio: int | float,  # Fraction for EMHSA
+    head_dim: int,  # Channels of one head; both parts are multiples of it
+) -> tuple[int, int]:  # Channels of EMHSA and of MHCA
     "How the block splits its channels: in steps of 32 as the authors do, or of `head_dim` where 32 fails."
     for step in (32, head_dim):
-        attn_channels = round_channels(int(channels*ratio), step)
+        attn_channels = round_channels(int(channels * ratio), step)
         conv_channels = channels - attn_channels
         fits = attn_channels % head_dim == 0 and conv_channels % head_dim == 0
         if fits and attn_channels > 0 and conv_channels > 0:
             return attn_channels, conv_channels
     raise ValueError(
         f"{channels} channels cannot be split for heads of head_dim={head_dim} at mix_ratio={ratio}: take a "
-        f"smaller head_dim, or a width that is a multiple of {4*head_dim}.")
+        f"smaller head_dim, or a width that is a multiple of {4 * head_dim}."
+    )
 
 # %% ../nbs/04_mixing.ipynb #915418b2
 LEGACY_STATE_DICT_MAP = {"far.": "attn_branch.", "near.": "conv_branch."}  # In older checkpoints -> today
 
+
 def rename_legacy_keys(
-    state:dict[str, Tensor],  # Tensors by name, as an older version of this package may have saved them
-    prefix:str="mix.",  # Where the block is: `"mix."` in a projector's state
-)->dict[str, Tensor]:  # The same tensors by the names of this version
+    state: dict[str, Tensor],  # Tensors by name, as an older version of this package may have saved them
+    prefix: str = "mix.",  # Where the block is: `"mix."` in a projector's state
+) -> dict[str, Tensor]:  # The same tensors by the names of this version
     "A state with the old names of the mixing block's layers replaced."
     renamed = {}
     for key, tensor in state.items():
@@ -151,6 +165,7 @@ def rename_legacy_keys(
                 key = prefix + new + key.removeprefix(prefix + old)
         renamed[key] = tensor
     return renamed
+
 
 def _rename_before_loading(module, state, prefix, *_):
     "Pre-hook of `NTB.load_state_dict`: renames old keys in place."
@@ -161,23 +176,25 @@ def _rename_before_loading(module, state, prefix, *_):
 # %% ../nbs/04_mixing.ipynb #15b43157
 class NTB(nn.Module):
     "The mixing block: EMHSA on most channels, MHCA on the rest, then an MLP (§4.3, Eq. 6)."
-    def __init__(self,
-        d_in:int,  # Channels in
-        d_out:int,  # Channels out
-        head_dim:int=32,  # Channels of a head
-        mix_ratio:int|float=.75,  # Fraction of the channels for EMHSA
-        mlp_ratio:int|float=2,  # Hidden width of the MLP, in multiples of `d_out`
-        drop_path:int|float=0,  # Probability of skipping the MLP; EMHSA and MHCA share it by `mix_ratio`
-        stride:int=1,  # 2 halves the grid first; the projector never does
-        pool:str="raster",  # Reduction of EMHSA's keys and values, `"raster"` or `"square"`
-        emhsa:bool=True,  # `False` leaves attention out (Table 3)
-        mhca:bool=True,  # `False` leaves the convolution out (Table 3)
+
+    def __init__(
+        self,
+        d_in: int,  # Channels in
+        d_out: int,  # Channels out
+        head_dim: int = 32,  # Channels of a head
+        mix_ratio: int | float = 0.75,  # Fraction of the channels for EMHSA
+        mlp_ratio: int | float = 2,  # Hidden width of the MLP, in multiples of `d_out`
+        drop_path: int | float = 0,  # Probability of skipping the MLP; EMHSA and MHCA share it by `mix_ratio`
+        stride: int = 1,  # 2 halves the grid first; the projector never does
+        pool: str = "raster",  # Reduction of EMHSA's keys and values, `"raster"` or `"square"`
+        emhsa: bool = True,  # `False` leaves attention out (Table 3)
+        mhca: bool = True,  # `False` leaves the convolution out (Table 3)
     ):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"stride={stride}; use 1 or 2.")
         attn_channels, conv_channels = split_channels(d_out, mix_ratio, head_dim)
-        hidden = round(d_out*mlp_ratio)
+        hidden = round(d_out * mlp_ratio)
         self.d_in = d_in
         self.stride = stride
         self.attn_branch = nn.Linear(d_in, attn_channels, bias=False)  # W_t
@@ -186,15 +203,16 @@ class NTB(nn.Module):
         self.conv_branch = nn.Linear(attn_channels, conv_channels, bias=False)  # W_p
         self.mhca = MHCA(conv_channels, head_dim) if mhca else None
         self.mlp = nn.Sequential(nn.Linear(d_out, hidden), nn.ReLU(), nn.Linear(hidden, d_out))
-        self.drop_attn = DropPath(drop_path*mix_ratio)
-        self.drop_conv = DropPath(drop_path*(1 - mix_ratio))
+        self.drop_attn = DropPath(drop_path * mix_ratio)
+        self.drop_conv = DropPath(drop_path * (1 - mix_ratio))
         self.drop_mlp = DropPath(drop_path)
         self.register_load_state_dict_pre_hook(_rename_before_loading)
 
-    def forward(self,
-        x:Float[Tensor, "b row col {self.d_in}"],  # Map of queries
-        reduction:int=1,  # Reduction of EMHSA's keys and values per side
-    )->Float[Tensor, "b row2 col2 d_out"]:  # Mixed queries
+    def forward(
+        self,
+        x: Float[Tensor, "b row col {self.d_in}"],  # Map of queries
+        reduction: int = 1,  # Reduction of EMHSA's keys and values per side
+    ) -> Float[Tensor, "b row2 col2 d_out"]:  # Mixed queries
         if self.stride == 2:
             image = x.permute(0, 3, 1, 2)
             x = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)

@@ -33,7 +33,7 @@ from .vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, add_image
 
 # %% ../nbs/23_processor.ipynb #9dfbe265
 TEMPLATES = {
-"plain": """\
+    "plain": """\
 {%- for message in messages -%}
   {%- if message['role'] == 'assistant' -%}{{- message['content'] + '\n' -}}
   {%- elif loop.last and not add_generation_prompt -%}{{- message['content'] + '\n' -}}
@@ -41,7 +41,7 @@ TEMPLATES = {
   {%- endif -%}
 {%- endfor -%}
 """,
-"v1": """\
+    "v1": """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
 {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
@@ -54,12 +54,13 @@ TEMPLATES = {
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """,
-"chatml": """\
+    "chatml": """\
 {%- for message in messages -%}
   {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-"""}
+""",
+}
 
 # %% ../nbs/23_processor.ipynb #e1b733e7
 JOIN_PARTS = """\
@@ -80,18 +81,20 @@ JOIN_PARTS = """\
 # %% ../nbs/23_processor.ipynb #e426c5d4
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
+
 def text_of_content(
-    content:str|list[dict],  # Of a message: a text, or a list of parts
-)->str:
+    content: str | list[dict],  # Of a message: a text, or a list of parts
+) -> str:
     "The text of a message, without its images if it is a list of parts."
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)
 
+
 def as_message(
-    turn:dict,  # LLaVA's `from`/`value`, or `role`/`content`
-    index:int,  # Number of the turn, for the error
-)->dict:  # With `role` and `content`
+    turn: dict,  # LLaVA's `from`/`value`, or `role`/`content`
+    index: int,  # Number of the turn, for the error
+) -> dict:  # With `role` and `content`
     "One turn as a chat message; an answer must not be empty."
     if "from" in turn:
         role, content = turn["from"], turn.get("value")
@@ -103,51 +106,58 @@ def as_message(
         raise ValueError(f"turn {index} has the content {content!r}; it must be a text or a list of parts.")
     role = ROLES[role]
     if role == "assistant" and not text_of_content(content).strip():
-        raise ValueError(f"turn {index} is an empty answer, from which nothing can be learned; "
-                         "write the answer, or remove the row.")
+        raise ValueError(
+            f"turn {index} is an empty answer, from which nothing can be learned; "
+            "write the answer, or remove the row."
+        )
     return dict(role=role, content=content)
 
+
 def as_messages(
-    conversation:str|list[dict],  # A question, LLaVA's `from`/`value` turns, or `role`/`content` messages
-    images:int=1,  # Images of a plain question that does not write `<image>` itself
-)->list[dict]:  # Messages with `role` and `content`
+    conversation: str | list[dict],  # A question, LLaVA's `from`/`value` turns, or `role`/`content` messages
+    images: int = 1,  # Images of a plain question that does not write `<image>` itself
+) -> list[dict]:  # Messages with `role` and `content`
     "Any form of a conversation as chat messages."
     if isinstance(conversation, str):
         if images and "<image>" not in conversation:  # side by side before the question, as LLaVA evaluates
-            conversation = " ".join(["<image>"]*images) + "\n" + conversation
+            conversation = " ".join(["<image>"] * images) + "\n" + conversation
         return [dict(role="user", content=conversation)]
     messages = [as_message(turn, i) for i, turn in enumerate(conversation)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[:1] != ["user"]:
-        raise ValueError(f"a conversation must begin with a question of the user, but the roles are {roles}; "
-                         "add the question.")
+        raise ValueError(
+            f"a conversation must begin with a question of the user, but the roles are {roles}; "
+            "add the question."
+        )
     return messages
 
 # %% ../nbs/23_processor.ipynb #2bb686df
 def expand_images(
-    ids:list[int],  # Token ids with one image token for each image
-    image_token_id:int,  # Id of `<image>`
-    tokens:int,  # Budget $V$
-    max_length:int|None=None,  # Most tokens to keep; `None` keeps all
-)->list[int]:  # With $V$ image tokens for each image
+    ids: list[int],  # Token ids with one image token for each image
+    image_token_id: int,  # Id of `<image>`
+    tokens: int,  # Budget $V$
+    max_length: int | None = None,  # Most tokens to keep; `None` keeps all
+) -> list[int]:  # With $V$ image tokens for each image
     "Repeat each image token $V$ times, then cut the end, but never an image."
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be a square, 1 or more.")
     expanded = []
     for i in ids:
-        expanded += [i]*(tokens if i == image_token_id else 1)
+        expanded += [i] * (tokens if i == image_token_id else 1)
     if max_length is None or len(expanded) <= max_length:
         return expanded
     if image_token_id in expanded[max_length:]:
         last = len(expanded) - expanded[::-1].index(image_token_id)
-        raise ValueError(f"max_length={max_length} would cut an image: the last one ends at token {last}. "
-                         f"Take max_length={last} or more, or a budget below tokens={tokens}.")
+        raise ValueError(
+            f"max_length={max_length} would cut an image: the last one ends at token {last}. "
+            f"Take max_length={last} or more, or a budget below tokens={tokens}."
+        )
     return expanded[:max_length]
 
 # %% ../nbs/23_processor.ipynb #9cb730c1
 def flatten_images(
     images,  # One image, or lists of images, nested or not; `None` is none
-)->list:  # RGB images; arrays and tensors as they are
+) -> list:  # RGB images; arrays and tensors as they are
     "All images of a call in one list, opened by `open_image`."
     if images is None:
         return []
@@ -163,36 +173,42 @@ def flatten_images(
 # %% ../nbs/23_processor.ipynb #6a963b42
 class PromptMixin:
     "Conversations to prompts, and texts to token ids; for training and inference alike."
-    def build_prompt(self,
-        conversation:str|list[dict],  # A question, LLaVA's turns, or `role`/`content` messages
-        images:int=1,  # Images of a plain question that does not write `<image>` itself
-        add_generation_prompt:bool=True,  # End where the next answer begins; `False` for a whole conversation
-    )->str:  # With one `<image>` for each image
-        "The conversation as one string, as the chat template writes it."
-        return self.apply_chat_template(as_messages(conversation, images),
-                                        add_generation_prompt=add_generation_prompt)
 
-    def encode_text(self,
-        text:str,  # What `build_prompt` gave, or any other text
-        add_special_tokens:bool=True,  # BOS, if the tokenizer adds one and the text does not begin with it
-    )->list[int]:  # With one image token for each image
+    def build_prompt(
+        self,
+        conversation: str | list[dict],  # A question, LLaVA's turns, or `role`/`content` messages
+        images: int = 1,  # Images of a plain question that does not write `<image>` itself
+        add_generation_prompt: bool = True,  # End where the next answer begins; `False` for a whole conversation
+    ) -> str:  # With one `<image>` for each image
+        "The conversation as one string, as the chat template writes it."
+        return self.apply_chat_template(
+            as_messages(conversation, images), add_generation_prompt=add_generation_prompt
+        )
+
+    def encode_text(
+        self,
+        text: str,  # What `build_prompt` gave, or any other text
+        add_special_tokens: bool = True,  # BOS, if the tokenizer adds one and the text does not begin with it
+    ) -> list[int]:  # With one image token for each image
         "Token ids of a text, with BOS once."
         bos = self.tokenizer.bos_token
         if bos is not None and text.startswith(bos):
             add_special_tokens = False
         return self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
 
-    def num_image_tokens(self,
-        tokens:int|None=None,  # Budget $V$; `None` takes the processor's
-    )->int:
+    def num_image_tokens(
+        self,
+        tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+    ) -> int:
         "Image tokens in the prompt for each image."
         if self.placeholders:
             return self.placeholders
         return self.tokens if tokens is None else tokens
 
-    def encode_questions(self,
-        questions:list[str],  # `<image>` is removed; an empty one becomes "image", as in QueCC
-    )->dict:  # `question_ids` and `question_mask`, padded on the left
+    def encode_questions(
+        self,
+        questions: list[str],  # `<image>` is removed; an empty one becomes "image", as in QueCC
+    ) -> dict:  # `question_ids` and `question_mask`, padded on the left
         "Token ids of each question alone."
         ids = []
         for question in questions:
@@ -201,33 +217,38 @@ class PromptMixin:
         out = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
         return dict(question_ids=out["input_ids"], question_mask=out["attention_mask"])
 
-    def tokenize_conversation(self,
-        conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-    )->dict[str,list[int]]:  # `input_ids` with one image token for each image, and `labels`
+    def tokenize_conversation(
+        self,
+        conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
+    ) -> dict[str, list[int]]:  # `input_ids` with one image token for each image, and `labels`
         "Token ids and labels before the image tokens are repeated."
         return tokenize_conversation(self, conversation)
 
-    def encode_conversation(self,
-        conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-        tokens:int|None=None,  # Budget $V$; `None` takes the processor's
-        max_length:int|None=None,  # Most tokens; the end is cut, never an image
-    )->dict[str,list[int]]:  # `input_ids` and `labels`
+    def encode_conversation(
+        self,
+        conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
+        tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+        max_length: int | None = None,  # Most tokens; the end is cut, never an image
+    ) -> dict[str, list[int]]:  # `input_ids` and `labels`
         "Token ids and labels of one conversation: `encode_conversation` with this processor."
         return encode_conversation(self, conversation, tokens, max_length)
 
 # %% ../nbs/23_processor.ipynb #31b31dcb
 class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
+
     image_token = "<image>"
 
     @no_type_check  # a checker's wrapper would hide the argument names, which transformers reads on reload
-    def __init__(self,
+    def __init__(
+        self,
         image_processor=None,  # The vision tower's, PIL backend
         tokenizer=None,  # The LLM's, which knows `<image>`
-        tokens:int=144,  # Default budget $V$
-        chat_template:str|None=None,  # Jinja text; named here, or it would be lost on reload
-        questions:bool=False,  # Also encode each question alone, for projectors that read it
-        placeholders:int|None=None,  # Image tokens in the prompt if not the budget: the LLM drops some later
+        tokens: int = 144,  # Default budget $V$
+        chat_template: str | None = None,  # Jinja text; named here, or it would be lost on reload
+        questions: bool = False,  # Also encode each question alone, for projectors that read it
+        placeholders: int
+        | None = None,  # Image tokens in the prompt if not the budget: the LLM drops some later
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -236,26 +257,31 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         self.placeholders = placeholders
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"the tokenizer does not know {self.image_token!r}; "
-                             "build_processor adds it, or call add_image_token(tokenizer) first.")
+            raise ValueError(
+                f"the tokenizer does not know {self.image_token!r}; "
+                "build_processor adds it, or call add_image_token(tokenizer) first."
+            )
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
-    def __call__(self,
+    def __call__(
+        self,
         images=None,  # What `open_image` takes, one or several, in the order in which the texts name them
-        text:str|list[str]|None=None,  # Prompts with one `<image>` for each image
-        tokens:int|None=None,  # Budget $V$ of this call; `None` takes the processor's
-        max_length:int|None=None,  # Most tokens of a row, visual tokens included
-        questions:list[str]|None=None,  # Question of each text, if the processor has `questions=True`
-        return_tensors:str|None="pt",
-        add_special_tokens:bool=True,  # BOS, if the tokenizer adds one
-        padding:bool|str=True,  # Rows of a batch always become equally long; named by trainers
-        padding_side:str|None=None,  # `None` is the left, from which generation can go on
-        pad_to_multiple_of:int|None=None,  # Round the length up
-        truncation:bool|None=None,  # `False` ignores `max_length`
-        videos=None, audio=None, **kwargs,  # Refused; named by transformers' `apply_chat_template`
-    )->BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
+        text: str | list[str] | None = None,  # Prompts with one `<image>` for each image
+        tokens: int | None = None,  # Budget $V$ of this call; `None` takes the processor's
+        max_length: int | None = None,  # Most tokens of a row, visual tokens included
+        questions: list[str] | None = None,  # Question of each text, if the processor has `questions=True`
+        return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,  # BOS, if the tokenizer adds one
+        padding: bool | str = True,  # Rows of a batch always become equally long; named by trainers
+        padding_side: str | None = None,  # `None` is the left, from which generation can go on
+        pad_to_multiple_of: int | None = None,  # Round the length up
+        truncation: bool | None = None,  # `False` ignores `max_length`
+        videos=None,
+        audio=None,
+        **kwargs,  # Refused; named by transformers' `apply_chat_template`
+    ) -> BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
         texts = [text] if isinstance(text, str) else list(text or [])
         self._check_arguments(texts, text, dict(kwargs, videos=videos, audio=audio))
@@ -267,8 +293,14 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         for t in texts:
             ids = self.encode_text(t, add_special_tokens)
             rows.append(expand_images(ids, self.image_token_id, self.num_image_tokens(tokens), limit))
-        batch = dict(self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side or "left",
-                                        pad_to_multiple_of=pad_to_multiple_of, return_tensors=return_tensors))
+        batch = dict(
+            self.tokenizer.pad(
+                {"input_ids": rows},
+                padding_side=padding_side or "left",
+                pad_to_multiple_of=pad_to_multiple_of,
+                return_tensors=return_tensors,
+            )
+        )
         if images:
             batch |= self.image_processor(images, return_tensors=return_tensors)
         if images and self.questions:
@@ -276,25 +308,32 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             batch |= self.encode_questions(of_images)
         return BatchFeature(batch)
 
-    def _check_arguments(self, texts:list[str], text, others:dict)->None:
+    def _check_arguments(self, texts: list[str], text, others: dict) -> None:
         "An error for arguments that this processor does not understand, and for no text at all."
         if unknown := sorted(name for name, value in others.items() if value is not None):
-            raise ValueError(f"unknown arguments {unknown}; this processor takes images, text, tokens, "
-                             "max_length, questions, return_tensors.")
+            raise ValueError(
+                f"unknown arguments {unknown}; this processor takes images, text, tokens, "
+                "max_length, questions, return_tensors."
+            )
         if not texts:
             raise ValueError(f"text={text!r}; give a prompt with one '<image>' for each image.")
 
-    def _check_images(self, counts:list[int], images:int, questions:list[str]|None)->None:
+    def _check_images(self, counts: list[int], images: int, questions: list[str] | None) -> None:
         "An error if texts, images and questions do not belong together."
         if sum(counts) != images:
-            raise ValueError(f"the texts name {sum(counts)} image(s) with {self.image_token!r}, "
-                             f"but {images} were given; write it once for each image.")
+            raise ValueError(
+                f"the texts name {sum(counts)} image(s) with {self.image_token!r}, "
+                f"but {images} were given; write it once for each image."
+            )
         if images and self.questions and len(questions or []) != len(counts):
-            raise ValueError(f"questions={questions!r}: this projector reads the question, "
-                             f"so give the question of each of the {len(counts)} texts.")
+            raise ValueError(
+                f"questions={questions!r}: this projector reads the question, "
+                f"so give the question of each of the {len(counts)} texts."
+            )
 
     @classmethod
-    def from_pretrained(cls,
+    def from_pretrained(
+        cls,
         pretrained_model_name_or_path,  # Folder or hub name
         **kwargs,  # As in transformers
     ):
@@ -304,41 +343,54 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
 # %% ../nbs/23_processor.ipynb #fbaf0224
 AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor, exist_ok=True)
 
+
 def template_text(
-    tokenizer:PreTrainedTokenizerBase,  # The LLM's
-    template:str,  # A key of `TEMPLATES`, or `"chat"`: the tokenizer's own
-)->str:  # Jinja text
+    tokenizer: PreTrainedTokenizerBase,  # The LLM's
+    template: str,  # A key of `TEMPLATES`, or `"chat"`: the tokenizer's own
+) -> str:  # Jinja text
     "A chat template by its name, if it suits the tokenizer."
     names = [*TEMPLATES, "chat"]
     if template not in names:
         raise ValueError(f"template={template!r}; use one of {names}.")
     if template == "chat" and tokenizer.chat_template is None:
-        raise ValueError("template='chat', but this tokenizer has no chat template; "
-                         "use 'v1', or 'plain' for captions.")
+        raise ValueError(
+            "template='chat', but this tokenizer has no chat template; use 'v1', or 'plain' for captions."
+        )
     if template == "chatml" and tokenizer.eos_token != "<|im_end|>":
-        raise ValueError("template='chatml' ends each answer in '<|im_end|>', but this tokenizer "
-                         f"stops at {tokenizer.eos_token!r}; use 'v1', or 'chat' if it has a template.")
+        raise ValueError(
+            "template='chatml' ends each answer in '<|im_end|>', but this tokenizer "
+            f"stops at {tokenizer.eos_token!r}; use 'v1', or 'chat' if it has a template."
+        )
     return tokenizer.chat_template if template == "chat" else TEMPLATES[template]
 
+
 def build_processor(
-    image_processor:BaseImageProcessor,  # The vision tower's
-    tokenizer:PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
-    tokens:int=144,  # Default budget $V$
-    template:str="chat",  # `"plain"`, `"v1"`, `"chatml"`, or `"chat"`: the tokenizer's own
-    questions:bool=False,  # Also encode each question alone, for projectors that read it
-    placeholders:int|None=None,  # Image tokens in the prompt if not the budget
-)->DeltaLlavaProcessor:
+    image_processor: BaseImageProcessor,  # The vision tower's
+    tokenizer: PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
+    tokens: int = 144,  # Default budget $V$
+    template: str = "chat",  # `"plain"`, `"v1"`, `"chatml"`, or `"chat"`: the tokenizer's own
+    questions: bool = False,  # Also encode each question alone, for projectors that read it
+    placeholders: int | None = None,  # Image tokens in the prompt if not the budget
+) -> DeltaLlavaProcessor:
     "A processor for a vision tower and an LLM."
     text = template_text(tokenizer, template)
     add_image_token(tokenizer)
-    return DeltaLlavaProcessor(image_processor, tokenizer, tokens=tokens, chat_template=JOIN_PARTS + text,
-                               questions=questions, placeholders=placeholders)
+    return DeltaLlavaProcessor(
+        image_processor,
+        tokenizer,
+        tokens=tokens,
+        chat_template=JOIN_PARTS + text,
+        questions=questions,
+        placeholders=placeholders,
+    )
 
 # %% ../nbs/23_processor.ipynb #5e889791
 def answer_spans(
-    processor:DeltaLlavaProcessor,  # With tokenizer and chat template
-    messages:list[dict],  # From `as_messages`
-)->tuple[list[int], list[tuple[int, int]]]:  # Token ids of all messages; start and end of each answer in them
+    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    messages: list[dict],  # From `as_messages`
+) -> tuple[
+    list[int], list[tuple[int, int]]
+]:  # Token ids of all messages; start and end of each answer in them
     "Where the answers lie among the token ids of a conversation (@eq-span)."
     eos = processor.tokenizer.eos_token_id
     whole = processor.build_prompt(messages, add_generation_prompt=False)
@@ -348,10 +400,12 @@ def answer_spans(
         if message["role"] != "assistant":
             continue
         before = processor.build_prompt(messages[:i])
-        after = processor.build_prompt(messages[:i+1], add_generation_prompt=False)
+        after = processor.build_prompt(messages[: i + 1], add_generation_prompt=False)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError("the chat template rewrites the conversation as it grows, so the beginning of "
-                             "an answer cannot be found; use template='v1'.")
+            raise ValueError(
+                "the chat template rewrites the conversation as it grows, so the beginning of "
+                "an answer cannot be found; use template='v1'."
+            )
         start = len(commonprefix([processor.encode_text(before), ids]))
         end = len(commonprefix([processor.encode_text(after), ids]))
         if eos in ids[start:end]:  # generation stops here; what the template writes after it is not learned
@@ -361,73 +415,82 @@ def answer_spans(
 
 # %% ../nbs/23_processor.ipynb #9393b3e0
 def tokenize_conversation(
-    processor:DeltaLlavaProcessor,  # With tokenizer and chat template
-    conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-)->dict[str,list[int]]:  # `input_ids` with one image token for each image, and `labels`
+    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
+) -> dict[str, list[int]]:  # `input_ids` with one image token for each image, and `labels`
     "Token ids of a conversation, and labels on its answers; the same at every budget."
     ids, spans = answer_spans(processor, as_messages(conversation))
-    labels = [-100]*len(ids)
+    labels = [-100] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return dict(input_ids=ids, labels=labels)
 
+
 def expand_row(
-    row:dict[str,list[int]],  # From `tokenize_conversation`
-    image_token_id:int,  # Id of `<image>`
-    tokens:int,  # Image tokens for each image
-    max_length:int|None=None,  # Most tokens; the end is cut, never an image
-)->dict[str,list[int]]:  # `input_ids` and `labels`
+    row: dict[str, list[int]],  # From `tokenize_conversation`
+    image_token_id: int,  # Id of `<image>`
+    tokens: int,  # Image tokens for each image
+    max_length: int | None = None,  # Most tokens; the end is cut, never an image
+) -> dict[str, list[int]]:  # `input_ids` and `labels`
     "`expand_images` for ids and labels; a row without any label left is an error."
     input_ids = expand_images(row["input_ids"], image_token_id, tokens, max_length)
     labels = []
     for i, label in zip(row["input_ids"], row["labels"], strict=True):
-        labels += [-100]*tokens if i == image_token_id else [label]
-    labels = labels[:len(input_ids)]
+        labels += [-100] * tokens if i == image_token_id else [label]
+    labels = labels[: len(input_ids)]
     if all(label == -100 for label in labels):
-        raise ValueError(f"nothing is supervised: no answer lies within max_length={max_length}; "
-                         "raise it, or remove the row.")
+        raise ValueError(
+            f"nothing is supervised: no answer lies within max_length={max_length}; "
+            "raise it, or remove the row."
+        )
     return dict(input_ids=input_ids, labels=labels)
 
+
 def encode_conversation(
-    processor:DeltaLlavaProcessor,  # With tokenizer and chat template
-    conversation:list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-    tokens:int|None=None,  # Budget $V$; `None` takes the processor's
-    max_length:int|None=None,  # Most tokens; the end is cut, never an image
-)->dict[str,list[int]]:  # `input_ids`, and `labels` with -100 wherever nothing is to be learned
+    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
+    tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+    max_length: int | None = None,  # Most tokens; the end is cut, never an image
+) -> dict[str, list[int]]:  # `input_ids`, and `labels` with -100 wherever nothing is to be learned
     "Token ids of a whole conversation with its visual tokens, and labels on its answers."
     row = tokenize_conversation(processor, conversation)
     return expand_row(row, processor.image_token_id, processor.num_image_tokens(tokens), max_length)
 
 # %% ../nbs/23_processor.ipynb #1a6fe6f3
 def tower_sizes(
-    tower:str,  # `pypi:…`, `hub:…` or a folder
-    image_size:int|None=None,  # Side of an image, px; `None` takes the tower's own
-)->ProjectorConfig:  # Grid, levels and channels; all other fields at their defaults
+    tower: str,  # `pypi:…`, `hub:…` or a folder
+    image_size: int | None = None,  # Side of an image, px; `None` takes the tower's own
+) -> ProjectorConfig:  # Grid, levels and channels; all other fields at their defaults
     "What a projector needs to know of a vision tower; no weights are loaded."
     config = tower_config(tower)
     size = config.image_size if image_size is None else image_size
     if size % config.patch_size:
-        raise ValueError(f"image_size={size} must be a multiple of the tower's patch size "
-                         f"{config.patch_size}.")
-    return ProjectorConfig(grid=size // config.patch_size, tokens=1, d_vision=config.hidden_size,
-                           levels=default_levels(tower, config.num_hidden_layers))
+        raise ValueError(
+            f"image_size={size} must be a multiple of the tower's patch size {config.patch_size}."
+        )
+    return ProjectorConfig(
+        grid=size // config.patch_size,
+        tokens=1,
+        d_vision=config.hidden_size,
+        levels=default_levels(tower, config.num_hidden_layers),
+    )
 
 # %% ../nbs/23_processor.ipynb #90c0f3c4
 def build_pretrained(
-    tower:str,  # `pypi:…`, `hub:…` or a folder
-    llm:str,  # `pypi:…`, `hub:…` or a folder
-    compressor:str="delta",  # Which projector, by its name in the registry
+    tower: str,  # `pypi:…`, `hub:…` or a folder
+    llm: str,  # `pypi:…`, `hub:…` or a folder
+    compressor: str = "delta",  # Which projector, by its name in the registry
     *,
-    tokens:int,  # Main budget $V$
-    budgets:Iterable[int]=(),  # Other budgets that the projector must be able to have
-    image_size:int|None=None,  # Side of an image, px; `None` takes the tower's own
-    pad:bool=False,  # Pad images to squares instead of cropping them
-    template:str="chat",  # As for `build_processor`
-    standardize:bool=False,  # Standardize the features (`Compressor.fit_statistics`); the authors do not
-    llm_dtype:torch.dtype=torch.float32,  # Of the LLM's weights
-    load_in_4bit:bool=False,  # The LLM's matrices in four bits, as for `load_llm`
-    seed:int=0,  # Of the projector's initial weights
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Tower and projector in float32
+    tokens: int,  # Main budget $V$
+    budgets: Iterable[int] = (),  # Other budgets that the projector must be able to have
+    image_size: int | None = None,  # Side of an image, px; `None` takes the tower's own
+    pad: bool = False,  # Pad images to squares instead of cropping them
+    template: str = "chat",  # As for `build_processor`
+    standardize: bool = False,  # Standardize the features (`Compressor.fit_statistics`); the authors do not
+    llm_dtype: torch.dtype = torch.float32,  # Of the LLM's weights
+    load_in_4bit: bool = False,  # The LLM's matrices in four bits, as for `load_llm`
+    seed: int = 0,  # Of the projector's initial weights
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Tower and projector in float32
     "Pretrained vision tower and LLM with a new projector between them."
     sizes = tower_sizes(tower, image_size)
     language_model, tokenizer = load_llm(llm, llm_dtype, load_in_4bit)
@@ -436,9 +499,14 @@ def build_pretrained(
     requires = compressor_class(compressor).requires
     for budget in {tokens, *budgets}:
         config.check_budget(budget, sizes.grid)
-    processor = build_processor(image_processor_for(tower, image_size, pad), tokenizer, tokens,
-                                template=template, questions="text" in requires,
-                                placeholders=config.placeholders(tokens) if "decoder" in requires else None)
+    processor = build_processor(
+        image_processor_for(tower, image_size, pad),
+        tokenizer,
+        tokens,
+        template=template,
+        questions="text" in requires,
+        placeholders=config.placeholders(tokens) if "decoder" in requires else None,
+    )
     torch.manual_seed(seed)
     vision_tower = load_tower(tower, sizes.levels, "attention" in requires)
     model = build_vlm(vision_tower, language_model, tokenizer, config, compressor)

@@ -28,12 +28,12 @@ from .mixing import NTB
 
 # %% ../nbs/06_projector.ipynb #95adec45
 def windowed_cross_attention(
-    q:Float[Tensor, "b v c"],  # Queries, projected, divided by the root of a head's channels
-    k:Float[Tensor, "b v m c"],  # Keys of each window, before $W_k$
-    v:Float[Tensor, "b v m c"],  # Values of each window, before $W_v$
-    w_k:Float[Tensor, "h d c"],  # $W_k$ of each head
-    w_v:Float[Tensor, "h d c"],  # $W_v$ of each head
-)->Float[Tensor, "b v c"]:  # Attention's output for each query
+    q: Float[Tensor, "b v c"],  # Queries, projected, divided by the root of a head's channels
+    k: Float[Tensor, "b v m c"],  # Keys of each window, before $W_k$
+    v: Float[Tensor, "b v m c"],  # Values of each window, before $W_v$
+    w_k: Float[Tensor, "h d c"],  # $W_k$ of each head
+    w_v: Float[Tensor, "h d c"],  # $W_v$ of each head
+) -> Float[Tensor, "b v c"]:  # Attention's output for each query
     "Attention of one query to each window, with few products: @eq-absorb (§4.3, Eq. 9)."
     q = torch.einsum("bvhd,hdc->bvhc", q.unflatten(-1, w_k.shape[:2]), w_k)
     weighted = (q @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-window, for every head at once
@@ -41,49 +41,52 @@ def windowed_cross_attention(
 
 # %% ../nbs/06_projector.ipynb #e5c4c073
 def projected_windowed_attention(
-    q:Float[Tensor, "b v c"],  # Queries, projected, divided by the root of a head's channels
-    k:Float[Tensor, "b v m c"],  # Keys of each window, projected
-    v:Float[Tensor, "b v m c"],  # Values of each window, projected
-    heads:int,  # Heads
-)->Float[Tensor, "b v c"]:  # Attention's output for each query
+    q: Float[Tensor, "b v c"],  # Queries, projected, divided by the root of a head's channels
+    k: Float[Tensor, "b v m c"],  # Keys of each window, projected
+    v: Float[Tensor, "b v m c"],  # Values of each window, projected
+    heads: int,  # Heads
+) -> Float[Tensor, "b v c"]:  # Attention's output for each query
     "Attention of one query to each window, all heads at once (§4.3, Eq. 9)."
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q.unsqueeze(2), k, v))
-    weights = (q*k).sum(-1, keepdim=True).softmax(2)  # [b, v, m, h, 1]
-    return (weights*v).sum(2).flatten(2)  # @eq-window
+    weights = (q * k).sum(-1, keepdim=True).softmax(2)  # [b, v, m, h, 1]
+    return (weights * v).sum(2).flatten(2)  # @eq-window
 
 # %% ../nbs/06_projector.ipynb #d7515405
 class WindowAttention(nn.Module):
     "Cross-attention of each visual token to the patches of its own window (§4.3, Eq. 9–10)."
-    def __init__(self,
-        channels:int,  # Channels of queries, keys and values
-        heads:int=8,  # Heads
+
+    def __init__(
+        self,
+        channels: int,  # Channels of queries, keys and values
+        heads: int = 8,  # Heads
     ):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads={heads} must divide the {channels} channels.")
         self.channels = channels
         self.heads = heads
-        self.qkv = nn.Linear(channels, 3*channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.reset_parameters()
 
     def reset_parameters(self):
         "The authors' initialization: Xavier for the stacked q, k, v, normal (std 0.02) for out, biases 0."
         nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.trunc_normal_(self.out.weight, std=.02)
+        nn.init.trunc_normal_(self.out.weight, std=0.02)
         for layer in (self.qkv, self.out):
             nn.init.zeros_(layer.bias)
 
-    def forward(self,
-        q:Float[Tensor, "b v {self.channels}"],  # One query for each visual token
-        k:Float[Tensor, "b n {self.channels}"],  # One key for each patch
-        v:Float[Tensor, "b n {self.channels}"],  # One value for each patch
-    )->Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
+    def forward(
+        self,
+        q: Float[Tensor, "b v {self.channels}"],  # One query for each visual token
+        k: Float[Tensor, "b n {self.channels}"],  # One key for each patch
+        v: Float[Tensor, "b n {self.channels}"],  # One value for each patch
+    ) -> Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         b_q, _, b_v = self.qkv.bias.chunk(3)
         g = grid_side(q.shape[1])
-        q = F.linear(q, w_q, b_q) / math.sqrt(self.channels//self.heads)
-        if q.shape[1]*self.heads > 2*k.shape[1]:
+        q = F.linear(q, w_q, b_q) / math.sqrt(self.channels // self.heads)
+        if q.shape[1] * self.heads > 2 * k.shape[1]:
             k = to_windows(F.linear(k, w_k), g)
             v = to_windows(F.linear(v, w_v), g)
             y = projected_windowed_attention(q, k, v, self.heads)
@@ -92,9 +95,10 @@ class WindowAttention(nn.Module):
             y = windowed_cross_attention(q, to_windows(k, g), to_windows(v, g), w_k, w_v)
         return self.out(y + b_v)
 
-    def single_patch(self,
-        v:Float[Tensor, "b v {self.channels}"],  # One value for each visual token
-    )->Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
+    def single_patch(
+        self,
+        v: Float[Tensor, "b v {self.channels}"],  # One value for each visual token
+    ) -> Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
         "The same where each window is a single patch: the softmax over one key is 1."
         w_v = self.qkv.weight.chunk(3)[2]
         b_v = self.qkv.bias.chunk(3)[2]
@@ -102,36 +106,39 @@ class WindowAttention(nn.Module):
 
 # %% ../nbs/06_projector.ipynb #0c404649
 def zero_grad_anchor(
-    *unused:Tensor,  # Parameters that have no effect, at least one
-)->Float[Tensor, ""]:  # On their device
+    *unused: Tensor,  # Parameters that have no effect, at least one
+) -> Float[Tensor, ""]:  # On their device
     "0, with a gradient of 0 for each of the parameters: DDP needs a gradient for every parameter."
-    return sum(p.flatten()[0]*0 for p in unused)
+    return sum(p.flatten()[0] * 0 for p in unused)
 
 # %% ../nbs/06_projector.ipynb #a371af98
 class ResidualMLP(nn.Module):
     "The paper's refinement: a map to the LLM's width, then LayerNorm, MLP and residual (§4.4, Eq. 11)."
-    def __init__(self,
-        d_in:int,  # Channels of the projector, $C$
-        d_out:int,  # Width of the LLM, $d$
+
+    def __init__(
+        self,
+        d_in: int,  # Channels of the projector, $C$
+        d_out: int,  # Width of the LLM, $d$
     ):
         super().__init__()
         self.lift = nn.Linear(d_in, d_out)
         self.norm = nn.LayerNorm(d_out, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(d_out, d_out), nn.GELU(), nn.Linear(d_out, d_out))
 
-    def forward(self,
-        x:Float[Tensor, "b v c"],  # Visual tokens at the projector's width
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+    def forward(
+        self,
+        x: Float[Tensor, "b v c"],  # Visual tokens at the projector's width
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
         x = self.lift(x)
         return x + self.mlp(self.norm(x))  # @eq-ffn
 
 # %% ../nbs/06_projector.ipynb #c6538340
 def build_projection(
-    config:ProjectorConfig,  # Names the kind of projection
-    d_in:int,  # Channels in
-    base:nn.Linear|None,  # Shared base, if any
-    deep:bool,  # TokenPacker's keys and values have two layers, its queries one
-)->nn.Module:
+    config: ProjectorConfig,  # Names the kind of projection
+    d_in: int,  # Channels in
+    base: nn.Linear | None,  # Shared base, if any
+    deep: bool,  # TokenPacker's keys and values have two layers, its queries one
+) -> nn.Module:
     "One of q, k, v, of the kind that `config.projection` names (§4.2; Table 3)."
     d = config.d_vision
     if config.projection == "tokenpacker":
@@ -142,54 +149,67 @@ def build_projection(
     rank = config.rank if config.projection == "delta" else 0
     return DeltaProjection(d_in, d, rank, base, activate=config.activate and config.projection != "linear")
 
+
 def build_mixing_block(
-    config:ProjectorConfig,  # Sizes, and which parts there are
-)->NTB|None:
-    "The mixing block, or `None` for `mixing=\"none\"` (§4.3; Table 3)."
+    config: ProjectorConfig,  # Sizes, and which parts there are
+) -> NTB | None:
+    'The mixing block, or `None` for `mixing="none"` (§4.3; Table 3).'
     if config.mixing == "none":
         return None
     return NTB(
-        config.d_vision, config.d_vision, config.head_dim, config.mix_ratio, config.mlp_ratio,
-        config.drop_path, pool=config.kv_pool,
-        emhsa=config.mixing != "no_emhsa", mhca=config.mixing != "no_mhca")
+        config.d_vision,
+        config.d_vision,
+        config.head_dim,
+        config.mix_ratio,
+        config.mlp_ratio,
+        config.drop_path,
+        pool=config.kv_pool,
+        emhsa=config.mixing != "no_emhsa",
+        mhca=config.mixing != "no_mhca",
+    )
+
 
 def build_output_mlp(
-    config:ProjectorConfig,  # Widths, and which kind of MLP
-)->nn.Module:
+    config: ProjectorConfig,  # Widths, and which kind of MLP
+) -> nn.Module:
     "The layers from the tower's width to the LLM's (§4.4)."
     if config.residual_mlp:
         return ResidualMLP(config.d_vision, config.d_llm)
     return nn.Sequential(
-        nn.Linear(config.d_vision, config.d_llm), nn.GELU(), nn.Linear(config.d_llm, config.d_llm))
+        nn.Linear(config.d_vision, config.d_llm), nn.GELU(), nn.Linear(config.d_llm, config.d_llm)
+    )
 
 # %% ../nbs/06_projector.ipynb #b9cb2dcf
 def mix_tokens(
-    block:NTB|None,  # The mixing block, or nothing
-    x:Float[Tensor, "b v c"],  # Queries
-    reduction:int,  # Reduction of EMHSA's keys and values per side
-)->Float[Tensor, "b v c"]:  # Mixed queries
+    block: NTB | None,  # The mixing block, or nothing
+    x: Float[Tensor, "b v c"],  # Queries
+    reduction: int,  # Reduction of EMHSA's keys and values per side
+) -> Float[Tensor, "b v c"]:  # Mixed queries
     "Queries as a map through the mixing block, and back."
     if block is None:
         return x
     image = rearrange(x, "b (row col) c -> b row col c", row=grid_side(x.shape[1]))
     return block(image, reduction).flatten(1, 2)
 
+
 def reset_linear(
-    layer:nn.Module|None,  # Changed if it is linear
+    layer: nn.Module | None,  # Changed if it is linear
 ):
     "The authors' initialization of a linear layer: normal with standard deviation 0.02, bias zero."
     if isinstance(layer, nn.Linear):
-        nn.init.trunc_normal_(layer.weight, std=.02)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
 # %% ../nbs/06_projector.ipynb #0eee41f2
 class DeltaProjector(Compressor):
     "The Delta-LLaVA projector: patch tokens of several levels to a budget of visual tokens (§4)."
+
     Config = ProjectorConfig
 
-    def __init__(self,
-        config:ProjectorConfig|None=None,  # Sizes and switches; `None` takes the authors', or the fields
+    def __init__(
+        self,
+        config: ProjectorConfig | None = None,  # Sizes and switches; `None` takes the authors', or the fields
         **fields,  # Fields of `ProjectorConfig`, given instead of it
     ):
         super().__init__(config, **fields)
@@ -217,131 +237,157 @@ class DeltaProjector(Compressor):
                     reset_linear(layer)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "Keys and values read the patches; the last layer of the MLP gives the visual tokens."
         readers = [part[0] if isinstance(part, nn.Sequential) else part for part in (self.k, self.v)]
         mlp = self.mlp.mlp if self.config.residual_mlp else self.mlp
         return readers, mlp[-1]
 
-    def mix_and_project(self,
-        x:Float[Tensor, "b v {self.config.d_vision}"],  # Query level, shrunk to one token for each query
-        patches:int,  # Patches from which it was shrunk
-    )->Float[Tensor, "b v {self.config.d_vision}"]:  # Queries
+    def mix_and_project(
+        self,
+        x: Float[Tensor, "b v {self.config.d_vision}"],  # Query level, shrunk to one token for each query
+        patches: int,  # Patches from which it was shrunk
+    ) -> Float[Tensor, "b v {self.config.d_vision}"]:  # Queries
         "Mix the queries, add positions, project: in the order that the config names (§4.1–4.3, Eq. 3–6)."
         config, g = self.config, grid_side(x.shape[1])
         position = pos_embed(config.grid, g, config.d_vision, x.device, x.dtype)
-        scale = math.ceil(grid_side(patches)/g)
+        scale = math.ceil(grid_side(patches) / g)
         reduction = min(g, scale if config.kv_reduction == "scale" else config.kv_reduction)
         if config.order == "project-mix":
             return mix_tokens(self.mix, self.q(x + position), reduction)
         return self.q(mix_tokens(self.mix, x, reduction) + position)
 
-    def queries(self,
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
-        g:int,  # Visual tokens per side
-    )->Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # One query for each visual token
+    def queries(
+        self,
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
+        g: int,  # Visual tokens per side
+    ) -> Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # One query for each visual token
         "Shrink the query level, then mix and project it (§4.1, Eq. 3)."
         x = interpolate(level, g, self.config.query_pool)
         return self.mix_and_project(x, level.shape[1])
 
-    def project(self,
-        levels:Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated: keys and values
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # The query level
-        g:int,  # Visual tokens per side
-    )->Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
+    def project(
+        self,
+        levels: Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated: keys and values
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # The query level
+        g: int,  # Visual tokens per side
+    ) -> Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
         "The projector proper, after the features have been checked and standardized (§4)."
-        if g*g < level.shape[1]:
+        if g * g < level.shape[1]:
             return self.mlp(self.attend(self.queries(level, g), self.k(levels), self.v(levels)))
         unused = [p for part in (self.q, self.k, self.mix) if part is not None for p in part.parameters()]
         return self.mlp(self.attend.single_patch(self.v(levels)) + zero_grad_anchor(*unused))
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last, or one hidden state for each level
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last, or one hidden state for each level
         *,
-        tokens:int|None=None,  # Budget $V$, a square; `None` takes the config's
-        text:Tensor|None=None,  # Not used: this projector does not read the question
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        tokens: int | None = None,  # Budget $V$, a square; `None` takes the config's
+        text: Tensor | None = None,  # Not used: this projector does not read the question
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
         features, tokens = self.validate_inputs(features, tokens)
         x = self.normalize(features.levels)
-        return self.project(x, x[..., -self.config.d_vision:], math.isqrt(tokens))
+        return self.project(x, x[..., -self.config.d_vision :], math.isqrt(tokens))
 
-    def fold(self)->"FoldedProjector":
+    def fold(self) -> "FoldedProjector":
         "A copy for inference that computes the same with fewer and larger matrix products."
         return FoldedProjector(self)
 
 # %% ../nbs/06_projector.ipynb #d1b6bcb9
-def _layer(ours:str, *theirs:str, parameters:tuple[str, ...]=("weight", "bias"))->dict[str, tuple[str, ...]]:
+def _layer(
+    ours: str, *theirs: str, parameters: tuple[str, ...] = ("weight", "bias")
+) -> dict[str, tuple[str, ...]]:
     "Our name -> the authors' names, for the parameters of one layer."
     return {f"{ours}.{p}": tuple(f"{name}.{p}" for name in theirs) for p in parameters}
 
-def _nest(ours:str, theirs:str, state_dict_map:dict[str, tuple[str, ...]])->dict[str, tuple[str, ...]]:
+
+def _nest(ours: str, theirs: str, state_dict_map: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     "`state_dict_map` of a part, for the module in which the part has these two names."
     return {f"{ours}.{k}": tuple(f"{theirs}.{name}" for name in names) for k, names in state_dict_map.items()}
 
+
 _WEIGHT = ("weight",)  # of a layer without bias
-_DELTA = ({"U": ("U",), "V": ("V",)}
-          | _layer("base", "shared_weight", parameters=_WEIGHT)
-          | _layer("norm", "norm"))
+_DELTA = (
+    {"U": ("U",), "V": ("V",)} | _layer("base", "shared_weight", parameters=_WEIGHT) | _layer("norm", "norm")
+)
 _EMHSA = _layer("norm", "norm") | _layer("qkv", "q", "k", "v") | _layer("out", "proj")
-_MHCA = (_layer("conv", "group_conv3x3", parameters=_WEIGHT)
-         | _layer("norm", "norm")
-         | _layer("out", "projection", parameters=_WEIGHT))
-_NTB = (_layer("attn_branch", "patch_embed.conv", parameters=_WEIGHT)
-        | _layer("conv_branch", "projection.conv", parameters=_WEIGHT)
-        | _layer("norm", "norm_mhsa")
-        | _nest("emhsa", "e_mhsa", _EMHSA)
-        | _nest("mhca", "mhca", _MHCA)
-        | _layer("mlp.0", "mlp.conv1")
-        | _layer("mlp.2", "mlp.conv2"))
+_MHCA = (
+    _layer("conv", "group_conv3x3", parameters=_WEIGHT)
+    | _layer("norm", "norm")
+    | _layer("out", "projection", parameters=_WEIGHT)
+)
+_NTB = (
+    _layer("attn_branch", "patch_embed.conv", parameters=_WEIGHT)
+    | _layer("conv_branch", "projection.conv", parameters=_WEIGHT)
+    | _layer("norm", "norm_mhsa")
+    | _nest("emhsa", "e_mhsa", _EMHSA)
+    | _nest("mhca", "mhca", _MHCA)
+    | _layer("mlp.0", "mlp.conv1")
+    | _layer("mlp.2", "mlp.conv2")
+)
 AUTHORS_STATE_DICT_MAP = (  # Our name -> the authors' name, or the names of the tensors that ours stacks
-    _nest("q", "q_proj_1", _DELTA) | _nest("k", "k_proj_1", _DELTA) | _nest("v", "v_proj_1", _DELTA)
+    _nest("q", "q_proj_1", _DELTA)
+    | _nest("k", "k_proj_1", _DELTA)
+    | _nest("v", "v_proj_1", _DELTA)
     | _nest("mix", "combined_block.ntb", _NTB)
     | {"attend.qkv.weight": ("clip_attn.in_proj_weight",), "attend.qkv.bias": ("clip_attn.in_proj_bias",)}
     | _layer("attend.out", "clip_attn.out_proj")
     | _layer("mlp.0", "mlp.0")
-    | _layer("mlp.2", "mlp.2"))
+    | _layer("mlp.2", "mlp.2")
+)
 
 # %% ../nbs/06_projector.ipynb #f1e63183
 def part_state_dict_map(
-    part:str,  # Prefix of a part of the projector, such as `"mix.emhsa."`
-)->dict[str, tuple[str, ...]]:  # The part's own names -> the authors'
+    part: str,  # Prefix of a part of the projector, such as `"mix.emhsa."`
+) -> dict[str, tuple[str, ...]]:  # The part's own names -> the authors'
     "The map of one part of the projector."
     found = {ours: theirs for ours, theirs in AUTHORS_STATE_DICT_MAP.items() if ours.startswith(part)}
     if not found:
         raise ValueError(f"part={part!r} names no part; use one such as 'q.', 'mix.' or 'mix.emhsa.'.")
     every_name = [name for theirs in found.values() for name in theirs]
     common = os.path.commonprefix(every_name).rpartition(".")[0] + "."
-    return {ours.removeprefix(part): tuple(name.removeprefix(common) for name in theirs)
-            for ours, theirs in found.items()}
+    return {
+        ours.removeprefix(part): tuple(name.removeprefix(common) for name in theirs)
+        for ours, theirs in found.items()
+    }
 
 # %% ../nbs/06_projector.ipynb #478cafe7
 POINTWISE_CONVOLUTIONS = (  # The authors' tensors with shape [out, in, 1, 1]
-    "patch_embed.conv.weight", "projection.conv.weight", "mhca.projection.weight",
-    "mlp.conv1.weight", "mlp.conv2.weight")
+    "patch_embed.conv.weight",
+    "projection.conv.weight",
+    "mhca.projection.weight",
+    "mlp.conv1.weight",
+    "mlp.conv2.weight",
+)
+
 
 def check_keys(
-    found:set[str],  # Names in the state
-    expected:set[str],  # Names of the map
-    whose:str,  # For the message
+    found: set[str],  # Names in the state
+    expected: set[str],  # Names of the map
+    whose: str,  # For the message
 ):
     "An error that names every missing and every unexpected tensor."
     if found != expected:
         raise ValueError(
             f"this is not the {whose} state of a default Delta projector: missing "
-            f"{sorted(expected - found)}, unexpected {sorted(found - expected)}.")
+            f"{sorted(expected - found)}, unexpected {sorted(found - expected)}."
+        )
+
 
 def flatten_pointwise(
-    weight:Tensor,  # Of a linear layer, or of a 1×1 convolution
-)->Tensor:  # Of a linear layer
+    weight: Tensor,  # Of a linear layer, or of a 1×1 convolution
+) -> Tensor:  # Of a linear layer
     "The weight of a 1×1 convolution as a matrix."
     is_pointwise = weight.ndim == 4 and weight.shape[-2:] == (1, 1)
     return weight.flatten(1) if is_pointwise else weight
 
 # %% ../nbs/06_projector.ipynb #988ec16f
 def from_authors_state(
-    state:dict[str, Tensor],  # The authors' tensors; a checkpoint's prefix `model.mm_projector.` may be there
-    state_dict_map:dict[str, tuple[str, ...]]=AUTHORS_STATE_DICT_MAP,  # Our name -> theirs
-)->dict[str, Tensor]:  # The same tensors for `DeltaProjector.load_state_dict`
+    state: dict[
+        str, Tensor
+    ],  # The authors' tensors; a checkpoint's prefix `model.mm_projector.` may be there
+    state_dict_map: dict[str, tuple[str, ...]] = AUTHORS_STATE_DICT_MAP,  # Our name -> theirs
+) -> dict[str, Tensor]:  # The same tensors for `DeltaProjector.load_state_dict`
     "The authors' state by our names: 1×1 convolutions become matrices, EMHSA's q, k, v one stack."
     state = {key.removeprefix("model.").removeprefix("mm_projector."): v for key, v in state.items()}
     check_keys(set(state), {name for theirs in state_dict_map.values() for name in theirs}, "authors'")
@@ -353,8 +399,8 @@ def from_authors_state(
 
 # %% ../nbs/06_projector.ipynb #88294ac9
 def to_authors_state(
-    state:dict[str, Tensor],  # `DeltaProjector.state_dict()` of a projector with the default structure
-)->dict[str, Tensor]:  # The authors' 45 tensors by their names
+    state: dict[str, Tensor],  # `DeltaProjector.state_dict()` of a projector with the default structure
+) -> dict[str, Tensor]:  # The authors' 45 tensors by their names
     "Our state by the authors' names: the inverse of `from_authors_state`."
     check_keys(set(state), set(AUTHORS_STATE_DICT_MAP), "our")
     theirs = {}
@@ -364,18 +410,20 @@ def to_authors_state(
     return theirs
 
 # %% ../nbs/06_projector.ipynb #109c421e
-def _wide(tensor:Tensor)->Tensor:
+def _wide(tensor: Tensor) -> Tensor:
     "A tensor in the precision of the folding algebra."
     return tensor.detach().double()
 
-def _norm_scale_shift(part:DeltaProjection)->tuple[Tensor, Tensor]:
+
+def _norm_scale_shift(part: DeltaProjection) -> tuple[Tensor, Tensor]:
     "Scale and shift of a projection's LayerNorm; 1 and 0 without one."
     if part.norm is None:
         one = _wide(part.base_weight.new_ones(part.d_out))
-        return one, 0*one
+        return one, 0 * one
     return _wide(part.norm.weight), _wide(part.norm.bias)
 
-def _folded_keys_values(p:"DeltaProjector")->dict[str, Tensor]:
+
+def _folded_keys_values(p: "DeltaProjector") -> dict[str, Tensor]:
     "Keys' and values' matrix for raw features: update merged, standardization included."
     kv_weight = torch.stack([_wide(p.k.merged()), _wide(p.v.merged())])
     if not p.config.standardize:
@@ -385,18 +433,24 @@ def _folded_keys_values(p:"DeltaProjector")->dict[str, Tensor]:
     c = p.config.d_vision  # the query level is the last one
     return dict(kv_weight=kv_weight, kv_bias=-(kv_weight @ mean), query_mean=mean[-c:], query_std=std[-c:])
 
-def _folded_attention(p:"DeltaProjector")->dict[str, Tensor]:
+
+def _folded_attention(p: "DeltaProjector") -> dict[str, Tensor]:
     "Attention's matrices for queries, and for keys and values without LayerNorm's scale and shift."
     heads = p.config.heads
-    root = math.sqrt(p.config.d_vision//heads)
+    root = math.sqrt(p.config.d_vision // heads)
     w_q, w_k, w_v = _wide(p.attend.qkv.weight).chunk(3)
     b_q, _, _ = _wide(p.attend.qkv.bias).chunk(3)
     k_scale, _ = _norm_scale_shift(p.k)
     v_scale, _ = _norm_scale_shift(p.v)
-    return dict(q_weight=w_q/root, q_bias=b_q/root,
-                w_k=(w_k*k_scale).unflatten(0, (heads, -1)), w_v=(w_v*v_scale).unflatten(0, (heads, -1)))
+    return dict(
+        q_weight=w_q / root,
+        q_bias=b_q / root,
+        w_k=(w_k * k_scale).unflatten(0, (heads, -1)),
+        w_v=(w_v * v_scale).unflatten(0, (heads, -1)),
+    )
 
-def _folded_output(p:"DeltaProjector")->dict[str, Tensor]:
+
+def _folded_output(p: "DeltaProjector") -> dict[str, Tensor]:
     "Attention's output layer and the MLP's first layer as one, with the values' shift and bias."
     first = p.mlp.lift if p.config.residual_mlp else p.mlp[0]
     w_v = _wide(p.attend.qkv.weight).chunk(3)[2]
@@ -409,17 +463,18 @@ def _folded_output(p:"DeltaProjector")->dict[str, Tensor]:
 # %% ../nbs/06_projector.ipynb #16c216fc
 @torch.no_grad()
 def fold_weights(
-    projector:DeltaProjector,  # The projector
-)->dict[str, Tensor]:  # The matrices of its folded form, in the projector's own precision
+    projector: DeltaProjector,  # The projector
+) -> dict[str, Tensor]:  # The matrices of its folded form, in the projector's own precision
     "The algebra of folding."
     folded = _folded_keys_values(projector) | _folded_attention(projector) | _folded_output(projector)
     dtype = projector.attend.out.weight.dtype
     return {name: tensor.to(dtype).contiguous() for name, tensor in folded.items()}
 
+
 @torch.no_grad()
 def merge_update(
-    part:DeltaProjection,  # Base and update
-)->DeltaProjection:  # The same function without an update
+    part: DeltaProjection,  # Base and update
+) -> DeltaProjection:  # The same function without an update
     "A DeltaProjection whose update is merged into a base of its own."
     weight = part.merged()
     merged = DeltaProjection(part.d_in, part.d_out, rank=0, activate=part.norm is not None).to(weight)
@@ -428,7 +483,8 @@ def merge_update(
         merged.norm.load_state_dict(part.norm.state_dict())
     return merged
 
-def _layers_after_first(mlp:nn.Module)->nn.Module:
+
+def _layers_after_first(mlp: nn.Module) -> nn.Module:
     "A copy of the output MLP without its first linear layer, which is part of `out_weight`."
     if isinstance(mlp, ResidualMLP):
         mlp = copy.deepcopy(mlp)
@@ -439,15 +495,18 @@ def _layers_after_first(mlp:nn.Module)->nn.Module:
 # %% ../nbs/06_projector.ipynb #449b8923
 class FoldedProjector(nn.Module):
     "What `DeltaProjector.fold()` returns: the same function with fewer products, for inference only."
-    def __init__(self,
-        projector:DeltaProjector,  # Left unchanged
+
+    def __init__(
+        self,
+        projector: DeltaProjector,  # Left unchanged
     ):
         super().__init__()
         self.config = projector.config
         if self.config.projection == "tokenpacker":
             raise ValueError(
                 "fold() merges DeltaProjections, and projection='tokenpacker' has none; use the projector as "
-                "it is.")
+                "it is."
+            )
         self.q = merge_update(projector.q)
         self.mix = copy.deepcopy(projector.mix)
         self.mlp_rest = _layers_after_first(projector.mlp)
@@ -458,27 +517,30 @@ class FoldedProjector(nn.Module):
     validate_inputs = Compressor.validate_inputs
     mix_and_project = DeltaProjector.mix_and_project
 
-    def train(self,
-        mode:bool=True,  # Ignored
-    )->"FoldedProjector":
+    def train(
+        self,
+        mode: bool = True,  # Ignored
+    ) -> "FoldedProjector":
         "A folded projector is always in evaluation mode."
         return super().train(False)
 
-    def keys_values(self,
-        x:Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated on channels
-        part:int,  # 0 for keys, 1 for values
-    )->Float[Tensor, "b n {self.config.d_vision}"]:  # Before LayerNorm's scale and shift
+    def keys_values(
+        self,
+        x: Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated on channels
+        part: int,  # 0 for keys, 1 for values
+    ) -> Float[Tensor, "b n {self.config.d_vision}"]:  # Before LayerNorm's scale and shift
         "Keys or values of all patches."
         bias = self.kv_bias[part] if self.config.standardize else None
         y = F.linear(x, self.kv_weight[part], bias)
         return y if self.q.norm is None else F.layer_norm(F.gelu(y), y.shape[-1:], eps=1e-6)
 
-    def attend(self,
-        x:Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated on channels
-        g:int,  # Visual tokens per side, fewer than patches
-    )->Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # Attention before its output layer
+    def attend(
+        self,
+        x: Float[Tensor, "b n {self.config.d_levels}"],  # All levels, concatenated on channels
+        g: int,  # Visual tokens per side, fewer than patches
+    ) -> Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # Attention before its output layer
         "Queries, and their attention to the windows."
-        level = interpolate(x[..., -self.config.d_vision:], g, self.config.query_pool)
+        level = interpolate(x[..., -self.config.d_vision :], g, self.config.query_pool)
         if self.config.standardize:
             level = (level - self.query_mean) / self.query_std
         q = F.linear(self.mix_and_project(level, x.shape[1]), self.q_weight, self.q_bias)
@@ -486,12 +548,13 @@ class FoldedProjector(nn.Module):
         return windowed_cross_attention(q, k, v, self.w_k, self.w_v)
 
     @torch.no_grad()
-    def forward(self,
-        features:FeaturesLike,  # As for `DeltaProjector`
+    def forward(
+        self,
+        features: FeaturesLike,  # As for `DeltaProjector`
         *,
-        tokens:int|None=None,  # Budget $V$
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        tokens: int | None = None,  # Budget $V$
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
         features, tokens = self.validate_inputs(features, tokens)
         x = features.levels
         if tokens == x.shape[1]:  # each window is one patch

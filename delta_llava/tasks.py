@@ -31,8 +31,8 @@ from .scenes import draw_scene, make_conversation, plan_scene, with_article
 
 # %% ../nbs/45_tasks.ipynb #b981c763
 def _pope_absent(
-    scenes:Sequence[Scene],  # The whole set: it says what is frequent, and what occurs together
-)->Iterator[tuple[Scene, dict[str, list[str]]]]:  # Kind -> absent objects to draw from
+    scenes: Sequence[Scene],  # The whole set: it says what is frequent, and what occurs together
+) -> Iterator[tuple[Scene, dict[str, list[str]]]]:  # Kind -> absent objects to draw from
     "The absent objects of each scene, chosen in POPE's three ways."
     frequency = Counter(o.name for scene in scenes for o in scene.objects)
     together = Counter()
@@ -45,61 +45,66 @@ def _pope_absent(
         adversarial = sorted(absent, key=lambda name, counts=cooccurrence: -counts[name])[:3]
         yield scene, dict(random=absent, popular=popular, adversarial=adversarial)
 
+
 def pope_questions(
-    scenes:Sequence[Scene],  # The whole set
-)->Iterator[tuple[Scene, dict]]:  # With `question`, `answer` and `kind`
+    scenes: Sequence[Scene],  # The whole set
+) -> Iterator[tuple[Scene, dict]]:  # With `question`, `answer` and `kind`
     "For each scene and each way to choose an absent object, one question with yes and one with no."
     template = PHRASINGS["existence"][0][0]
-    for scene,kinds in _pope_absent(scenes):
+    for scene, kinds in _pope_absent(scenes):
         rng = scene.rng(20)
         shown = [o.name for o in scene.objects]
-        for kind,absent in kinds.items():
-            for name,answer in ((rng.choice(shown), "yes"), (rng.choice(absent), "no")):
+        for kind, absent in kinds.items():
+            for name, answer in ((rng.choice(shown), "yes"), (rng.choice(absent), "no")):
                 yield scene, dict(question=template.format(with_article(str(name))), answer=answer, kind=kind)
 
 # %% ../nbs/45_tasks.ipynb #7baeb412
 _DIRECTIONS = (("left of", "right of"), ("above", "below"))  # along each axis: before, after
 _HALVES = (("left", "right"), ("upper", "lower"))
 
-def order_on_axis(
-    a:PlantedObject,  # One object
-    b:PlantedObject,  # Another
-    axis:int,  # 0 is horizontal, 1 vertical
-)->int:  # -1 if `a` ends before `b` begins, 1 the other way round, 0 if they overlap
-    "On which side of `b` the object `a` is."
-    if a.box[axis+2] < b.box[axis]:
-        return -1
-    return 1 if b.box[axis+2] < a.box[axis] else 0
 
-def _half_questions(scene:Scene)->Iterator[dict]:
+def order_on_axis(
+    a: PlantedObject,  # One object
+    b: PlantedObject,  # Another
+    axis: int,  # 0 is horizontal, 1 vertical
+) -> int:  # -1 if `a` ends before `b` begins, 1 the other way round, 0 if they overlap
+    "On which side of `b` the object `a` is."
+    if a.box[axis + 2] < b.box[axis]:
+        return -1
+    return 1 if b.box[axis + 2] < a.box[axis] else 0
+
+
+def _half_questions(scene: Scene) -> Iterator[dict]:
     "In which half a single object is, where its box does not cross the middle."
-    single, = scene.objects
-    middle = scene.size//2
-    for axis,(low,high) in enumerate(_HALVES):
+    (single,) = scene.objects
+    middle = scene.size // 2
+    for axis, (low, high) in enumerate(_HALVES):
         question = f"Is the {single.name} in the {low} or the {high} half of the picture?"
-        if single.box[axis+2] <= middle:
+        if single.box[axis + 2] <= middle:
             yield dict(question=question, answer=low, kind="position")
         elif single.box[axis] >= middle:
             yield dict(question=question, answer=high, kind="position")
 
-def _neighbor_questions(scene:Scene)->Iterator[dict]:
+
+def _neighbor_questions(scene: Scene) -> Iterator[dict]:
     "What is on one side of an object, where exactly one object is and no other overlaps on that axis."
     for b in scene.objects:
-        for axis,words in enumerate(_DIRECTIONS):
+        for axis, words in enumerate(_DIRECTIONS):
             sides = [(a.name, order_on_axis(a, b, axis)) for a in scene.objects if a is not b]
-            if not all(side for _,side in sides):
+            if not all(side for _, side in sides):
                 continue
-            for side,word in zip((-1, 1), words, strict=True):
-                names = [name for name,where in sides if where == side]
+            for side, word in zip((-1, 1), words, strict=True):
+                names = [name for name, where in sides if where == side]
                 if len(names) == 1:
                     yield dict(question=f"What is {word} the {b.name}?", answer=names[0], kind="what")
 
+
 def gqa_questions(
-    scene:Scene,  # The plan
-)->Iterator[dict]:  # With `question`, `answer` and `kind`
+    scene: Scene,  # The plan
+) -> Iterator[dict]:  # With `question`, `answer` and `kind`
     "Questions that the boxes of a scene decide."
     for kind in ("count", "relation"):
-        for question,answer in make_conversation(scene, kind, paraphrase=False):
+        for question, answer in make_conversation(scene, kind, paraphrase=False):
             yield dict(question=question, answer=answer.lower(), kind=kind)
     if len(scene.objects) > 1:
         yield from _neighbor_questions(scene)
@@ -110,35 +115,44 @@ def gqa_questions(
 # %% ../nbs/45_tasks.ipynb #3346cfa5
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."  # as in lmms-eval
 
+
 def caption_questions(
-    scene:Scene,  # The plan
-    question:str=CAPTION_PROMPT,  # The prompt
-)->Iterator[dict]:  # With `question`, `answer`, `references`, and the names of the `objects`
+    scene: Scene,  # The plan
+    question: str = CAPTION_PROMPT,  # The prompt
+) -> Iterator[dict]:  # With `question`, `answer`, `references`, and the names of the `objects`
     "One caption, with the phrasings of the training scenes as references."
     row = dict(objects=[dict(name=o.name) for o in scene.objects])
     references = [text[0].upper() + text[1:] for text in reference_captions(row)]
-    yield dict(question=question, answer=references[0], references=references,
-               objects=sorted({o.name for o in scene.objects}))
+    yield dict(
+        question=question,
+        answer=references[0],
+        references=references,
+        objects=sorted({o.name for o in scene.objects}),
+    )
+
 
 def choice_questions(
-    scene:Scene,  # The plan
-)->Iterator[dict]:  # With `question`, the letter as `answer`, its `index`
+    scene: Scene,  # The plan
+) -> Iterator[dict]:  # With `question`, the letter as `answer`, its `index`
     "One object that is there among three that are not."
-    for question,answer in make_conversation(scene, "choice", paraphrase=False):
+    for question, answer in make_conversation(scene, "choice", paraphrase=False):
         options = "\n".join(question.split("\n")[:5])
         yield dict(question=options, answer=answer, index="ABCD".index(answer))
 
 # %% ../nbs/45_tasks.ipynb #fc795b8f
 TASK_NAMES = ("scenes_pope", "scenes_gqa", "scenes_caption", "scenes_choice", "scenes_choice_likely")
-_SHARED_COLUMNS = dict(id=Value("string"), image=ImageColumn(), question=Value("string"),
-                       answer=Value("string"))
+_SHARED_COLUMNS = dict(
+    id=Value("string"), image=ImageColumn(), question=Value("string"), answer=Value("string")
+)
 _COLUMNS = dict(
     pope=dict(kind=Value("string")),
     gqa=dict(kind=Value("string")),
     caption=dict(references=[Value("string")], objects=[Value("string")]),
-    choice=dict(index=Value("int64")))
+    choice=dict(index=Value("int64")),
+)
 
-def _all_questions(scenes:Sequence[Scene], caption:str)->dict[str, list[tuple[Scene, dict]]]:
+
+def _all_questions(scenes: Sequence[Scene], caption: str) -> dict[str, list[tuple[Scene, dict]]]:
     "The questions of every kind, with their scenes."
     questions = dict(pope=list(pope_questions(scenes)), gqa=[], caption=[], choice=[])
     for scene in scenes:
@@ -147,134 +161,150 @@ def _all_questions(scenes:Sequence[Scene], caption:str)->dict[str, list[tuple[Sc
         questions["choice"] += [(scene, row) for row in choice_questions(scene)]
     return questions
 
-def _png(scene:Scene)->dict:
+
+def _png(scene: Scene) -> dict:
     "The drawn scene as a value of an image column."
     buffer = BytesIO()
     draw_scene(scene).save(buffer, "PNG", compress_level=1)
     return dict(bytes=buffer.getvalue(), path=f"{scene.id}.png")
 
-def _write_task(folder:Path, task:str, metadata:dict)->None:
+
+def _write_task(folder: Path, task: str, metadata: dict) -> None:
     "The task file of the package, with what it asks about."
-    template = (files("delta_llava")/"lmms_eval_tasks"/f"{task}.yaml").read_text(encoding="utf-8")
-    (folder/f"{task}.yaml").write_text(f"{template}metadata: {json.dumps(metadata)}\n", encoding="utf-8")
+    template = (files("delta_llava") / "lmms_eval_tasks" / f"{task}.yaml").read_text(encoding="utf-8")
+    (folder / f"{task}.yaml").write_text(f"{template}metadata: {json.dumps(metadata)}\n", encoding="utf-8")
+
 
 def write_tasks(
-    folder:str|Path,  # Gets parquet and YAML files; give it to lmms-eval as --include_path
-    n:int=50,  # Scenes
-    split:str="heldout_scenes",  # `"heldout_scenes"`, `"heldout_artist"` or `"train"`, as in `plan_scene`
-    seed:int=4_000_000,  # Of the scenes; far from those of the trainings and their tests
-    n_objects:tuple[int, int]=(1, 3),  # Fewest and most objects in an image
-    size:int=168,  # Side of an image, px
-    caption:str=CAPTION_PROMPT,  # Prompt of the captions
-)->dict[str, dict[str, int]]:  # Task -> its number of questions, of each kind
+    folder: str | Path,  # Gets parquet and YAML files; give it to lmms-eval as --include_path
+    n: int = 50,  # Scenes
+    split: str = "heldout_scenes",  # `"heldout_scenes"`, `"heldout_artist"` or `"train"`, as in `plan_scene`
+    seed: int = 4_000_000,  # Of the scenes; far from those of the trainings and their tests
+    n_objects: tuple[int, int] = (1, 3),  # Fewest and most objects in an image
+    size: int = 168,  # Side of an image, px
+    caption: str = CAPTION_PROMPT,  # Prompt of the captions
+) -> dict[str, dict[str, int]]:  # Task -> its number of questions, of each kind
     "Write the offline tasks; the same arguments write the same bytes."
     if n < 1:
         raise ValueError(f"n={n} must be at least 1.")
-    scenes = [plan_scene(i, split, seed, n_objects, size, size//4) for i in range(n)]
+    scenes = [plan_scene(i, split, seed, n_objects, size, size // 4) for i in range(n)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     images = {scene: _png(scene) for scene in scenes}
     questions = _all_questions(scenes, caption)
-    for kind,pairs in questions.items():
-        rows = [dict(id=f"{scene.id}-{kind}-{i}", image=images[scene],
-                     **row) for i,(scene,row) in enumerate(pairs)]
-        Dataset.from_list(rows, Features(_SHARED_COLUMNS
-                                         | _COLUMNS[kind])).to_parquet(folder/f"{kind}.parquet")
+    for kind, pairs in questions.items():
+        rows = [
+            dict(id=f"{scene.id}-{kind}-{i}", image=images[scene], **row)
+            for i, (scene, row) in enumerate(pairs)
+        ]
+        Dataset.from_list(rows, Features(_SHARED_COLUMNS | _COLUMNS[kind])).to_parquet(
+            folder / f"{kind}.parquet"
+        )
     settings = dict(n=n, split=split, seed=seed, n_objects=list(n_objects), size=size)
     metadata = dict(version=1.0, scenes=settings)
     counts = {}
     for task in TASK_NAMES:
         _write_task(folder, task, metadata)
-        counts[task] = dict(Counter(row.get("kind", "all") for _,row in questions[task.split("_")[1]]))
+        counts[task] = dict(Counter(row.get("kind", "all") for _, row in questions[task.split("_")[1]]))
     return counts
 
 # %% ../nbs/45_tasks.ipynb #aa4d75e9
 def scenes_doc_to_visual(
-    doc:dict,  # A row of an offline task
-)->list[Image.Image]:
+    doc: dict,  # A row of an offline task
+) -> list[Image.Image]:
     "Its image."
     return [doc["image"].convert("RGB")]
 
+
 def scenes_doc_to_text(
-    doc:dict,  # A row of an offline task
-    kwargs:dict,  # The task's `lmms_eval_specific_kwargs`: `pre_prompt` and `post_prompt`
-)->str:
+    doc: dict,  # A row of an offline task
+    kwargs: dict,  # The task's `lmms_eval_specific_kwargs`: `pre_prompt` and `post_prompt`
+) -> str:
     "Its question as the model is asked."
     return kwargs["pre_prompt"] + doc["question"] + kwargs["post_prompt"]
 
 # %% ../nbs/45_tasks.ipynb #41c30c5b
 def pope_process_results(
-    doc:dict,  # A row of `scenes_pope`
-    results:list[str],  # The model's answer
-)->dict:  # Metric -> what was answered and what is true
+    doc: dict,  # A row of `scenes_pope`
+    results: list[str],  # The model's answer
+) -> dict:  # Metric -> what was answered and what is true
     "One answer, for all of POPE's metrics."
     pair = dict(prediction=normalize_text(results[0]), answer=doc["answer"])
     metrics = ("accuracy", "precision", "recall", "f1", "yes_ratio", f"accuracy_{doc['kind']}")
     return {f"pope_{metric}": pair for metric in metrics}
 
+
 def pope_aggregate_accuracy(
-    results:list[dict],  # From `pope_process_results`
-)->float:
+    results: list[dict],  # From `pope_process_results`
+) -> float:
     "Fraction of correct answers."
-    return sum(r["prediction"] == r["answer"] for r in results)/len(results)
+    return sum(r["prediction"] == r["answer"] for r in results) / len(results)
+
 
 def pope_aggregate_precision(
-    results:list[dict],  # From `pope_process_results`
-)->float:
+    results: list[dict],  # From `pope_process_results`
+) -> float:
     "Fraction of yes that is correct; 0 without any."
     answers = [r["answer"] for r in results if r["prediction"] == "yes"]
-    return answers.count("yes")/len(answers) if answers else 0.
+    return answers.count("yes") / len(answers) if answers else 0.0
+
 
 def pope_aggregate_recall(
-    results:list[dict],  # From `pope_process_results`
-)->float:
+    results: list[dict],  # From `pope_process_results`
+) -> float:
     "Fraction of the objects that are there which the model affirms."
     predictions = [r["prediction"] for r in results if r["answer"] == "yes"]
-    return predictions.count("yes")/len(predictions) if predictions else 0.
+    return predictions.count("yes") / len(predictions) if predictions else 0.0
 
 # %% ../nbs/45_tasks.ipynb #c3b51839
 def pope_aggregate_f1(
-    results:list[dict],  # From `pope_process_results`
-)->float:
+    results: list[dict],  # From `pope_process_results`
+) -> float:
     "Harmonic mean of precision and recall."
-    precision,recall = pope_aggregate_precision(results), pope_aggregate_recall(results)
-    return 2*precision*recall/(precision + recall) if precision + recall else 0.
+    precision, recall = pope_aggregate_precision(results), pope_aggregate_recall(results)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
 
 def pope_aggregate_yes_ratio(
-    results:list[dict],  # From `pope_process_results`
-)->float:
+    results: list[dict],  # From `pope_process_results`
+) -> float:
     "Fraction of yes among all of the model's answers; of the true answers it is one half."
-    return sum(r["prediction"] == "yes" for r in results)/len(results)
+    return sum(r["prediction"] == "yes" for r in results) / len(results)
 
 # %% ../nbs/45_tasks.ipynb #ab235885
 def gqa_process_results(
-    doc:dict,  # A row of `scenes_gqa`
-    results:list[str],  # The model's answer
-)->dict[str, float]:
+    doc: dict,  # A row of `scenes_gqa`
+    results: list[str],  # The model's answer
+) -> dict[str, float]:
     "Exact match up to case and punctuation."
     correct = float(normalize_text(results[0]) == normalize_text(doc["answer"]))
     return {"exact_match": correct, f"exact_match_{doc['kind']}": correct}
 
+
 def choice_process_results(
-    doc:dict,  # A row of `scenes_choice`
-    results:list[str],  # The model's answer
-)->dict[str, float]:
+    doc: dict,  # A row of `scenes_choice`
+    results: list[str],  # The model's answer
+) -> dict[str, float]:
     "The capital letter alone, or before a full stop, a colon or a closing parenthesis."
     letter = re.match(r"\(?([A-D])(?:[.):]|$)", results[0].strip())
     return dict(exact_match=float(letter is not None and letter[1] == doc["answer"]))
 
+
 def caption_process_results(
-    doc:dict,  # A row of `scenes_caption`
-    results:list[str],  # The model's answer
-)->dict:
+    doc: dict,  # A row of `scenes_caption`
+    results: list[str],  # The model's answer
+) -> dict:
     "`caption_objects` is 1 if the caption names all objects of the scene and no other."
-    return dict(caption_cider=dict(prediction=results[0], references=doc["references"]),
-                caption_objects=float(mentioned_objects(results[0]) == set(doc["objects"])))
+    return dict(
+        caption_cider=dict(prediction=results[0], references=doc["references"]),
+        caption_objects=float(mentioned_objects(results[0]) == set(doc["objects"])),
+    )
+
 
 def caption_aggregate_cider(
-    results:list[dict],  # From `caption_process_results`
-)->float:  # 0 … 10; papers print it ×100
+    results: list[dict],  # From `caption_process_results`
+) -> float:  # 0 … 10; papers print it ×100
     "CIDEr over all captions, in lmms-eval's unit; 0 for a single one, whose words all have the weight 0."
     if len(results) < 2:
-        return 0.
-    return cider([r["prediction"] for r in results], [r["references"] for r in results])/100
+        return 0.0
+    return cider([r["prediction"] for r in results], [r["references"] for r in results]) / 100

@@ -35,46 +35,54 @@ from .grid import VisionFeatures, grid_side
 
 # %% ../nbs/21_tower.ipynb #54fe11ab
 def _check_levels(
-    levels:Sequence[int],  # Indices of hidden states
-    depth:int|None=None,  # Blocks of the tower
-)->None:
+    levels: Sequence[int],  # Indices of hidden states
+    depth: int | None = None,  # Blocks of the tower
+) -> None:
     "An error if a level cannot exist."
     if not levels or min(levels) < 0:
-        raise ValueError(f"levels={tuple(levels)} must be indices of hidden states, "
-                         "0 (the embedded patches) or more.")
+        raise ValueError(
+            f"levels={tuple(levels)} must be indices of hidden states, 0 (the embedded patches) or more."
+        )
     if depth is not None and max(levels) > depth:
-        raise ValueError(f"levels={tuple(levels)} reach beyond the {depth} blocks of this tower; load it "
-                         "with `load_tower(name, levels)`, or use config.relative_levels(depth).")
+        raise ValueError(
+            f"levels={tuple(levels)} reach beyond the {depth} blocks of this tower; load it "
+            "with `load_tower(name, levels)`, or use config.relative_levels(depth)."
+        )
+
 
 def _depth_for(
-    levels:Sequence[int],  # Hidden states that are read
-    attention:bool,  # Also the attention over the query level
-)->int:
+    levels: Sequence[int],  # Hidden states that are read
+    attention: bool,  # Also the attention over the query level
+) -> int:
     "Blocks to keep: up to the highest level, and with attention the block that reads the query level."
     return max(*levels, levels[-1] + 1 if attention else 1)
 
+
 def required_depth(
-    compressor:type,  # Class of the projector, a `Compressor`
-    config:CompressorConfig,  # Its levels
-    depth:int,  # Blocks of the tower
-)->int:
+    compressor: type,  # Class of the projector, a `Compressor`
+    config: CompressorConfig,  # Its levels
+    depth: int,  # Blocks of the tower
+) -> int:
     "Blocks of the tower that a projector needs."
     needed = _depth_for(config.levels, "attention" in compressor.requires)
     if needed > depth:
-        raise ValueError(f"{compressor.__name__} reads the attention of the block after level "
-                         f"{config.levels[-1]}, but the vision tower has {depth} blocks; use a lower level, "
-                         "or load the tower with attention=True.")
+        raise ValueError(
+            f"{compressor.__name__} reads the attention of the block after level "
+            f"{config.levels[-1]}, but the vision tower has {depth} blocks; use a lower level, "
+            "or load the tower with attention=True."
+        )
     return needed
 
 # %% ../nbs/21_tower.ipynb #93ca9a35
 def truncated_config(
-    config:PreTrainedConfig,  # Of a vision tower
-    depth:int,  # Blocks to keep
-)->PreTrainedConfig:  # A new one, unless nothing is removed
+    config: PreTrainedConfig,  # Of a vision tower
+    depth: int,  # Blocks to keep
+) -> PreTrainedConfig:  # A new one, unless nothing is removed
     "The tower's configuration without the blocks above `depth` and without a pooling head."
     if not 0 < depth <= config.num_hidden_layers:
-        raise ValueError(f"depth={depth} must lie in 1..{config.num_hidden_layers}, "
-                         "the blocks of the vision tower.")
+        raise ValueError(
+            f"depth={depth} must lie in 1..{config.num_hidden_layers}, the blocks of the vision tower."
+        )
     if depth == config.num_hidden_layers:
         return config
     named_blocks = ("stage_names", "out_features", "out_indices")  # DINOv2 also lists its blocks by name
@@ -84,10 +92,11 @@ def truncated_config(
         truncated.vision_use_head = False
     return truncated
 
+
 def truncate_tower(
-    tower:PreTrainedModel,  # Vision tower, whole or truncated
-    depth:int,  # Blocks to keep
-)->PreTrainedModel:  # The tower itself if nothing is removed
+    tower: PreTrainedModel,  # Vision tower, whole or truncated
+    depth: int,  # Blocks to keep
+) -> PreTrainedModel:  # The tower itself if nothing is removed
     "The tower without the blocks above `depth`; weights are shared, not copied."
     config = truncated_config(tower.config, depth)
     if config is tower.config:
@@ -99,10 +108,11 @@ def truncate_tower(
     _copy_buffers(tower, truncated)
     return truncated.train(tower.training)
 
+
 def _copy_buffers(
-    source:nn.Module,  # The whole tower
-    target:nn.Module,  # The truncated one
-)->None:
+    source: nn.Module,  # The whole tower
+    target: nn.Module,  # The truncated one
+) -> None:
     "Share buffers that a state dict does not hold, such as position ids."
     buffers = dict(source.named_buffers())
     for name, buffer in list(target.named_buffers()):
@@ -112,10 +122,10 @@ def _copy_buffers(
 
 # %% ../nbs/21_tower.ipynb #6aee0554
 def load_tower(
-    name:str|Path|Asset|None,  # `pypi:…`, `hub:…` or a folder; `None` is the tower that needs no hub
-    levels:Sequence[int],  # Hidden states to read; `relative_levels(depth)` gives the authors' choice
-    attention:bool=False,  # Keep the block that reads the query level, for its attention
-)->PreTrainedModel:  # Frozen, in `eval` mode, without unused blocks
+    name: str | Path | Asset | None,  # `pypi:…`, `hub:…` or a folder; `None` is the tower that needs no hub
+    levels: Sequence[int],  # Hidden states to read; `relative_levels(depth)` gives the authors' choice
+    attention: bool = False,  # Keep the block that reads the query level, for its attention
+) -> PreTrainedModel:  # Frozen, in `eval` mode, without unused blocks
     "The frozen vision tower (§3.1), truncated after the deepest level that is read."
     _check_levels(levels)
     asset = resolve(name or default_tower())
@@ -126,17 +136,18 @@ def load_tower(
 
 # %% ../nbs/21_tower.ipynb #3188063f
 def _blocks(
-    model:PreTrainedModel,  # Vision tower
-)->nn.ModuleList:
+    model: PreTrainedModel,  # Vision tower
+) -> nn.ModuleList:
     "Its transformer blocks, from first to last."
     return model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
 
+
 def _hidden_states(
-    model:PreTrainedModel,  # Vision tower
-    pixel_values:Float[Tensor, "b 3 h w"],  # Images
-    depth:int,  # Blocks to compute
+    model: PreTrainedModel,  # Vision tower
+    pixel_values: Float[Tensor, "b 3 h w"],  # Images
+    depth: int,  # Blocks to compute
     **resize,  # For the position embeddings
-)->list[Float[Tensor, "b t c"]]:  # $h_0$ to $h_{depth}$, CLS first
+) -> list[Float[Tensor, "b t c"]]:  # $h_0$ to $h_{depth}$, CLS first
     "Those of `output_hidden_states`, block by block, without computing the blocks above `depth`."
     x = model.embeddings(pixel_values, **resize)
     if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
@@ -150,23 +161,28 @@ def _hidden_states(
 
 # %% ../nbs/21_tower.ipynb #9e4d2618
 def _check_attention(
-    config:PreTrainedConfig,  # Of the tower
-    level:int,  # Query level
-)->None:
+    config: PreTrainedConfig,  # Of the tower
+    level: int,  # Query level
+) -> None:
     "An error if the tower has no CLS token, or no block that reads the query level."
     if config.model_type.startswith("siglip"):
-        raise ValueError(f"attention=True reads the CLS token, and a {config.model_type} has none; "
-                         "use a CLIP or DINOv2 tower.")
+        raise ValueError(
+            f"attention=True reads the CLS token, and a {config.model_type} has none; "
+            "use a CLIP or DINOv2 tower."
+        )
     if level >= config.num_hidden_layers:
-        raise ValueError(f"attention=True needs the block that reads level {level}, but this tower ends with "
-                         f"its {config.num_hidden_layers} blocks; load it with `load_tower(name, levels, "
-                         "attention=True)`, which keeps that block, or use a lower query level.")
+        raise ValueError(
+            f"attention=True needs the block that reads level {level}, but this tower ends with "
+            f"its {config.num_hidden_layers} blocks; load it with `load_tower(name, levels, "
+            "attention=True)`, which keeps that block, or use a lower query level."
+        )
+
 
 def _cls_attention(
-    block:nn.Module,  # The block that reads the query level
-    x:Float[Tensor, "b t c"],  # The query level, CLS first
-    n:int,  # Patches, which come last
-)->tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention to each patch, and the patches' keys
+    block: nn.Module,  # The block that reads the query level
+    x: Float[Tensor, "b t c"],  # The query level, CLS first
+    n: int,  # Patches, which come last
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention to each patch, and the patches' keys
     "Attention of the CLS token, all heads taken as one (@eq-cls)."
     is_clip = hasattr(block, "self_attn")
     norm = block.layer_norm1 if is_clip else block.norm1
@@ -179,32 +195,36 @@ def _cls_attention(
     q = q_proj(x[:, 0])
     k = k_proj(x)
     # float32, because half precision makes ties
-    scores = torch.einsum("bc,btc->bt", q.float(), k.float()) * q.shape[-1]**-.5
+    scores = torch.einsum("bc,btc->bt", q.float(), k.float()) * q.shape[-1] ** -0.5
     return scores.softmax(dim=-1)[:, -n:], k[:, -n:]
 
 # %% ../nbs/21_tower.ipynb #5f4a7487
 def _check_pixels(
-    config:PreTrainedConfig,  # Of the tower
-    pixel_values:Tensor,  # Images
-)->int:  # Patches per side
+    config: PreTrainedConfig,  # Of the tower
+    pixel_values: Tensor,  # Images
+) -> int:  # Patches per side
     "Side of the patch grid; an error if it is not square."
     if pixel_values.ndim != 4 or not isinstance(getattr(config, "patch_size", None), int):
-        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)} for a {config.model_type} "
-                         f"tower; it must be [batch, 3, height, width]. {GRIDS}")
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} for a {config.model_type} "
+            f"tower; it must be [batch, 3, height, width]. {GRIDS}"
+        )
     height, width = pixel_values.shape[-2:]
     grid = height // config.patch_size
     if height != width or not grid:
-        raise ValueError(f"pixel_values is {height}×{width}; it must be square and at least one patch "
-                         f"({config.patch_size} px) wide. image_processor_for makes such images.")
+        raise ValueError(
+            f"pixel_values is {height}×{width}; it must be square and at least one patch "
+            f"({config.patch_size} px) wide. image_processor_for makes such images."
+        )
     return grid
 
 # %% ../nbs/21_tower.ipynb #58cb4ff8
 def vision_features(
-    model:PreTrainedModel,  # CLIP, SigLIP or DINOv2 vision model
-    pixel_values:Float[Tensor, "b 3 h w"],  # Square, normalized images
-    levels:Sequence[int],  # Hidden states to read; the last one is the query level
-    attention:bool=False,  # Also CLS attention and keys over the query level (@eq-cls), for PruMerge
-)->VisionFeatures:  # `levels` of shape `[b, grid², l·c]`
+    model: PreTrainedModel,  # CLIP, SigLIP or DINOv2 vision model
+    pixel_values: Float[Tensor, "b 3 h w"],  # Square, normalized images
+    levels: Sequence[int],  # Hidden states to read; the last one is the query level
+    attention: bool = False,  # Also CLS attention and keys over the query level (@eq-cls), for PruMerge
+) -> VisionFeatures:  # `levels` of shape `[b, grid², l·c]`
     "Patch tokens of several depths, concatenated on the channels (§3.1, @eq-levels)."
     config = model.config
     grid = _check_pixels(config, pixel_values)
@@ -223,8 +243,9 @@ def vision_features(
     else:
         states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
     if states[0].shape[1] < n:
-        raise ValueError(f"{config.model_type} gives {states[0].shape[1]} tokens for a {grid}×{grid} grid. "
-                         f"{GRIDS}")
+        raise ValueError(
+            f"{config.model_type} gives {states[0].shape[1]} tokens for a {grid}×{grid} grid. {GRIDS}"
+        )
     return VisionFeatures(torch.cat([states[i][:, -n:] for i in levels], dim=-1), grid, **extra)
 
 # %% ../nbs/21_tower.ipynb #e77627cc
@@ -232,18 +253,30 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, above which Pillow suspects a
 MAX_ASPECT = 200  # Long side over short side: scaling the short side to the tower's size scales the long one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _DECODER_ERRORS = (  # what Pillow's decoders raise on damaged bytes
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError)
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
 
 def resolve_image_path(
-    path:str|Path,  # As written in a data set
-    root:str|Path|None=None,  # Folder it must stay in; `None` for any place
-)->Path:  # The file, symbolic links followed
+    path: str | Path,  # As written in a data set
+    root: str | Path | None = None,  # Folder it must stay in; `None` for any place
+) -> Path:  # The file, symbolic links followed
     "The file that a data set names, if it lies inside `root`."
-    full = (Path(path) if root is None else Path(root)/path).resolve()
+    full = (Path(path) if root is None else Path(root) / path).resolve()
     if root is not None and not full.is_relative_to(Path(root).resolve()):
-        raise ValueError(f"image path {str(path)!r} leads outside its folder {str(root)!r}; "
-                         "copy the image into it.")
+        raise ValueError(
+            f"image path {str(path)!r} leads outside its folder {str(root)!r}; copy the image into it."
+        )
     if not full.is_file():
         hint = f" in {str(root)!r}; check the image folder." if root else "; check the path."
         raise ValueError(f"image {str(path)!r} is not a file{hint}")
@@ -251,8 +284,8 @@ def resolve_image_path(
 
 # %% ../nbs/21_tower.ipynb #33ab7c17
 def _to_rgb(
-    image:Image.Image,  # Any mode
-)->Image.Image:  # Mode RGB
+    image: Image.Image,  # Any mode
+) -> Image.Image:  # Mode RGB
     "RGB as a viewer would show it: 16-bit gray scaled to 8 bits, transparency on white."
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels, whose white is not defined; save it with 8 bits")
@@ -265,21 +298,22 @@ def _to_rgb(
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
+
 def _check_size(
-    image:Image.Image,  # Opened, perhaps not decoded yet
-)->None:
+    image: Image.Image,  # Opened, perhaps not decoded yet
+) -> None:
     "An error if decoding or scaling the image would take unreasonable memory."
     w, h = image.size
-    if w*h > MAX_PIXELS:
+    if w * h > MAX_PIXELS:
         raise ValueError(f"{w}×{h} px are more than {MAX_PIXELS:,}; scale it down")
-    if max(w, h) > MAX_ASPECT*min(w, h):
+    if max(w, h) > MAX_ASPECT * min(w, h):
         raise ValueError(f"{w}×{h} px are more than {MAX_ASPECT}:1; crop it")
 
 # %% ../nbs/21_tower.ipynb #e873bc0f
 def _use_image(
-    image:str|Path|IOBase|Image.Image,  # Path, open file, or an image of any mode
-    root:str|Path|None,  # Folder that a path must stay in
-    use:Callable,  # Called with the opened image, whose pixels are not decoded yet
+    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    root: str | Path | None,  # Folder that a path must stay in
+    use: Callable,  # Called with the opened image, whose pixels are not decoded yet
 ):
     "Open an image, check its size and use it; errors name the image."
     is_path = isinstance(image, (str, Path))
@@ -291,37 +325,42 @@ def _use_image(
             _check_size(opened)
             return use(opened)
     except _DECODER_ERRORS as e:
-        raise ValueError(f"image {name} cannot be used: {e} ({type(e).__name__}). Repair it, or leave it "
-                         f"out; readable are {', '.join(FORMATS)}.") from e
+        raise ValueError(
+            f"image {name} cannot be used: {e} ({type(e).__name__}). Repair it, or leave it "
+            f"out; readable are {', '.join(FORMATS)}."
+        ) from e
+
 
 def open_image(
-    image:str|Path|IOBase|Image.Image,  # Path, open file, or an image of any mode
-    root:str|Path|None=None,  # Folder that a path must stay in
-)->Image.Image:  # RGB
+    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    root: str | Path | None = None,  # Folder that a path must stay in
+) -> Image.Image:  # RGB
     "An image as RGB, or a `ValueError` that says what is wrong with it."
     return _use_image(image, root, lambda opened: _to_rgb(ImageOps.exif_transpose(opened)))
 
+
 def check_image(
-    image:str|Path|IOBase|Image.Image,  # Path, open file, or an image of any mode
-    root:str|Path|None=None,  # Folder that a path must stay in
-)->tuple[int,int]:  # Width and height as stored, px
+    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    root: str | Path | None = None,  # Folder that a path must stay in
+) -> tuple[int, int]:  # Width and height as stored, px
     "The quick part of `open_image`: path, format and size, without decoding; truncated files are not found."
     return _use_image(image, root, lambda opened: opened.size)
 
 # %% ../nbs/21_tower.ipynb #9194c8fd
 def _padding_processor(
-    own:dict,  # The tower's own processor, as a dict
-    square:dict,  # Its `height` and `width`, px
-)->BaseImageProcessor:
+    own: dict,  # The tower's own processor, as a dict
+    square: dict,  # Its `height` and `width`, px
+) -> BaseImageProcessor:
     "LLaVA's processor that pads to a square, with the tower's mean, standard deviation and resampling."
     kept = {k: own[k] for k in ("image_mean", "image_std", "resample") if k in own}
     return LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, **kept)
 
+
 def _square_processor(
-    processor:BaseImageProcessor,  # The tower's own
-    size:int,  # Side of the square, px
-    pad:bool,  # Pad to a square instead of cropping the center
-)->BaseImageProcessor:
+    processor: BaseImageProcessor,  # The tower's own
+    size: int,  # Side of the square, px
+    pad: bool,  # Pad to a square instead of cropping the center
+) -> BaseImageProcessor:
     "The processor for squares of another size, cropped or padded."
     own = processor.to_dict()
     square = {"height": size, "width": size}
@@ -330,18 +369,22 @@ def _square_processor(
     scaled = {"shortest_edge": size} if "shortest_edge" in own["size"] else square
     return type(processor).from_dict({**own, "size": scaled, "crop_size": square})
 
+
 def image_processor_for(
-    name:str|Path|Asset|None=None,  # The tower, as for `load_tower`
-    image_size:int|None=None,  # Side of the tower's square input, px; `None` keeps the tower's own
-    pad:bool=False,  # Pad to a square with the mean color instead of cropping the center: LLaVA's stage 2
-)->BaseImageProcessor:  # Of the PIL backend
+    name: str | Path | Asset | None = None,  # The tower, as for `load_tower`
+    image_size: int | None = None,  # Side of the tower's square input, px; `None` keeps the tower's own
+    pad: bool = False,  # Pad to a square with the mean color instead of cropping the center: LLaVA's stage 2
+) -> BaseImageProcessor:  # Of the PIL backend
     "The tower's own image processor, for squares of any size."
     asset = resolve(name or default_tower())
-    if not (asset.path/"preprocessor_config.json").exists():
-        raise ValueError(f"{asset.name!r} has no preprocessor_config.json, which says how its pixels "
-                         "are scaled; copy it from where the tower comes from.")
+    if not (asset.path / "preprocessor_config.json").exists():
+        raise ValueError(
+            f"{asset.name!r} has no preprocessor_config.json, which says how its pixels "
+            "are scaled; copy it from where the tower comes from."
+        )
     processor = AutoImageProcessor.from_pretrained(
-        asset.path, backend="pil", local_files_only=True, trust_remote_code=False)
+        asset.path, backend="pil", local_files_only=True, trust_remote_code=False
+    )
     if image_size is None and not pad:
         return processor
     if image_size is None:
@@ -353,19 +396,22 @@ def image_processor_for(
 
 # %% ../nbs/21_tower.ipynb #4b6427c7
 def image_aspect(
-    processor:BaseImageProcessor,  # Of the tower
-)->str:  # `"pad"` or `"original"`
+    processor: BaseImageProcessor,  # Of the tower
+) -> str:  # `"pad"` or `"original"`
     "How an image is made square: padded, or as the tower's own processor does it."
     return "pad" if getattr(processor, "do_pad", False) else "original"
 
+
 def with_aspect(
-    processor:BaseImageProcessor,  # Of the tower
-    aspect:str|None,  # `"pad"`, `"original"`, or `None` for what it does already
-)->BaseImageProcessor:
+    processor: BaseImageProcessor,  # Of the tower
+    aspect: str | None,  # `"pad"`, `"original"`, or `None` for what it does already
+) -> BaseImageProcessor:
     "The image processor with another way to make images square."
     if aspect not in (None, "pad", "original"):
-        raise ValueError(f"image_aspect={aspect!r}; use 'pad' or 'original', "
-                         "or leave it out for what the model was trained with.")
+        raise ValueError(
+            f"image_aspect={aspect!r}; use 'pad' or 'original', "
+            "or leave it out for what the model was trained with."
+        )
     if aspect in (None, image_aspect(processor)):
         return processor
     own = processor.to_dict()
@@ -377,18 +423,19 @@ def with_aspect(
 
 # %% ../nbs/21_tower.ipynb #97578a53
 def image_sha256(
-    image:str|Path|Image.Image,  # Path or image
-    root:str|Path|None=None,  # Folder that a path must stay in
-)->str:  # 64 hex digits
+    image: str | Path | Image.Image,  # Path or image
+    root: str | Path | None = None,  # Folder that a path must stay in
+) -> str:  # 64 hex digits
     "Hash of an image: of the file's bytes, or of size and RGB pixels."
     if not isinstance(image, Image.Image):
         return hashlib.sha256(resolve_image_path(image, root).read_bytes()).hexdigest()
     rgb = open_image(image)
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
 
+
 def tower_sha256(
-    model:PreTrainedModel,  # Vision tower
-)->str:  # 64 hex digits
+    model: PreTrainedModel,  # Vision tower
+) -> str:  # 64 hex digits
     "Hash of a tower: its weights and its configuration."
     provenance = ("_name_or_path", "transformers_version", "architectures")
     config = {k: v for k, v in model.config.to_dict().items() if k not in provenance}
@@ -400,24 +447,26 @@ def tower_sha256(
 
 # %% ../nbs/21_tower.ipynb #1274b320
 def _crc32(
-    entry:dict[str, Tensor],  # Tensors of one image
-)->int:
+    entry: dict[str, Tensor],  # Tensors of one image
+) -> int:
     "One checksum over all tensors of an entry: `levels` first, the others by name."
     crc = 0
     for name in sorted(entry, key=lambda name: (name != "levels", name)):
         crc = zlib.crc32(entry[name].view(torch.uint8).numpy(), crc)
     return crc
 
+
 def _write_entry(
-    path:Path,  # Final name
-    entry:dict[str, Tensor],  # `levels` `[n, l·c]` of one image; `cls_attention` and `keys` if stored
-)->None:
+    path: Path,  # Final name
+    entry: dict[str, Tensor],  # `levels` `[n, l·c]` of one image; `cls_attention` and `keys` if stored
+) -> None:
     "Write one image's features with their checksum."
     write_atomic(path, to_safetensors(entry, {"crc32": str(_crc32(entry))}))
 
+
 def _is_intact(
-    path:Path,  # File in the cache
-)->bool:  # Whether it holds what was written
+    path: Path,  # File in the cache
+) -> bool:  # Whether it holds what was written
     "Compare one image's features with their checksum."
     try:
         with open_safetensors(path) as file:
@@ -429,19 +478,22 @@ def _is_intact(
 # %% ../nbs/21_tower.ipynb #e33cb40e
 class CachedFeatures(torch.utils.data.Dataset):
     "Patch tokens of many images, in the order of the images, read from disk on access."
-    def __init__(self,
-        files:Sequence[Path],  # One safetensors file per image
-        attention:bool=False,  # Return CLS attention and keys too
+
+    def __init__(
+        self,
+        files: Sequence[Path],  # One safetensors file per image
+        attention: bool = False,  # Return CLS attention and keys too
     ):
         self.files = list(files)
         self.attention = attention
 
-    def __len__(self)->int:
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self,
+    def __getitem__(
+        self,
         i,  # Index of one image, or of several
-    )->Tensor|VisionFeatures:  # float32 `[n, l·c]`, or `[b, n, l·c]` for several; or as `index_batch`
+    ) -> Tensor | VisionFeatures:  # float32 `[n, l·c]`, or `[b, n, l·c]` for several; or as `index_batch`
         several = np.ndim(i) > 0
         if self.attention:
             return self.index_batch(i if several else [i])
@@ -450,9 +502,10 @@ class CachedFeatures(torch.utils.data.Dataset):
         with open_safetensors(self.files[int(i)]) as file:
             return file.get_tensor("levels").float()
 
-    def index_batch(self,
-        indices:Sequence[int]|Tensor,  # Of several images
-    )->VisionFeatures:  # A batch in float32, with `cls_attention` and `keys` if the cache has them
+    def index_batch(
+        self,
+        indices: Sequence[int] | Tensor,  # Of several images
+    ) -> VisionFeatures:  # A batch in float32, with `cls_attention` and `keys` if the cache has them
         "Several images, as the tower returned them."
         entries = [read_safetensors(self.files[int(i)]) for i in indices]
         batch = {name: torch.stack([entry[name] for entry in entries]).float() for name in entries[0]}
@@ -461,23 +514,24 @@ class CachedFeatures(torch.utils.data.Dataset):
 # %% ../nbs/21_tower.ipynb #e649928a
 log = logging.getLogger(__name__)
 
+
 def _folder_for(
-    key:dict,  # All that the numbers depend on, except the image
-    cache:str|Path|None,  # Folder of all caches
-)->Path:  # Existing folder of this key, with the key as text beside the features
+    key: dict,  # All that the numbers depend on, except the image
+    cache: str | Path | None,  # Folder of all caches
+) -> Path:  # Existing folder of this key, with the key as text beside the features
     "The folder of one combination of tower, processor and levels."
     text = json.dumps(key, sort_keys=True, default=str, indent=1)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    folder = Path(cache or cache_dir()/"features")/digest[:16]
+    folder = Path(cache or cache_dir() / "features") / digest[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder/"key.json", text)
+    write_atomic(folder / "key.json", text)
     return folder
 
 # %% ../nbs/21_tower.ipynb #727ccd54
 def _entries(
-    features:VisionFeatures,  # A batch from the tower
-    dtype:torch.dtype,  # Precision on disk
-)->list[dict[str, Tensor]]:  # One for each image
+    features: VisionFeatures,  # A batch from the tower
+    dtype: torch.dtype,  # Precision on disk
+) -> list[dict[str, Tensor]]:  # One for each image
     "What is stored of each image; the attention stays in float32, because patches are ranked by it."
     stored = dict(levels=features.levels.to(dtype))
     if features.keys is not None:
@@ -491,11 +545,12 @@ def _entries(
 
     return [entry(i) for i in range(len(features.levels))]
 
+
 def _missing(
-    images:Sequence[str|Path|Image.Image],  # Paths or images
-    files:Sequence[Path],  # The entry of each
-    root:str|Path|None,  # Folder that paths must stay in
-)->dict[Path, str|Path|Image.Image]:  # Entry -> image
+    images: Sequence[str | Path | Image.Image],  # Paths or images
+    files: Sequence[Path],  # The entry of each
+    root: str | Path | None,  # Folder that paths must stay in
+) -> dict[Path, str | Path | Image.Image]:  # Entry -> image
     "The images whose entry is missing or damaged; each once."
     todo = {}
     for file, image in zip(files, images, strict=True):
@@ -509,44 +564,51 @@ def _missing(
 
 # %% ../nbs/21_tower.ipynb #1261d3f9
 def _compute_entries(
-    todo:dict[Path, str|Path|Image.Image],  # Entry -> image
-    batch_size:int,  # Images in one pass of the tower
-    progress:bool,  # Show a bar
-    compute:Callable,  # Entries of a list of images
-)->None:
+    todo: dict[Path, str | Path | Image.Image],  # Entry -> image
+    batch_size: int,  # Images in one pass of the tower
+    progress: bool,  # Show a bar
+    compute: Callable,  # Entries of a list of images
+) -> None:
     "Compute and write missing entries, batch by batch."
     files = list(todo)
     with tqdm(total=len(files), desc="vision tower", unit="image", disable=not progress or not files) as bar:
         for start in range(0, len(files), batch_size):
-            batch = files[start:start + batch_size]
+            batch = files[start : start + batch_size]
             for file, entry in zip(batch, compute([todo[file] for file in batch]), strict=True):
                 _write_entry(file, entry)
             bar.update(len(batch))
 
+
 def cache_features(
-    images:Sequence[str|Path|Image.Image],  # Paths or images; the same one may come twice
-    tower:PreTrainedModel,  # Frozen vision tower
-    processor:BaseImageProcessor,  # Makes its pixels
-    levels:Sequence[int],  # Hidden states to store
-    cache:str|Path|None=None,  # Folder of all caches; `None` is `cache_dir()/"features"`
-    root:str|Path|None=None,  # Folder that paths must stay in
-    dtype:torch.dtype=torch.float16,  # Precision on disk
-    batch_size:int=16,  # Images in one pass of the tower
-    progress:bool=True,  # Show a bar
-    attention:bool=False,  # Store CLS attention and keys too
-)->CachedFeatures:  # In the order of `images`
+    images: Sequence[str | Path | Image.Image],  # Paths or images; the same one may come twice
+    tower: PreTrainedModel,  # Frozen vision tower
+    processor: BaseImageProcessor,  # Makes its pixels
+    levels: Sequence[int],  # Hidden states to store
+    cache: str | Path | None = None,  # Folder of all caches; `None` is `cache_dir()/"features"`
+    root: str | Path | None = None,  # Folder that paths must stay in
+    dtype: torch.dtype = torch.float16,  # Precision on disk
+    batch_size: int = 16,  # Images in one pass of the tower
+    progress: bool = True,  # Show a bar
+    attention: bool = False,  # Store CLS attention and keys too
+) -> CachedFeatures:  # In the order of `images`
     "Pass each image through the tower once, and store its patch tokens on disk."
+
     def compute(batch):
         pixels = processor([open_image(image, root) for image in batch], return_tensors="pt").pixel_values
         with torch.no_grad():
             features = vision_features(tower, pixels.to(tower.device, tower.dtype), levels, attention)
         return _entries(features, dtype)
 
-    key = dict(version=1, tower=tower_sha256(tower), processor=processor.to_dict(), levels=list(levels),
-               dtype=str(dtype))
+    key = dict(
+        version=1,
+        tower=tower_sha256(tower),
+        processor=processor.to_dict(),
+        levels=list(levels),
+        dtype=str(dtype),
+    )
     if attention:  # otherwise the key stays as it was before attention could be stored
         key["attention"] = True
     folder = _folder_for(key, cache)
-    files = [folder/f"{image_sha256(image, root)}.safetensors" for image in images]
+    files = [folder / f"{image_sha256(image, root)}.safetensors" for image in images]
     _compute_entries(_missing(images, files, root), batch_size, progress, compute)
     return CachedFeatures(files, attention)

@@ -38,18 +38,23 @@ from transformers import (
 )
 
 from . import adapter
-from .compressors.base import build_compressor, compressor_class, compressor_name, config_from_dict
+from delta_llava.compressors.base import (
+    Compressor,
+    build_compressor,
+    compressor_class,
+    compressor_name,
+    config_from_dict,
+)
 from .compressors.fastv import end_of_prompt, fastv_context, last_visible
 from .config import CompressorConfig
 from .grid import VisionFeatures
-from .compressors.base import Compressor
 from .tower import vision_features as tower_features
 
 # %% ../nbs/22_vlm.ipynb #0c7585a6
 def truncated_config(
-    config:PreTrainedConfig,  # Of a vision tower
-    depth:int,  # Blocks to keep
-)->PreTrainedConfig:  # A new one, unless all blocks are kept
+    config: PreTrainedConfig,  # Of a vision tower
+    depth: int,  # Blocks to keep
+) -> PreTrainedConfig:  # A new one, unless all blocks are kept
     "The tower's configuration without the blocks above `depth`, and without a pooling head."
     if depth == config.num_hidden_layers:
         return config
@@ -62,10 +67,10 @@ def truncated_config(
 
 
 def required_depth(
-    compressor:type[Compressor],  # Class of the projector
-    config:CompressorConfig,  # Its levels
-    depth:int,  # Blocks of the vision tower
-)->int:
+    compressor: type[Compressor],  # Class of the projector
+    config: CompressorConfig,  # Its levels
+    depth: int,  # Blocks of the vision tower
+) -> int:
     "Blocks of the tower that a projector needs: up to its highest level, one more if it reads attention."
     needed = max(config.levels)
     if "attention" in compressor.requires:
@@ -79,32 +84,40 @@ def required_depth(
 
 # %% ../nbs/22_vlm.ipynb #89ac31b6
 def check_sizes(
-    config:CompressorConfig,  # Of the projector
-    vision:PreTrainedConfig,  # Of the vision tower
-    text:PreTrainedConfig,  # Of the LLM
-)->None:
+    config: CompressorConfig,  # Of the projector
+    vision: PreTrainedConfig,  # Of the vision tower
+    text: PreTrainedConfig,  # Of the LLM
+) -> None:
     "Error unless projector, tower and LLM fit together."
     depth = vision.num_hidden_layers
     if max(config.levels) > depth:
-        raise ValueError(f"levels={config.levels} are above the vision tower's {depth} blocks; "
-                         f"take relative_levels({depth}).")
+        raise ValueError(
+            f"levels={config.levels} are above the vision tower's {depth} blocks; "
+            f"take relative_levels({depth})."
+        )
     if config.d_vision != vision.hidden_size:
-        raise ValueError(f"d_vision={config.d_vision}, but the vision tower's width is {vision.hidden_size}; "
-                         f"set d_vision={vision.hidden_size}.")
+        raise ValueError(
+            f"d_vision={config.d_vision}, but the vision tower's width is {vision.hidden_size}; "
+            f"set d_vision={vision.hidden_size}."
+        )
     if config.d_llm != text.hidden_size:
-        raise ValueError(f"d_llm={config.d_llm}, but the LLM's width is {text.hidden_size}; "
-                         f"set d_llm={text.hidden_size}.")
+        raise ValueError(
+            f"d_llm={config.d_llm}, but the LLM's width is {text.hidden_size}; set d_llm={text.hidden_size}."
+        )
     if config.to_dict().get("adaptive"):
-        raise ValueError("adaptive=True gives each image its own number of tokens, but a prompt reserves the "
-                         "same number for all; set a budget, and use adaptive with the compressor alone.")
+        raise ValueError(
+            "adaptive=True gives each image its own number of tokens, but a prompt reserves the "
+            "same number for all; set a budget, and use adaptive with the compressor alone."
+        )
 
 # %% ../nbs/22_vlm.ipynb #348d2718
 class DeltaLlavaConfig(LlavaConfig):
     "Configuration of tower, projector and LLM; `projector` is the projector's own config as a dict."
+
     model_type = "delta_llava"
     __no_type_check__ = True  # transformers' constructor takes any keyword, which jaxtyping would refuse
-    compressor:str="delta"  # Which projector, by its name in the registry of compressors
-    projector:dict|None=None  # `to_dict()` of its config; `None` is the paper's CLIP-L/14-336 → 7B
+    compressor: str = "delta"  # Which projector, by its name in the registry of compressors
+    projector: dict | None = None  # `to_dict()` of its config; `None` is the paper's CLIP-L/14-336 → 7B
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -122,21 +135,21 @@ class DeltaLlavaConfig(LlavaConfig):
         return config_from_dict(self.compressor, self.projector or {})
 
 # %% ../nbs/22_vlm.ipynb #12f65123
-FINGERPRINT_TOLERANCE = .02  # bfloat16 changes a number by less than .01, other weights by about 1
+FINGERPRINT_TOLERANCE = 0.02  # bfloat16 changes a number by less than .01, other weights by about 1
 
 
 def tensor_projection(
-    weight:Tensor,  # Any weight
-)->float:  # About normally distributed over towers
+    weight: Tensor,  # Any weight
+) -> float:  # About normally distributed over towers
     "The first 4096 numbers of a weight, projected on a fixed direction and divided by their norm."
     numbers = weight.detach().flatten()[:4096].double().cpu()
-    direction = torch.cos(torch.arange(1, len(numbers) + 1, dtype=torch.float64)**2)
+    direction = torch.cos(torch.arange(1, len(numbers) + 1, dtype=torch.float64) ** 2)
     return ((numbers @ direction) / numbers.norm().clamp_min(1e-12)).item()
 
 
 def tower_fingerprint(
-    tower:nn.Module,  # Vision tower with whole weights
-)->dict[str, float]|None:  # Block -> number; `None` if the weights are not in memory
+    tower: nn.Module,  # Vision tower with whole weights
+) -> dict[str, float] | None:  # Block -> number; `None` if the weights are not in memory
     "One number for each block of a tower, which other weights change and another precision does not."
     sums = {}
     for name, weight in tower.named_parameters():
@@ -145,13 +158,14 @@ def tower_fingerprint(
         if weight.ndim < 2:
             continue  # norms and biases of different towers are much alike
         block = next((part for part in name.split(".") if part.isdigit()), "embeddings")
-        sums[block] = sums.get(block, 0.) + tensor_projection(weight)
+        sums[block] = sums.get(block, 0.0) + tensor_projection(weight)
     return {block: round(total, 4) for block, total in sums.items()}
 
 # %% ../nbs/22_vlm.ipynb #c172f5ed
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
     "How weights are initialized, saved and loaded."
-    config:DeltaLlavaConfig
+
+    config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -165,15 +179,17 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         if not any(module is part for part in self.multi_modal_projector.modules()):
             super()._init_weights(module)
 
-    def save_pretrained(self,
-        save_directory:str|Path,  # Folder for config and safetensors
+    def save_pretrained(
+        self,
+        save_directory: str | Path,  # Folder for config and safetensors
         **kwargs,  # As in transformers
     ):
         "Save under the names that the modules have."
         return super().save_pretrained(save_directory, **{"save_original_format": False} | kwargs)
 
-    def load_state_dict(self,
-        state_dict:dict[str, Tensor],  # Under today's names or those of older folders
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Tensor],  # Under today's names or those of older folders
         *args,
         **kwargs,  # As in torch
     ):
@@ -182,8 +198,9 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(adapter.rename_keys(state_dict, patterns), *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls,
-        pretrained_model_name_or_path:str|Path,  # Folder or hub name
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,  # Folder or hub name
         *args,
         **kwargs,  # As in transformers
     ):
@@ -208,10 +225,10 @@ PROJECTOR = "multi_modal_projector."  # prefix of the projector's weights
 
 
 def check_loaded(
-    model:PreTrainedModel,  # Was loaded
-    path:str|Path,  # From this folder or hub name
-    info:dict,  # transformers' report: `missing_keys` and `unexpected_keys`
-)->None:
+    model: PreTrainedModel,  # Was loaded
+    path: str | Path,  # From this folder or hub name
+    info: dict,  # transformers' report: `missing_keys` and `unexpected_keys`
+) -> None:
     "Error if weights were missing, or some were left over."
     names = {kind: set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
     if Path(path).is_dir() and any(name.startswith(PROJECTOR) for name in names["unexpected"]):
@@ -225,10 +242,10 @@ def check_loaded(
 
 
 def reload_projector(
-    model:PreTrainedModel,  # Its projector gets the weights
-    folder:Path,  # Holds safetensors files of the whole model
-    names:dict[str, set[str]],  # `missing` and `unexpected` weights, updated in place
-)->None:
+    model: PreTrainedModel,  # Its projector gets the weights
+    folder: Path,  # Holds safetensors files of the whole model
+    names: dict[str, set[str]],  # `missing` and `unexpected` weights, updated in place
+) -> None:
     "Load the projector by its own `load_state_dict`, which knows the names of older versions."
     patterns = adapter.old_state_dict_map(model.config.text_config)
     state = {}
@@ -243,10 +260,10 @@ def reload_projector(
 # %% ../nbs/22_vlm.ipynb #2784bc55
 @torch.no_grad()
 def question_embedding(
-    model:nn.Module,  # `DeltaLlavaForConditionalGeneration`
-    question_ids:Int[Tensor, "b q"]|None,  # Token ids of each question alone, padded on the left
-    question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
-)->Float[Tensor, "b 1 d"]:  # Last hidden state of the last token
+    model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
+    question_ids: Int[Tensor, "b q"] | None,  # Token ids of each question alone, padded on the left
+    question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
+) -> Float[Tensor, "b 1 d"]:  # Last hidden state of the last token
     "The LLM's representation of each question, without the image."
     if question_ids is None:
         raise ValueError(
@@ -259,13 +276,13 @@ def question_embedding(
 
 
 def visual_tokens(
-    model:nn.Module,  # `DeltaLlavaForConditionalGeneration`
-    pixel_values:Tensor|None=None,  # `[b, 3, h, w]` Images, normalized by the tower's processor
-    vision_features:Tensor|VisionFeatures|None=None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-    tokens:int|None=None,  # Budget $V$; `None` takes the config's
-    question_ids:Tensor|None=None,  # `[b, q]` Each question alone, for projectors that read it
-    question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
-)->Float[Tensor, "b v d"]:  # Input embeddings for the LLM
+    model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
+    pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized by the tower's processor
+    vision_features: Tensor | VisionFeatures | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
+    tokens: int | None = None,  # Budget $V$; `None` takes the config's
+    question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
+    question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
+) -> Float[Tensor, "b v d"]:  # Input embeddings for the LLM
     "Visual tokens of each image (Fig. 2)."
     if (pixel_values is None) == (vision_features is None):
         raise ValueError("give either pixel_values or vision_features, not both and not neither.")
@@ -283,28 +300,28 @@ def visual_tokens(
 
 # %% ../nbs/22_vlm.ipynb #d5cec0fe
 def check_placeholders(
-    input_ids:Int[Tensor, "b t"],  # Token ids
-    image_token_id:int,  # Id of `<image>`
-    images:int,  # Images that were given
-    tokens:int,  # Visual tokens of one image, $V$
-)->None:
+    input_ids: Int[Tensor, "b t"],  # Token ids
+    image_token_id: int,  # Id of `<image>`
+    images: int,  # Images that were given
+    tokens: int,  # Visual tokens of one image, $V$
+) -> None:
     "Error unless each row has placeholders for whole images, and all rows together for all images."
     count = (input_ids == image_token_id).sum(dim=1)
     whole = tokens == 0 or not (count % tokens).any()
-    if count.sum() == images*tokens and whole:
+    if count.sum() == images * tokens and whole:
         return
     raise ValueError(
         f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} "
-        f"visual tokens = {images*tokens} are to be placed; give processor and model the same images and the "
+        f"visual tokens = {images * tokens} are to be placed; give processor and model the same images and the "
         "same tokens=…."
     )
 
 
 def place_visual_tokens(
-    embeds:Float[Tensor, "b t d"],  # Embeddings of `input_ids`
-    image_mask:Bool[Tensor, "b t"],  # Positions of the placeholders
-    visual:Float[Tensor, "n d"],  # Visual tokens of all images, in order
-)->Float[Tensor, "b t d"]:
+    embeds: Float[Tensor, "b t d"],  # Embeddings of `input_ids`
+    image_mask: Bool[Tensor, "b t"],  # Positions of the placeholders
+    visual: Float[Tensor, "n d"],  # Visual tokens of all images, in order
+) -> Float[Tensor, "b t d"]:
     "Embeddings with visual tokens in place of the placeholders."
     return embeds.masked_scatter(image_mask[..., None].to(embeds.device), visual.to(embeds))
 
@@ -312,20 +329,24 @@ def place_visual_tokens(
 class VisualInputs:
     "The part of the model before the LLM: images to visual tokens, and visual tokens into the sequence."
 
-    def train(self,
-        mode:bool=True,  # Training mode for projector and LLM
+    def train(
+        self,
+        mode: bool = True,  # Training mode for projector and LLM
     ):
         "Training mode for projector and LLM; the tower stays in evaluation mode."
         super().train(mode)
         self.vision_tower.eval()
         return self
 
-    def get_image_features(self,
-        pixel_values:Tensor|None=None,  # `[b, 3, h, w]` Images, normalized
-        vision_features:Tensor|VisionFeatures|None=None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's
-        question_ids:Tensor|None=None,  # `[b, q]` Each question alone, for projectors that read it
-        question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized
+        vision_features: Tensor
+        | VisionFeatures
+        | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's
+        question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
+        question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
         **kwargs,  # Ignored
     ):
         "`visual_tokens` as transformers expects them: `pooler_output` has one `[v, d]` for each image."
@@ -339,9 +360,10 @@ class VisualInputs:
             images = self.get_image_features(pixel_values, vision_features, tokens, *question)
         return images
 
-    def dummy_visual_tokens(self,
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's
-    )->Float[Tensor, "1 v d"]:
+    def dummy_visual_tokens(
+        self,
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's
+    ) -> Float[Tensor, "1 v d"]:
         "Visual tokens of an image of zeros. Times 0, they give a batch without images gradients of 0."
         projector = self.multi_modal_projector
         config = projector.config
@@ -349,16 +371,22 @@ class VisualInputs:
         n = config.grid**2
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
         if "attention" in projector.requires:
-            features = replace(features, cls_attention=weight.new_full((1, n), 1/n),
-                               keys=weight.new_zeros(1, n, config.d_vision))
+            features = replace(
+                features,
+                cls_attention=weight.new_full((1, n), 1 / n),
+                keys=weight.new_zeros(1, n, config.d_vision),
+            )
         text = weight.new_zeros(1, 1, config.d_llm) if "text" in projector.requires else None
         return projector(features, tokens=tokens, text=text)
 
-    def merge_visual_tokens(self,
-        input_ids:Tensor|None,  # `[b, t]` With one placeholder for each visual token
-        inputs_embeds:Tensor|None=None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
+    def merge_visual_tokens(
+        self,
+        input_ids: Tensor | None,  # `[b, t]` With one placeholder for each visual token
+        inputs_embeds: Tensor | None = None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
         images=None,  # From `get_image_features`; `None` if there are none
-    )->tuple[Tensor, Tensor|None, Tensor|None]:  # Embeddings, positions of the images, visual tokens `[n, d]`
+    ) -> tuple[
+        Tensor, Tensor | None, Tensor | None
+    ]:  # Embeddings, positions of the images, visual tokens `[n, d]`
         "The LLM's input: embeddings of the text, and visual tokens in place of the placeholders."
         visual = [] if images is None else list(images.pooler_output)
         if visual and input_ids is None:
@@ -374,10 +402,12 @@ class VisualInputs:
         flat = torch.cat(visual).to(inputs_embeds)
         return place_visual_tokens(inputs_embeds, image_mask, flat), image_mask, flat
 
-    def fastv_context(self,
-        image_mask:Tensor|None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
-        tokens:int|None,  # Budget $V$; `None` takes the config's
-        prompt_end:Tensor|None=None,  # `[b]` Position of the prompt's last token; `None`: last of the pass
+    def fastv_context(
+        self,
+        image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
+        tokens: int | None,  # Budget $V$; `None` takes the config's
+        prompt_end: Tensor
+        | None = None,  # `[b]` Position of the prompt's last token; `None`: last of the pass
     ):
         "The context in which FastV prunes the LLM's image tokens to `tokens`; without FastV it does nothing."
         if "decoder" not in self.multi_modal_projector.requires:
@@ -391,8 +421,8 @@ class VisualInputs:
 
 # %% ../nbs/22_vlm.ipynb #be1791fd
 def shifted_targets(
-    labels:Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
-)->tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:  # Next token of each position, and which are supervised
+    labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:  # Next token of each position, and which are supervised
     "What each position must predict."
     target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     supervised = target != -100
@@ -402,12 +432,12 @@ def shifted_targets(
 
 
 def supervised_loss(
-    llm:nn.Module,  # Causal LM
-    labels:Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+    llm: nn.Module,  # Causal LM
+    labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
     loss_function,  # transformers' causal-LM loss
     restore=lambda hidden: hidden,  # Hidden states of all positions, where the LLM dropped some
     **inputs,  # Of the LLM's forward pass
-)->tuple[Float[Tensor, ""], dict]:  # The loss over all positions, and the LLM's output without logits
+) -> tuple[Float[Tensor, ""], dict]:  # The loss over all positions, and the LLM's output without logits
     "Cross-entropy of @eq-loss, with logits only at the supervised positions."
     target, supervised = shifted_targets(labels)
     logits, out = adapter.selected_logits(llm, lambda hidden: restore(hidden)[supervised], **inputs)
@@ -418,34 +448,40 @@ def supervised_loss(
 @dataclass
 class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     "Output of the LLM, its cache included, and the visual tokens."
-    loss:Tensor|None = None  # If there were `labels`
-    logits:Tensor|None = None  # `[b, t, vocabulary]`; none in training mode with `labels`
-    hidden_states:tuple|None = None  # Of each layer of the LLM, if asked for
-    attentions:tuple|None = None  # Of each layer of the LLM, if asked for
-    image_hidden_states:Tensor|None = None  # `[n, d]` Visual tokens of all images, in order
+
+    loss: Tensor | None = None  # If there were `labels`
+    logits: Tensor | None = None  # `[b, t, vocabulary]`; none in training mode with `labels`
+    hidden_states: tuple | None = None  # Of each layer of the LLM, if asked for
+    attentions: tuple | None = None  # Of each layer of the LLM, if asked for
+    image_hidden_states: Tensor | None = None  # `[n, d]` Visual tokens of all images, in order
 
 # %% ../nbs/22_vlm.ipynb #9a38076a
 class VisualGeneration:
     "`generate` with images, with a budget, and without `<image>`."
 
     @torch.no_grad()
-    def generate(self,
-        inputs:Tensor|None=None,  # `[b, t]` Token ids, as `input_ids`
-        generation_config:GenerationConfig|None=None,  # As in transformers
+    def generate(
+        self,
+        inputs: Tensor | None = None,  # `[b, t]` Token ids, as `input_ids`
+        generation_config: GenerationConfig | None = None,  # As in transformers
         *,
-        input_ids:Tensor|None=None,  # `[b, t]` With one placeholder for each visual token
-        pixel_values:Tensor|None=None,  # `[b, 3, h, w]` Images, normalized
-        vision_features:Tensor|VisionFeatures|None=None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-        tokens:int|None=None,  # Budget $V$ of this call; `None` takes the config's
-        mm_encoder_outputs:dict|None=None,  # Visual tokens computed before: `image` from `get_image_features`
-        question_ids:Tensor|None=None,  # `[b, q]` Each question alone, for projectors that read it
-        question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
+        input_ids: Tensor | None = None,  # `[b, t]` With one placeholder for each visual token
+        pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized
+        vision_features: Tensor
+        | VisionFeatures
+        | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
+        tokens: int | None = None,  # Budget $V$ of this call; `None` takes the config's
+        mm_encoder_outputs: dict
+        | None = None,  # Visual tokens computed before: `image` from `get_image_features`
+        question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
+        question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
         **kwargs,  # As in transformers
     ):
         "As in transformers; the output contains the prompt."
         input_ids = inputs if input_ids is None else input_ids
         images = self._image_outputs(
-            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask)
+            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask
+        )
         self.language_model.generation_config = self.generation_config
         kwargs["suppress_tokens"] = self._suppressed(generation_config, kwargs.get("suppress_tokens"))
         cached = adapter.cache_of(kwargs)
@@ -468,9 +504,9 @@ class VisualGeneration:
 
 @contextmanager
 def embeddings_of_prompt(
-    llm:nn.Module,  # Causal LM
-    embeds:Float[Tensor, "b t d"],  # Embeddings of a prompt, visual tokens included
-)->Iterator[None]:
+    llm: nn.Module,  # Causal LM
+    embeds: Float[Tensor, "b t d"],  # Embeddings of a prompt, visual tokens included
+) -> Iterator[None]:
     "While it lasts, a pass over token ids of the whole sequence starts with these embeddings."
     rows, length, _ = embeds.shape
 
@@ -478,7 +514,7 @@ def embeddings_of_prompt(
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape[1] <= length or adapter.cache_of(kwargs) is not None:
             return None
-        prompt = embeds.repeat_interleave(len(ids)//rows, dim=0)  # beams and samples repeat each row
+        prompt = embeds.repeat_interleave(len(ids) // rows, dim=0)  # beams and samples repeat each row
         answer = module.get_input_embeddings()(ids[:, length:])
         return args, kwargs | {"input_ids": None, "inputs_embeds": torch.cat([prompt, answer], dim=1)}
 
@@ -496,8 +532,9 @@ class LanguageModelAccess:
         "The LLM's embedding table."
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self,
-        value:nn.Module,  # New embedding table
+    def set_input_embeddings(
+        self,
+        value: nn.Module,  # New embedding table
     ):
         "Replace the LLM's embedding table."
         self.language_model.set_input_embeddings(value)
@@ -506,8 +543,9 @@ class LanguageModelAccess:
         "The last linear layer of the LLM's head."
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self,
-        new_embeddings:nn.Module,  # New linear layer
+    def set_output_embeddings(
+        self,
+        new_embeddings: nn.Module,  # New linear layer
     ):
         "Replace the last linear layer of the LLM's head."
         self.language_model.set_output_embeddings(new_embeddings)
@@ -516,7 +554,8 @@ class LanguageModelAccess:
         "The LLM without its head."
         return self.language_model.get_decoder()
 
-    def resize_token_embeddings(self,
+    def resize_token_embeddings(
+        self,
         *args,
         **kwargs,  # As in transformers
     ):
@@ -530,8 +569,10 @@ class DeltaLlavaForConditionalGeneration(
     VisualGeneration, VisualInputs, LanguageModelAccess, DeltaLlavaPreTrainedModel, GenerationMixin
 ):
     "Vision tower, projector and a whole causal LM (§3)."
-    def __init__(self,
-        config:DeltaLlavaConfig,  # All sizes
+
+    def __init__(
+        self,
+        config: DeltaLlavaConfig,  # All sizes
     ):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
@@ -540,31 +581,36 @@ class DeltaLlavaForConditionalGeneration(
         self.known_fingerprint = None  # of the tower, once its weights are there
         self.post_init()
 
-    def forward(self,
-        input_ids:Tensor|None=None,  # `[b, t]` With one placeholder for each visual token
-        pixel_values:Tensor|None=None,  # `[b, 3, h, w]` Images, normalized
-        attention_mask:Tensor|None=None,  # `[b, t]` 0 on padding
-        position_ids:Tensor|None=None,  # `[b, t]` Positions in the sequence; `None` counts
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # `[b, t]` With one placeholder for each visual token
+        pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized
+        attention_mask: Tensor | None = None,  # `[b, t]` 0 on padding
+        position_ids: Tensor | None = None,  # `[b, t]` Positions in the sequence; `None` counts
         past_key_values=None,  # Cache of earlier positions
-        inputs_embeds:Tensor|None=None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
-        labels:Tensor|None=None,  # `[b, t]` Token ids to predict, -100 where nothing is supervised
-        logits_to_keep:int|Tensor=0,  # Logits of the last so many positions only; 0 is all
+        inputs_embeds: Tensor | None = None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
+        labels: Tensor | None = None,  # `[b, t]` Token ids to predict, -100 where nothing is supervised
+        logits_to_keep: int | Tensor = 0,  # Logits of the last so many positions only; 0 is all
         *,
-        vision_features:Tensor|VisionFeatures|None=None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-        tokens:int|None=None,  # Budget $V$ of this call; `None` takes the config's
-        mm_encoder_outputs:dict|None=None,  # Visual tokens computed before: `image` from `get_image_features`
-        question_ids:Tensor|None=None,  # `[b, q]` Each question alone, for projectors that read it
-        question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
-        prompt_end:Tensor|None=None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
+        vision_features: Tensor
+        | VisionFeatures
+        | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
+        tokens: int | None = None,  # Budget $V$ of this call; `None` takes the config's
+        mm_encoder_outputs: dict
+        | None = None,  # Visual tokens computed before: `image` from `get_image_features`
+        question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
+        question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
+        prompt_end: Tensor | None = None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
         **kwargs,  # To the LLM
-    )->DeltaLlavaOutput|tuple:
+    ) -> DeltaLlavaOutput | tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."
         return_dict = kwargs.pop("return_dict", None)
         images = self._image_outputs(
-            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask)
+            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask
+        )
         embeds, image_mask, visual = self.merge_visual_tokens(input_ids, inputs_embeds, images)
         if visual is None and self.training and torch.is_grad_enabled():
-            embeds = embeds + 0*self.dummy_visual_tokens(tokens).sum()
+            embeds = embeds + 0 * self.dummy_visual_tokens(tokens).sum()
         if prompt_end is None and labels is not None:
             prompt_end = end_of_prompt(labels, attention_mask)
         if labels is not None:
@@ -581,6 +627,7 @@ class DeltaLlavaForConditionalGeneration(
 
     def _run_llm(self, labels, logits_to_keep, restore, num_items_in_batch=None, **inputs) -> dict:
         "The LLM's output with the loss; in training mode with logits at the supervised positions only."
+
         def loss_function(**kwargs):
             vocab_size = self.config.text_config.vocab_size
             return self.loss_function(vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
@@ -604,8 +651,8 @@ AutoModelForImageTextToText.register(DeltaLlavaConfig, DeltaLlavaForConditionalG
 
 # %% ../nbs/22_vlm.ipynb #560599d7
 def add_image_token(
-    tokenizer:PreTrainedTokenizerBase,  # Gets `<image>` if it lacks it
-)->int:  # Id of `<image>`
+    tokenizer: PreTrainedTokenizerBase,  # Gets `<image>` if it lacks it
+) -> int:  # Id of `<image>`
     "Make `<image>` one token."
     if "<image>" not in tokenizer.get_vocab():
         special = {"additional_special_tokens": ["<image>"]}
@@ -614,9 +661,9 @@ def add_image_token(
 
 
 def truncate_tower(
-    tower:PreTrainedModel,  # Vision tower, whole or truncated already
-    config:PreTrainedConfig,  # From `truncated_config`
-)->PreTrainedModel:  # The tower itself if all blocks are kept
+    tower: PreTrainedModel,  # Vision tower, whole or truncated already
+    config: PreTrainedConfig,  # From `truncated_config`
+) -> PreTrainedModel:  # The tower itself if all blocks are kept
     "The tower without the blocks that are never read; the weights are shared, not copied."
     if tower.config.num_hidden_layers == config.num_hidden_layers:
         return tower
@@ -627,9 +674,9 @@ def truncate_tower(
 
 # %% ../nbs/22_vlm.ipynb #c95ede1b
 def generation_settings(
-    llm:PreTrainedModel,  # Causal LM
-    image_token_id:int,  # Id of `<image>`, which is never generated
-)->GenerationConfig:
+    llm: PreTrainedModel,  # Causal LM
+    image_token_id: int,  # Id of `<image>`, which is never generated
+) -> GenerationConfig:
     "The LLM's settings for generation, in a form that transformers saves."
     settings = copy.deepcopy(llm.generation_config)
     settings.suppress_tokens = [image_token_id]
@@ -640,19 +687,22 @@ def generation_settings(
 
 # %% ../nbs/22_vlm.ipynb #811deb07
 def build_vlm(
-    tower:PreTrainedModel,  # Vision tower; its blocks above the highest level may be missing
-    llm:PreTrainedModel,  # Causal LM
-    tokenizer:PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
-    projector_config:CompressorConfig,  # Sizes of the projector
-    compressor:str="delta",  # Its name in the registry of compressors
-)->DeltaLlavaForConditionalGeneration:  # In evaluation mode, tower frozen, projector newly initialized
+    tower: PreTrainedModel,  # Vision tower; its blocks above the highest level may be missing
+    llm: PreTrainedModel,  # Causal LM
+    tokenizer: PreTrainedTokenizerBase,  # The LLM's; gets `<image>` if it lacks it
+    projector_config: CompressorConfig,  # Sizes of the projector
+    compressor: str = "delta",  # Its name in the registry of compressors
+) -> DeltaLlavaForConditionalGeneration:  # In evaluation mode, tower frozen, projector newly initialized
     "Join pretrained parts with a new projector."
     image_id = add_image_token(tokenizer)
     if image_id >= llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
     config = DeltaLlavaConfig(
-        vision_config=tower.config, text_config=llm.config, image_token_index=image_id,
-        compressor=compressor, projector=projector_config.to_dict(),
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=image_id,
+        compressor=compressor,
+        projector=projector_config.to_dict(),
     )
     with torch.device("meta"):  # the frame takes no memory
         model = DeltaLlavaForConditionalGeneration(config)
@@ -665,9 +715,9 @@ def build_vlm(
 
 # %% ../nbs/22_vlm.ipynb #7856dfec
 def tower_identity(
-    model:DeltaLlavaForConditionalGeneration,  # Holds the tower
-    fingerprint:dict[str, float]|None=None,  # `None` computes it
-)->dict:  # JSON-safe
+    model: DeltaLlavaForConditionalGeneration,  # Holds the tower
+    fingerprint: dict[str, float] | None = None,  # `None` computes it
+) -> dict:  # JSON-safe
     "What must agree for a projector to read a tower."
     vision = model.config.vision_config
     sizes = {name: getattr(vision, name) for name in ("model_type", "hidden_size", "patch_size")}
@@ -675,10 +725,11 @@ def tower_identity(
 
 
 def save_projector(
-    model:Compressor|DeltaLlavaForConditionalGeneration,  # The projector, or the model that holds it
-    folder:str|Path,  # Gets `projector.safetensors` and `projector.json`
-    state:dict[str, Tensor]|None=None,  # The projector's weights, where the model's are spread over processes
-)->Path:  # The folder
+    model: Compressor | DeltaLlavaForConditionalGeneration,  # The projector, or the model that holds it
+    folder: str | Path,  # Gets `projector.safetensors` and `projector.json`
+    state: dict[str, Tensor]
+    | None = None,  # The projector's weights, where the model's are spread over processes
+) -> Path:  # The folder
     "Save the projector alone."
     whole_model = isinstance(model, PreTrainedModel)
     projector = model.multi_modal_projector if whole_model else model
@@ -689,17 +740,17 @@ def save_projector(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(weights, folder/"projector.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "projector.safetensors", metadata={"format": "pt"})
     about = dict(compressor=compressor_name(projector), projector=projector.config.to_dict(), tower=tower)
-    (folder/"projector.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "projector.json").write_text(json.dumps(about, indent=1) + "\n")
     return folder
 
 # %% ../nbs/22_vlm.ipynb #adc270f8
 def load_projector_state(
-    projector:Compressor,  # Gets the weights
-    state:dict[str, Tensor],  # Weights, under today's names or those of older versions
-    path:Path,  # Their file, for the error
-)->None:
+    projector: Compressor,  # Gets the weights
+    state: dict[str, Tensor],  # Weights, under today's names or those of older versions
+    path: Path,  # Their file, for the error
+) -> None:
     "Load each weight of a projector, or raise an error."
     expected = projector.state_dict()
     shared = expected.keys() & state.keys()
@@ -707,21 +758,23 @@ def load_projector_state(
     lacks, unknown = (set(), set()) if wrong else projector.load_state_dict(state, strict=False)
     for fault, names in {"has wrong shapes for": wrong, "lacks": lacks, "has unknown": unknown}.items():
         if names:
-            raise ValueError(f"{path} {fault} {len(names)} weights, e.g. {min(names)!r}; "
-                             "save it again with save_projector.")
+            raise ValueError(
+                f"{path} {fault} {len(names)} weights, e.g. {min(names)!r}; "
+                "save it again with save_projector."
+            )
 
 
 def load_projector(
-    folder:str|Path,  # Written by `save_projector`
-    model:DeltaLlavaForConditionalGeneration|None=None,  # Gets the projector in place of its own
+    folder: str | Path,  # Written by `save_projector`
+    model: DeltaLlavaForConditionalGeneration | None = None,  # Gets the projector in place of its own
     *,
-    force:bool=False,  # Install it although it was trained on a tower with other weights
-)->Compressor:  # In evaluation mode
+    force: bool = False,  # Install it although it was trained on a tower with other weights
+) -> Compressor:  # In evaluation mode
     "The saved projector, put into `model` if one is given."
     folder = Path(folder)
-    about = json.loads((folder/"projector.json").read_text())
+    about = json.loads((folder / "projector.json").read_text())
     projector = build_compressor(about.get("compressor", "delta"), about["projector"])
-    file = folder/"projector.safetensors"
+    file = folder / "projector.safetensors"
     load_projector_state(projector, load_file(file), file)
     if model is not None:
         install_projector(model, projector, about["tower"], force=force)
@@ -729,40 +782,44 @@ def load_projector(
 
 # %% ../nbs/22_vlm.ipynb #185e733d
 def same_weights(
-    a:dict[str, float]|None,  # Fingerprint of one tower, or `None` if unknown
-    b:dict[str, float]|None,  # Of another, which may have more or fewer blocks
-)->bool:
+    a: dict[str, float] | None,  # Fingerprint of one tower, or `None` if unknown
+    b: dict[str, float] | None,  # Of another, which may have more or fewer blocks
+) -> bool:
     "Whether two fingerprints agree in the blocks that both towers have."
     shared = (a or {}).keys() & (b or {}).keys()
     return all(abs(a[block] - b[block]) < FINGERPRINT_TOLERANCE for block in shared)
 
 
 def check_projector_fits(
-    model:DeltaLlavaForConditionalGeneration,  # Is to get a projector
-    config:CompressorConfig,  # The projector's
-    trained_on:dict,  # `tower_identity` of the tower that it was trained on; empty if unknown
-    force:bool,  # Accept a tower with other weights
-)->None:
+    model: DeltaLlavaForConditionalGeneration,  # Is to get a projector
+    config: CompressorConfig,  # The projector's
+    trained_on: dict,  # `tower_identity` of the tower that it was trained on; empty if unknown
+    force: bool,  # Accept a tower with other weights
+) -> None:
     "Error unless a projector reads this model's tower and writes for its LLM."
     own, here = model.config.projector_config(), tower_identity(model)
     pairs = {k: (getattr(config, k), getattr(own, k)) for k in ("d_vision", "levels", "grid", "d_llm")}
     pairs |= {k: (v, here[k]) for k, v in trained_on.items() if k != "fingerprint"}
     differ = [f"{k}: projector {a}, model {b}" for k, (a, b) in pairs.items() if a != b]
     if differ:
-        raise ValueError(f"The projector does not fit the model: {'; '.join(differ)}. Build the model with "
-                         "the tower it was trained on: build_vlm(tower, llm, tokenizer, projector.config).")
+        raise ValueError(
+            f"The projector does not fit the model: {'; '.join(differ)}. Build the model with "
+            "the tower it was trained on: build_vlm(tower, llm, tokenizer, projector.config)."
+        )
     if not force and not same_weights(trained_on.get("fingerprint"), here["fingerprint"]):
-        raise ValueError("The projector was trained on a vision tower with other weights, and cannot read "
-                         "this one. Build the model with that tower, or pass force=True.")
+        raise ValueError(
+            "The projector was trained on a vision tower with other weights, and cannot read "
+            "this one. Build the model with that tower, or pass force=True."
+        )
 
 
 def install_projector(
-    model:DeltaLlavaForConditionalGeneration,  # Gets the projector
-    projector:Compressor,  # A trained one
-    tower:dict|None=None,  # `tower_identity` of the tower that it was trained on; `None` if unknown
+    model: DeltaLlavaForConditionalGeneration,  # Gets the projector
+    projector: Compressor,  # A trained one
+    tower: dict | None = None,  # `tower_identity` of the tower that it was trained on; `None` if unknown
     *,
-    force:bool=False,  # Install it although it was trained on a tower with other weights
-)->None:
+    force: bool = False,  # Install it although it was trained on a tower with other weights
+) -> None:
     "Put `projector` in place of the model's own, if it fits."
     check_projector_fits(model, projector.config, tower or {}, force)
     new = projector.config

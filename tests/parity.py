@@ -2,6 +2,7 @@
 (states, inputs, outputs, gradients).
 
 Cases are discovered from the JSON, so another folder of the same form can be given with `--parity-dir`."""
+
 import json
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.testing import assert_close
 
 def close(ours, theirs, what):
     "Equal within 1e-5 of the largest reference value, or of 1: the order of sums differs between processors."
-    largest = theirs.abs().max().item() if theirs.numel() else 0.
-    assert_close(ours, theirs, rtol=0, atol=1e-5*max(1., largest), msg=lambda m: f"{what}: {m}")
+    largest = theirs.abs().max().item() if theirs.numel() else 0.0
+    assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, largest), msg=lambda m: f"{what}: {m}")
 
 
 def gradient(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,14 +27,14 @@ def gradient(tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def info(folder: Path, name: str) -> dict:
     "What the JSON of a fixture says; without the file there are no cases."
-    path = folder/f"{name}.json"
+    path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {"cases": []}
 
 
 @cache
 def tensors(folder: Path, name: str) -> dict:
     "All tensors of a fixture."
-    return load_file(folder/f"{name}.safetensors")
+    return load_file(folder / f"{name}.safetensors")
 
 
 def under(folder: Path, name: str, prefix: str) -> dict:

@@ -1,4 +1,5 @@
 "Answers and likelihoods: batch, form of the images and cache change nothing; `<image>` is never written."
+
 import pytest
 import torch
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, projector_config
@@ -35,9 +36,13 @@ def build(name="delta", template="v1"):
     torch.manual_seed(0)
     sizes = base.compressor_config(name, projector_config("clip_b32_384"), tokens=144 if name == "mlp" else 9)
     compressor = base.compressor_name(base.compressor_class(name)(sizes))
-    config = DeltaLlavaConfig(vision_config=TOWERS["clip_b32_384"][1](),
-                              text_config=llm_config(num_hidden_layers=4), compressor=compressor,
-                              projector=sizes.to_dict(), image_token_index=IMAGE)
+    config = DeltaLlavaConfig(
+        vision_config=TOWERS["clip_b32_384"][1](),
+        text_config=llm_config(num_hidden_layers=4),
+        compressor=compressor,
+        projector=sizes.to_dict(),
+        image_token_index=IMAGE,
+    )
     model = DeltaLlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for p in model.get_decoder().layers.parameters():
@@ -45,8 +50,9 @@ def build(name="delta", template="v1"):
     requires = model.multi_modal_projector.requires
     pixels = CLIPImageProcessorPil(size=dict(shortest_edge=384), crop_size=dict(height=384, width=384))
     placeholders = sizes.placeholders(sizes.tokens) if "decoder" in requires else None
-    processor = build_processor(pixels, byte_tokenizer(), sizes.tokens, template, "text" in requires,
-                                placeholders)
+    processor = build_processor(
+        pixels, byte_tokenizer(), sizes.tokens, template, "text" in requires, placeholders
+    )
     return model, processor
 
 
@@ -59,6 +65,7 @@ def log_likelihoods(scores):
 
 
 # ---------------------------------------------------------------- batches, budgets, forms of the images
+
 
 @every
 def test_answers_do_not_depend_on_the_batch(name):
@@ -81,8 +88,10 @@ def test_the_budget_of_the_call_reaches_the_model(name):
             answerer.generate(requests(1), tokens=4)
         return
     budgets = []
+
     def note(module, args, kwargs):
         budgets.append(kwargs.get("tokens"))
+
     hook = model.multi_modal_projector.register_forward_pre_hook(note, with_kwargs=True)
     answerer.generate(requests(1), tokens=4, max_new_tokens=2)
     hook.remove()
@@ -104,8 +113,10 @@ def test_images_features_and_visual_tokens_answer_alike(name):
             levels, pixels = model.config.vision_feature_layer, inputs["pixel_values"]
             features.append(vision_features(model.vision_tower, pixels, levels, attention=attention))
             visual.append(torch.stack(list(model.get_image_features(**inputs).pooler_output)))
-    others = [[Request(r.question, vision_features=x) for r, x in zip(plain, features, strict=True)],
-              [Request(r.question, visual_tokens=x) for r, x in zip(plain, visual, strict=True)]]
+    others = [
+        [Request(r.question, vision_features=x) for r, x in zip(plain, features, strict=True)],
+        [Request(r.question, visual_tokens=x) for r, x in zip(plain, visual, strict=True)],
+    ]
     texts, scores = answerer.generate(plain, max_new_tokens=4), answerer.log_likelihoods(plain, ANSWERS[:3])
     for other in others:
         assert answerer.generate(other, max_new_tokens=4) == texts
@@ -127,12 +138,12 @@ def test_several_images_and_none_in_one_call():
 def test_one_answer_from_paths_files_and_messages(tmp_path):
     answerer = Answerer(*build())
     image = scene_image(0)
-    image.save(tmp_path/"scene.png")
+    image.save(tmp_path / "scene.png")
     question = "What is in the picture?"
     parts = [dict(role="user", content=[dict(type="image"), dict(type="text", text=question)])]
     wanted = answerer.answer(image, question, max_new_tokens=4)
-    assert wanted == answerer.answer(str(tmp_path/"scene.png"), question, max_new_tokens=4)
-    assert wanted == answerer.answer([tmp_path/"scene.png"], parts, max_new_tokens=4)
+    assert wanted == answerer.answer(str(tmp_path / "scene.png"), question, max_new_tokens=4)
+    assert wanted == answerer.answer([tmp_path / "scene.png"], parts, max_new_tokens=4)
     assert wanted == answerer.answer(image, [dict(role="user", content=question)], max_new_tokens=4)
     assert answerer.answer(None, "Who?", max_new_tokens=4) == answerer.answer([], "Who?", max_new_tokens=4)
     assert parts[0]["content"][0] == dict(type="image")  # the caller's messages are as they were
@@ -140,8 +151,10 @@ def test_one_answer_from_paths_files_and_messages(tmp_path):
 
 # ---------------------------------------------------------------- likelihoods
 
+
 class Force:
     "A logits processor that forces tokens, so that `generate` tells what it thought of them."
+
     def __init__(self, ids):
         self.ids, self.k = ids, 0
 
@@ -157,12 +170,20 @@ def test_likelihood_is_that_of_the_tokens_one_after_the_other(name):
     "FastV too: what is dropped before an answer is dropped while it is scored."
     model, processor = build(name)
     answerer, request, answer = Answerer(model, processor), requests(2)[1], "a fox"
-    score, = answerer.log_likelihoods([request], [answer])
+    (score,) = answerer.log_likelihoods([request], [answer])
     prompt_ids, answer_ids, _ = answerer.encoder.answer_ids(request, answer)
     inputs = answerer.encoder.image_inputs([request])
-    out = model.generate(input_ids=torch.tensor([prompt_ids]), **inputs, max_new_tokens=len(answer_ids),
-                         do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None,
-                         pad_token_id=0, logits_processor=[Force(answer_ids)])
+    out = model.generate(
+        input_ids=torch.tensor([prompt_ids]),
+        **inputs,
+        max_new_tokens=len(answer_ids),
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        logits_processor=[Force(answer_ids)],
+    )
     predictions = [logits[0].float().log_softmax(-1) for logits in out.logits]
     steps = [row[i].item() for row, i in zip(predictions, answer_ids, strict=True)]
     assert processor.tokenizer.decode(answer_ids).strip() == answer
@@ -175,7 +196,7 @@ def test_choices_of_unequal_number_and_length_score_as_alone(name):
     choices = [["A", "a fox and a key", "No"], ["Nothing"], ["left", "right"]]
     together = answerer.choice_log_likelihoods(requests(3), choices, batch_size=3)
     for request, answers, scores in zip(requests(3), choices, together, strict=True):
-        alone = answerer.log_likelihoods([request]*len(answers), answers, batch_size=1)
+        alone = answerer.log_likelihoods([request] * len(answers), answers, batch_size=1)
         torch.testing.assert_close(log_likelihoods(scores), log_likelihoods(alone), atol=1e-3, rtol=1e-4)
 
 
@@ -183,15 +204,15 @@ def test_the_end_of_the_turn_is_scored_when_asked():
     "With it, the score is the training loss."
     model, processor = build()
     answerer, request = Answerer(model, processor), requests(1)[0]
-    without, = answerer.log_likelihoods([request], ["a fox"])
-    score, = answerer.log_likelihoods([request], ["a fox"], end_of_turn=True)
+    (without,) = answerer.log_likelihoods([request], ["a fox"])
+    (score,) = answerer.log_likelihoods([request], ["a fox"], end_of_turn=True)
     turns = [*answerer.encoder.messages(request), dict(role="assistant", content="a fox")]
     row = processor.encode_conversation(turns)
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
     with torch.no_grad():
         loss = model(ids, **answerer.encoder.image_inputs([request]), labels=labels).loss
     assert score.n_tokens == without.n_tokens + 1 == sum(label != -100 for label in row["labels"])
-    assert abs(-score.log_likelihood/score.n_tokens - loss.item()) < 1e-4
+    assert abs(-score.log_likelihood / score.n_tokens - loss.item()) < 1e-4
 
 
 def test_only_the_last_answer_of_a_conversation_is_scored():
@@ -211,11 +232,13 @@ def test_a_token_merged_across_the_border_is_read_but_not_scored():
 
 def prefer(model, logits):
     "Raises some logits at every position, in the LLM's own head."
+
     def raise_logits(module, args, output):
         output = output.clone()
         for token, value in logits.items():
             output[..., token] = value
         return output
+
     return model.get_output_embeddings().register_forward_hook(raise_logits)
 
 
@@ -223,7 +246,7 @@ def test_image_is_neither_generated_nor_the_greedy_token():
     "Where `<image>` is the most likely token, generation writes the second best, which is therefore greedy."
     model, processor = build(template="plain")
     a = processor.tokenizer.convert_tokens_to_ids("A")
-    answerer, hook = Answerer(model, processor), prefer(model, {IMAGE: 200., a: 100.})
+    answerer, hook = Answerer(model, processor), prefer(model, {IMAGE: 200.0, a: 100.0})
     assert answerer.generate(requests(1), max_new_tokens=2) == ["AA"]
     scores = answerer.choice_log_likelihoods(requests(1), [["A", "B", "AA"]])[0]
     hook.remove()
@@ -236,14 +259,15 @@ def test_the_llms_own_head_scores():
     model, processor = build(template="plain")
     a = processor.tokenizer.convert_tokens_to_ids("A")
     answerer = Answerer(model, processor)
-    before, = answerer.log_likelihoods(requests(1), ["A"])
-    hook = prefer(model, {a: 100.})
-    after, = answerer.log_likelihoods(requests(1), ["A"])
+    (before,) = answerer.log_likelihoods(requests(1), ["A"])
+    hook = prefer(model, {a: 100.0})
+    (after,) = answerer.log_likelihoods(requests(1), ["A"])
     hook.remove()
     assert before.log_likelihood < -1 and after == AnswerScore(pytest.approx(0, abs=1e-6), True, 1)
 
 
 # ---------------------------------------------------------------- what it refuses
+
 
 def test_answers_that_cannot_be_scored_are_named():
     answerer = Answerer(*build())
@@ -253,7 +277,7 @@ def test_answers_that_cannot_be_scored_are_named():
         answerer.log_likelihoods(requests(2), ["A", " "])
     with pytest.raises(ValueError, match="never writes"):
         answerer.log_likelihoods(requests(1), ["<image>"])
-    written, = answerer.generate(requests(1), max_new_tokens=4)
+    (written,) = answerer.generate(requests(1), max_new_tokens=4)
     cut = answerer.generate(requests(1), max_new_tokens=4, until=written[2:4])
     assert cut == [written[:2].strip()]  # `until` is one text, not its letters
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from delta_llava import assets
-from delta_llava.assets import Package, default_llm, default_tower, load_llm, load_tower_model, resolve, tower_config
+from delta_llava.assets import (
+    Package,
+    default_llm,
+    default_tower,
+    load_llm,
+    load_tower_model,
+    resolve,
+    tower_config,
+)
 from delta_llava.files import file_sha256
 from delta_llava.tower import truncated_config
 

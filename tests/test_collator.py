@@ -1,4 +1,5 @@
 "Batches hold their rows to the letter, padded or packed, at any budget; every error names its row."
+
 import re
 from dataclasses import replace
 
@@ -27,7 +28,10 @@ def scenes(tmp_path):
 
 
 def text_row(n=1, own_id="text"):
-    turns = [{"from": "human", "value": "Tell me more. "*n}, {"from": "gpt", "value": "Once upon a time. "*n}]
+    turns = [
+        {"from": "human", "value": "Tell me more. " * n},
+        {"from": "gpt", "value": "Once upon a time. " * n},
+    ]
     return dict(id=own_id, image=None, conversations=turns)
 
 
@@ -36,6 +40,7 @@ def image_tokens(processor, batch):
 
 
 # ---------------------------------------------------------------- padding
+
 
 def test_batch_is_its_rows_padded_on_the_left(processor, scenes):
     collate = Collator(processor=processor)
@@ -46,7 +51,7 @@ def test_batch_is_its_rows_padded_on_the_left(processor, scenes):
     assert len(set(lengths)) > 1 and "tokens" not in batch
     for i, one in enumerate(alone):
         for key, fill in fills.items():
-            assert batch[key][i].tolist() == [fill]*(max(lengths) - lengths[i]) + one[key][0].tolist()
+            assert batch[key][i].tolist() == [fill] * (max(lengths) - lengths[i]) + one[key][0].tolist()
         assert one["attention_mask"].all()
         assert torch.equal(batch["pixel_values"][i], one["pixel_values"][0])
         labels = one["labels"][0]
@@ -57,10 +62,10 @@ def test_batch_is_its_rows_padded_on_the_left(processor, scenes):
 
 def test_features_stand_for_pixels(processor, scenes):
     paths = sorted(set(scenes["image"]), reverse=True)
-    features = torch.arange(len(paths)*8.).reshape(len(paths), 4, 2)
+    features = torch.arange(len(paths) * 8.0).reshape(len(paths), 4, 2)
     batch = Collator(processor=processor, tokens=4, features=features, paths=paths)(list(scenes))
     assert "pixel_values" not in batch and batch["tokens"] == 4
-    assert image_tokens(processor, batch) == [4]*len(scenes)
+    assert image_tokens(processor, batch) == [4] * len(scenes)
     for row, kept in zip(scenes, batch["vision_features"], strict=True):
         assert torch.equal(kept, features[paths.index(row["image"])])
 
@@ -73,6 +78,7 @@ def test_rows_without_images_can_be_mixed_in(processor, scenes):
 
 # ---------------------------------------------------------------- budgets
 
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_prepared_batch_is_assembled_at_any_budget(processor, scenes, packing):
     "Workers prepare a batch before its budget is drawn: the result is that of a collator with this budget."
@@ -81,8 +87,11 @@ def test_a_prepared_batch_is_assembled_at_any_budget(processor, scenes, packing)
     prepared = collate.prepare(rows)
     for tokens in (1, 4, 9, None):
         expected = replace(collate, tokens=tokens)(rows)
-        for batch in (collate.assemble(prepared, tokens), collate(rows, tokens),
-                      collate.with_tokens(tokens)(rows)):
+        for batch in (
+            collate.assemble(prepared, tokens),
+            collate(rows, tokens),
+            collate.with_tokens(tokens)(rows),
+        ):
             assert batch.keys() == expected.keys()
             assert batch.get("tokens") == tokens
             for name in expected.keys() - {"tokens"}:
@@ -100,6 +109,7 @@ def test_another_budget_copies_no_table(processor, scenes):
 
 
 # ---------------------------------------------------------------- packing
+
 
 def unpacked(batch):
     "The rows of a packed batch."
@@ -131,8 +141,10 @@ def test_images_follow_the_order_of_the_packed_rows(processor, scenes):
     numbers = torch.arange(len(paths)).float()
     levels = numbers[:, None, None].expand(-1, 4, 2)
     whole = VisionFeatures(levels, 2, numbers[:, None].expand(-1, 4), levels)
-    features = [VisionFeatures(levels[i:i+1], 2, whole.cls_attention[i:i+1], levels[i:i+1])
-                for i in range(len(paths))]
+    features = [
+        VisionFeatures(levels[i : i + 1], 2, whole.cls_attention[i : i + 1], levels[i : i + 1])
+        for i in range(len(paths))
+    ]
     collate = Collator(processor=processor, features=features, paths=paths, packing=True)
     prepared = collate.prepare(rows)
     batch = collate.assemble(prepared)
@@ -145,6 +157,7 @@ def test_images_follow_the_order_of_the_packed_rows(processor, scenes):
 
 
 # ---------------------------------------------------------------- errors
+
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("own_id", ["fox-7", None])
@@ -167,10 +180,10 @@ def test_a_row_with_a_broken_conversation_is_named(processor, scenes):
 
 
 def test_a_row_with_a_damaged_image_is_named(processor, scenes, tmp_path):
-    Image.effect_noise((64, 64), 90).save(tmp_path/"whole.png")
-    (tmp_path/"half.png").write_bytes((tmp_path/"whole.png").read_bytes()[:900])
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     for image in ("half.png", "lost.png"):
-        row = {**scenes[0], "id": "fox-7", "image": str(tmp_path/image)}
+        row = {**scenes[0], "id": "fox-7", "image": str(tmp_path / image)}
         with pytest.raises(ValueError, match=f"^row 'fox-7': .*{image}"):
             Collator(processor=processor)([row])
 

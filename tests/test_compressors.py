@@ -1,4 +1,5 @@
 "What must hold for every compressor at any size; `references.py` says what is special about each."
+
 import pytest
 import torch
 from references import SIZES, small_inputs, small_module
@@ -10,7 +11,9 @@ from delta_llava.grid import VisionFeatures
 
 ALL_CONFIGS = [
     pytest.param(name, config, id=f"{name}-{variant}")
-    for name, sizes in SIZES.items() for variant, config in sizes.all_configs().items()]
+    for name, sizes in SIZES.items()
+    for variant, config in sizes.all_configs().items()
+]
 each = pytest.mark.parametrize("name", SIZES)
 each_config = pytest.mark.parametrize("name,config", ALL_CONFIGS)
 
@@ -76,7 +79,7 @@ def test_every_parameter_gets_a_gradient(name, config):
     tokens = SIZES[name].tokens or config.tokens
     out = batch_of(module, small_inputs(name, config), tokens=tokens)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    (out*weights).sum().backward()
+    (out * weights).sum().backward()
     without = {n for n, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6}
     assert without <= SIZES[name].zero_grad_params
 
@@ -89,7 +92,7 @@ def test_the_query_level_is_the_last_one(name):
     inputs = small_inputs(name, config)
     before = batch_of(module, inputs)
     levels = VisionFeatures.of(inputs["features"]).levels
-    levels[..., -config.d_vision:] += torch.randn(config.d_vision)
+    levels[..., -config.d_vision :] += torch.randn(config.d_vision)
     assert (batch_of(module, inputs) - before).abs().max() > 1e-4
 
 
@@ -101,13 +104,14 @@ def test_bfloat16_is_near(name):
     want = batch_of(module, inputs)
     features = inputs["features"]
     if isinstance(features, VisionFeatures):
-        features = VisionFeatures(features.levels.bfloat16(), features.grid, features.cls_attention,
-                                  features.keys)
+        features = VisionFeatures(
+            features.levels.bfloat16(), features.grid, features.cls_attention, features.keys
+        )
     else:
         features = features.bfloat16()
     got = batch_of(module.bfloat16(), inputs | dict(features=features))
     assert got.dtype == torch.bfloat16
-    assert (got.float() - want).norm() < .03*want.norm()
+    assert (got.float() - want).norm() < 0.03 * want.norm()
 
 
 @each_config
@@ -133,13 +137,17 @@ def test_standardized_features(name):
     plain.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith("feature_")})
     inputs = small_inputs(name, sizes.config, batch=5)
     features = VisionFeatures.of(inputs["features"])
-    module.fit_statistics(3 + 2*features.levels)
-    flat = 3 + 2*features.levels.flatten(0, 1)
-    shifted = VisionFeatures(3 + 2*features.levels, features.grid, features.cls_attention, features.keys)
-    standard = (shifted.levels - flat.mean(0))/flat.std(0)
+    module.fit_statistics(3 + 2 * features.levels)
+    flat = 3 + 2 * features.levels.flatten(0, 1)
+    shifted = VisionFeatures(3 + 2 * features.levels, features.grid, features.cls_attention, features.keys)
+    standard = (shifted.levels - flat.mean(0)) / flat.std(0)
     expected = VisionFeatures(standard, features.grid, features.cls_attention, features.keys)
-    assert_close(batch_of(module, inputs | dict(features=shifted)),
-                 batch_of(plain, inputs | dict(features=expected)), rtol=1e-4, atol=1e-4)
+    assert_close(
+        batch_of(module, inputs | dict(features=shifted)),
+        batch_of(plain, inputs | dict(features=expected)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @each

@@ -1,4 +1,5 @@
 "Broken conversations are named before anything long begins; files are read as `json.loads` reads them."
+
 import json
 import re
 import tracemalloc
@@ -19,9 +20,9 @@ def make_row(*values, roles=("human", "gpt"), **fields):
 
 def load_with(folder, *rows, **options):
     "Read the rows behind a good one."
-    Image.new("RGB", (8, 8)).save(folder/"fox.png")
-    (folder/"rows.json").write_text(json.dumps([make_row("<image>\nWhat?", "A fox."), *rows]))
-    return load_conversations(folder/"rows.json", **options)
+    Image.new("RGB", (8, 8)).save(folder / "fox.png")
+    (folder / "rows.json").write_text(json.dumps([make_row("<image>\nWhat?", "A fox."), *rows]))
+    return load_conversations(folder / "rows.json", **options)
 
 
 # ---------------------------------------------------------------- rows
@@ -33,8 +34,10 @@ BROKEN = {
     "two marks": (make_row("<image>", "A fox.", "<image>", "Yes."), "occurs 2 times"),
     "mark in an answer": (make_row("<image>", "A <image>."), "occurs in an answer"),
     "empty answer": (make_row("<image>", " \n"), "conversations[1]['value'] is an empty answer"),
-    "other roles": (make_row("<image>", "A fox.", roles=("user", "assistant")),
-                    "conversations[0]['from'] is 'user'"),
+    "other roles": (
+        make_row("<image>", "A fox.", roles=("user", "assistant")),
+        "conversations[0]['from'] is 'user'",
+    ),
     "roles exchanged": (make_row("<image>", "A fox.", roles=("gpt", "human")), "roles must alternate"),
     "no answer": (make_row("<image>", "A fox.", "Sure?"), "conversations[2] is a question without an answer"),
     "no conversations": ({"id": "x7", "image": "fox.png"}, "'conversations' must be a list"),
@@ -48,7 +51,7 @@ BROKEN = {
     "half a character in a path": (make_row("<image>", "A fox.", image="\ud83e.png"), "half of a character"),
     "half a character in an id": (make_row("<image>", "A fox.", id="\ud83e"), "half of a character"),
     "no path at all": (make_row("<image>", "A fox.", image="a\0b.png"), "null"),
-    "endless path": (make_row("<image>", "A fox.", image="a"*5000 + ".png"), "too long"),
+    "endless path": (make_row("<image>", "A fox.", image="a" * 5000 + ".png"), "too long"),
     "no object": ("fox", "must be an object"),
 }
 
@@ -85,16 +88,19 @@ def test_rows_without_id_get_their_number(tmp_path):
     assert rows["id"] == ["x7", "1", "2", "0"]
 
 
-@pytest.mark.parametrize("content,message", [
-    ("fox", "is not JSON"),
-    ("[]", "an empty list"),
-    ('{"id": 1}', "begins with '{'"),
-    ("", "begins with ''"),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("fox", "is not JSON"),
+        ("[]", "an empty list"),
+        ('{"id": 1}', "begins with '{'"),
+        ("", "begins with ''"),
+    ],
+)
 def test_files_that_hold_no_rows(content, message, tmp_path):
-    (tmp_path/"rows.json").write_text(content)
+    (tmp_path / "rows.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_conversations(tmp_path/"rows.json")
+        load_conversations(tmp_path / "rows.json")
 
 
 def test_text_rows_only_when_asked(tmp_path):
@@ -104,17 +110,17 @@ def test_text_rows_only_when_asked(tmp_path):
 
 
 def test_link_out_of_the_folder(tmp_path):
-    inside = tmp_path/"inside"
+    inside = tmp_path / "inside"
     inside.mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path/"secret.png")
-    (inside/"link.png").symlink_to(tmp_path/"secret.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="outside its folder"):
         load_with(inside, make_row("<image>", "A fox.", image="link.png"))
 
 
 def test_truncated_image_is_found_when_asked(tmp_path):
-    Image.effect_noise((64, 64), 90).save(tmp_path/"whole.png")
-    (tmp_path/"half.png").write_bytes((tmp_path/"whole.png").read_bytes()[:900])
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     row = make_row("<image>", "A fox.", image="half.png")
     assert len(load_with(tmp_path, row)) == 2
     with pytest.raises(ValueError, match="row 1 .*half.png"):
@@ -129,21 +135,37 @@ def test_error_says_how_to_find_all(tmp_path):
 # ---------------------------------------------------------------- LLaVA's own files, row by row
 
 BLIP = [
-    {"id": "004539375", "image": "00453/004539375.jpg", "conversations": [
-        {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
-        {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"}]},
-    {"id": "002239345", "image": "00223/002239345.jpg", "conversations": [
-        {"from": "human", "value": "<image>\nWrite a terse but informative summary of the picture."},
-        {"from": "gpt", "value": "a grey watch with an army style strap"}]},
+    {
+        "id": "004539375",
+        "image": "00453/004539375.jpg",
+        "conversations": [
+            {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+            {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"},
+        ],
+    },
+    {
+        "id": "002239345",
+        "image": "00223/002239345.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWrite a terse but informative summary of the picture."},
+            {"from": "gpt", "value": "a grey watch with an army style strap"},
+        ],
+    },
 ]
 MIX_IMAGES = [
-    "coco/train2017/000000033471.jpg", "gqa/images/2354786.jpg", "ocr_vqa/images/140031996.jpg",
-    "textvqa/train_images/00c359f294f7dcd9.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/3.jpg",
+    "coco/train2017/000000033471.jpg",
+    "gqa/images/2354786.jpg",
+    "ocr_vqa/images/140031996.jpg",
+    "textvqa/train_images/00c359f294f7dcd9.jpg",
+    "vg/VG_100K/2.jpg",
+    "vg/VG_100K_2/3.jpg",
 ]
 CHAT = make_row("Who wrote it?", "I cannot know.", "Why?", "I saw no book.")["conversations"]
 MIX = [
-    *(make_row("<image>\nWhat?", "A fox.", "Colour?", "Red.", id=Path(path).stem, image=path)
-      for path in MIX_IMAGES),
+    *(
+        make_row("<image>\nWhat?", "A fox.", "Colour?", "Red.", id=Path(path).stem, image=path)
+        for path in MIX_IMAGES
+    ),
     {"id": "wgByO4Y_0", "model": "", "conversations": CHAT},
     make_row("What is this?\n<image>\nAnswer shortly.", "Fox", image=MIX_IMAGES[0], id=17),
 ]
@@ -162,26 +184,27 @@ def check_turns_are_llavas(turns, kept):
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_llavas_files_as_they_are(ending, stored, tmp_path):
-    folder = tmp_path/"images"
+    folder = tmp_path / "images"
     for row in [*BLIP, *MIX]:
         if "image" in row:
-            (folder/row["image"]).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8)).save(folder/row["image"])
-    file = tmp_path/f"rows{ending}"
+            (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / row["image"])
+    file = tmp_path / f"rows{ending}"
     for rows in (BLIP, MIX):
         lines = "\n".join(map(json.dumps, rows)) + "\n\n"
         file.write_text(json.dumps(rows) if ending == ".json" else lines)
-        read = load_conversations(file, folder, text_rows=True, cache=tmp_path/"cache" if stored else None)
+        read = load_conversations(file, folder, text_rows=True, cache=tmp_path / "cache" if stored else None)
         assert read.column_names == ["id", "image", "conversations"]
         assert read["id"] == [str(row["id"]) for row in rows]
         for row, kept in zip(rows, read, strict=True):
-            assert kept["image"] == (str((folder/row["image"]).resolve()) if "image" in row else None)
+            assert kept["image"] == (str((folder / row["image"]).resolve()) if "image" in row else None)
             check_turns_are_llavas(row["conversations"], kept["conversations"])
     with pytest.raises(ValueError, match="row 6 .*no 'image'"):
         load_conversations(file, folder)
 
 
 # ---------------------------------------------------------------- the streaming reader
+
 
 def random_value(rng, depth=0):
     "Any JSON value, with everything that can confuse a scanner."
@@ -191,7 +214,7 @@ def random_value(rng, depth=0):
     if kind < 3:
         return text
     if kind < 7:
-        number = float(rng.normal()*10.**rng.integers(-20, 20))
+        number = float(rng.normal() * 10.0 ** rng.integers(-20, 20))
         return [int(rng.integers(-9, 10**12)), number, None, bool(rng.integers(2))][kind - 3]
     items = [random_value(rng, depth + 1) for _ in range(rng.integers(0, 4))]
     return items if kind == 7 else {f"{text}{i}": item for i, item in enumerate(items)}
@@ -203,13 +226,13 @@ def random_text(rng, trial):
     indent = [None, 1, "\t"][trial % 3]
     separators = [None, (",", ":"), (" , ", " : ")][trial % 3]
     text = json.dumps(rows, ensure_ascii=bool(trial % 5), indent=indent, separators=separators)
-    return rows, "\ufeff"*(trial % 3 == 0) + " \r\n"*(trial % 2) + text + "\t\n"*(trial % 4)
+    return rows, "\ufeff" * (trial % 3 == 0) + " \r\n" * (trial % 2) + text + "\t\n" * (trial % 4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 2**20])
 def test_rows_one_by_one_are_those_of_json_loads(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "CHUNK_CHARS", chunk)
-    rng, file = np.random.default_rng(chunk), tmp_path/"rows.json"
+    rng, file = np.random.default_rng(chunk), tmp_path / "rows.json"
     for trial in range(60):
         rows, text = random_text(rng, trial)
         file.write_bytes(text.encode())
@@ -219,20 +242,23 @@ def test_rows_one_by_one_are_those_of_json_loads(chunk, tmp_path, monkeypatch):
             assert written in text and json.loads(written) == row and written == written.strip()
 
 
-@pytest.mark.parametrize("text", [
-    '[{"a": 1, "a": 2}]',
-    '["\\ud83e", "\\ud83e\\udd8a"]',
-    "[NaN, -Infinity, 1E400, 123456789012345678901234567890]",
-    "[12,34 ,-5]",
-    "[ ]",
-    "[[]]",
-    "[true,false,null]",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": 1, "a": 2}]',
+        '["\\ud83e", "\\ud83e\\udd8a"]',
+        "[NaN, -Infinity, 1E400, 123456789012345678901234567890]",
+        "[12,34 ,-5]",
+        "[ ]",
+        "[[]]",
+        "[true,false,null]",
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_oddities_read_as_json_loads_reads_them(text, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "CHUNK_CHARS", chunk)
-    (tmp_path/"rows.json").write_text(text)
-    rows = [row for row, _ in read_rows(tmp_path/"rows.json")]
+    (tmp_path / "rows.json").write_text(text)
+    rows = [row for row, _ in read_rows(tmp_path / "rows.json")]
     assert repr(rows) == repr(json.loads(text))
 
 
@@ -242,81 +268,87 @@ def test_every_cut_of_a_file_is_an_error(chunk, tmp_path, monkeypatch):
     rows = [make_row("<image>\nWhat?", "A 🦊."), 12, "fox"]
     content = json.dumps(rows, ensure_ascii=False).encode()
     for end in range(len(content)):
-        (tmp_path/"rows.json").write_bytes(content[:end])
+        (tmp_path / "rows.json").write_bytes(content[:end])
         with pytest.raises(ValueError, match="rows.json is not JSON"):
-            list(read_rows(tmp_path/"rows.json"))
+            list(read_rows(tmp_path / "rows.json"))
 
 
-@pytest.mark.parametrize("text,message", [
-    ("[1, 2] 3", "after 2 rows: '3' follows the end of the list"),
-    ("[1 2]", "after 1 rows: character 3 is '2'"),
-    ("[1,]", "after 1 rows: Expecting value at character 3"),
-    ("[1,,2]", "Expecting value at character 3"),
-    ('["a\nb"]', "Invalid control character"),
-    ("["*100_000, "after 0 rows"),
-    ("[tru]", "Expecting value at character 1"),
-    ('[{"id": 1}, {"id": x}]', "after 1 rows: Expecting value at character 19"),
-    ("[1}", "character 2 is '}'"),
-])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[1, 2] 3", "after 2 rows: '3' follows the end of the list"),
+        ("[1 2]", "after 1 rows: character 3 is '2'"),
+        ("[1,]", "after 1 rows: Expecting value at character 3"),
+        ("[1,,2]", "Expecting value at character 3"),
+        ('["a\nb"]', "Invalid control character"),
+        ("[" * 100_000, "after 0 rows"),
+        ("[tru]", "Expecting value at character 1"),
+        ('[{"id": 1}, {"id": x}]', "after 1 rows: Expecting value at character 19"),
+        ("[1}", "character 2 is '}'"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_files_that_are_not_json(text, message, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "CHUNK_CHARS", chunk)
-    (tmp_path/"rows.json").write_text(text)
+    (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        list(read_rows(tmp_path/"rows.json"))
+        list(read_rows(tmp_path / "rows.json"))
 
 
 def test_bytes_that_are_no_text(tmp_path):
-    (tmp_path/"rows.json").write_bytes(b'["\xff"]')
+    (tmp_path / "rows.json").write_bytes(b'["\xff"]')
     with pytest.raises(ValueError, match="rows.json is not JSON.*utf-8"):
-        list(read_rows(tmp_path/"rows.json"))
+        list(read_rows(tmp_path / "rows.json"))
     with pytest.raises(ValueError, match="is not a file"):
-        load_conversations(tmp_path/"none.json")
+        load_conversations(tmp_path / "none.json")
 
 
 def test_a_row_without_end_is_not_read_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "CHUNK_CHARS", 10)
     monkeypatch.setattr(conversations, "MAX_ROW_CHARS", 100)
-    (tmp_path/"rows.json").write_text('[1, "' + "x"*10_000)
+    (tmp_path / "rows.json").write_text('[1, "' + "x" * 10_000)
     with pytest.raises(ValueError, match="after 1 rows: a row does not end within 100 characters"):
-        list(read_rows(tmp_path/"rows.json"))
+        list(read_rows(tmp_path / "rows.json"))
 
 
 def test_little_of_a_file_is_held(tmp_path, monkeypatch):
-    rows = [make_row("<image>\nWhat?", "A fox. "*300, id=i) for i in range(3000)]
-    (tmp_path/"rows.json").write_text(json.dumps(rows))
+    rows = [make_row("<image>\nWhat?", "A fox. " * 300, id=i) for i in range(3000)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.setattr(conversations, "CHUNK_CHARS", 2**16)
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(tmp_path/"rows.json")) == 3000
+    assert sum(1 for _ in read_rows(tmp_path / "rows.json")) == 3000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1e6 < (tmp_path/"rows.json").stat().st_size/5
+    assert peak < 1e6 < (tmp_path / "rows.json").stat().st_size / 5
 
 
 # ---------------------------------------------------------------- the table on disk
 
+
 def load_cached(folder, **options):
-    return load_conversations(folder/"rows.json", cache=folder/"cache", **options)
+    return load_conversations(folder / "rows.json", cache=folder / "cache", **options)
 
 
 @pytest.fixture
 def checked(monkeypatch):
     "A list that grows with each call of `check_row`."
     calls, check_row = [], conversations.check_row
+
     def counted(*args):
         calls.append(1)
         return check_row(*args)
+
     monkeypatch.setattr(conversations, "check_row", counted)
     return calls
 
 
 def test_second_reading_checks_nothing_and_change_is_noticed(tmp_path, checked):
-    first = load_with(tmp_path, cache=tmp_path/"cache")
+    first = load_with(tmp_path, cache=tmp_path / "cache")
     checked.clear()
     assert load_cached(tmp_path)[:] == first[:]
-    assert not checked and len(list((tmp_path/"cache").iterdir())) == 1
-    text = (tmp_path/"rows.json").read_text()
-    (tmp_path/"rows.json").write_text(text.replace("A fox.", "A cat."))  # of the same length and time
+    assert not checked and len(list((tmp_path / "cache").iterdir())) == 1
+    text = (tmp_path / "rows.json").read_text()
+    (tmp_path / "rows.json").write_text(text.replace("A fox.", "A cat."))  # of the same length and time
     assert load_cached(tmp_path)["conversations"][0][1]["value"] == "A cat."
     assert len(checked) == 1
     assert len(load_cached(tmp_path, text_rows=True)) == 1
@@ -327,28 +359,30 @@ def test_second_reading_checks_nothing_and_change_is_noticed(tmp_path, checked):
 
 def test_failed_readings_leave_no_table(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="1 of 2 rows"):
-        load_with(tmp_path, "fox", cache=tmp_path/"cache")
+        load_with(tmp_path, "fox", cache=tmp_path / "cache")
+
     def stopped(*args):
         raise KeyboardInterrupt
+
     load_with(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(conversations, "check_row", stopped)
         with pytest.raises(KeyboardInterrupt):
             load_cached(tmp_path)
-    assert not list((tmp_path/"cache").iterdir())
+    assert not list((tmp_path / "cache").iterdir())
     assert len(load_cached(tmp_path)) == 1
 
 
 def test_large_files_go_to_the_cache_by_themselves(tmp_path, monkeypatch):
-    monkeypatch.setenv("DELTA_LLAVA_CACHE", str(tmp_path/"home"))
+    monkeypatch.setenv("DELTA_LLAVA_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr(conversations, "IN_MEMORY_BYTES", 10)
     rows = load_with(tmp_path)
     assert rows.cache_files
-    assert Path(rows.cache_files[0]["filename"]).parent == tmp_path/"home"/"conversations"
+    assert Path(rows.cache_files[0]["filename"]).parent == tmp_path / "home" / "conversations"
 
 
 def test_many_batches_of_rows(tmp_path):
     many = [make_row("<image>", f"Fox {i}.", id=i) for i in range(2500)]
-    rows = load_with(tmp_path, *many, cache=tmp_path/"cache")
+    rows = load_with(tmp_path, *many, cache=tmp_path / "cache")
     assert rows["id"][1:] == [str(i) for i in range(2500)]
     assert rows[2500]["conversations"][1]["value"] == "Fox 2499."

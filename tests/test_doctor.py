@@ -1,4 +1,5 @@
 "The doctor finds each damage where it is and nowhere else; its index can be trained on and is never partial."
+
 import hashlib
 import io
 import json
@@ -42,13 +43,13 @@ def encoded(form, **options):
 @pytest.fixture
 def images(tmp_path):
     "An image folder with one image for each kind of damage."
-    folder = tmp_path/"images"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(3):
-        Image.fromarray(np.roll(NOISE, i)).save(folder/f"good{i}.png")
+        Image.fromarray(np.roll(NOISE, i)).save(folder / f"good{i}.png")
     whole = encoded("PNG")
     contents = {
-        "half.png": whole[:len(whole)//2],
+        "half.png": whole[: len(whole) // 2],
         "page.jpg": b"<html>404</html>",
         "empty.png": b"",
         "named.png": encoded("JPEG"),
@@ -58,13 +59,13 @@ def images(tmp_path):
         "two.png": whole,
     }
     for name, content in contents.items():
-        (folder/name).write_bytes(content)
+        (folder / name).write_bytes(content)
     first = Image.fromarray(NOISE)
-    first.save(folder/"moving.gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+    first.save(folder / "moving.gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
     for name, size in {"tiny.png": (40, 20), "narrow.png": (400, 40), "thread.png": (4, 1000)}.items():
-        first.resize(size).save(folder/name)
-    first.save(tmp_path/"secret.png")
-    (folder/"link.png").symlink_to(tmp_path/"secret.png")
+        first.resize(size).save(folder / name)
+    first.save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
     return folder
 
 
@@ -112,7 +113,7 @@ LEFT_OUT = {
     "two marks": (make_row("<image><image>\nH", "A fox."), ["several-images"]),
     "no path": (make_row("<image>\nI", "A fox.", image=7), ["bad-image"]),
     "no object": (["fox"], ["no-object"]),
-    "cut away": (make_row("<image>\nJ" + "?"*900, "A fox."), ["cut-away"]),
+    "cut away": (make_row("<image>\nJ" + "?" * 900, "A fox."), ["cut-away"]),
     "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-mark", "truncated"]),
     "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-mark", "missing"]),
 }
@@ -124,28 +125,48 @@ KEPT = {
     "narrow": (row_of("narrow.png"), ["narrow"]),
     "empty question": (make_row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"]),
     "blank question": (make_row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"]),
-    "over-long": (make_row("<image>\nJ", "A fox. "*200), ["over-long"]),
+    "over-long": (make_row("<image>\nJ", "A fox. " * 200), ["over-long"]),
 }
 REPAIRED = {
     "other roles": (make_row("<image>\nK", "A fox.", roles=("User", "assistant")), ["wrong-role"], ["roles"]),
-    "messages": ({"id": 3, "image": "good0.png", "conversations": messages("<image>\nL", "A fox.")},
-                 ["bad-turn"], ["roles"]),
+    "messages": (
+        {"id": 3, "image": "good0.png", "conversations": messages("<image>\nL", "A fox.")},
+        ["bad-turn"],
+        ["roles"],
+    ),
     "list of one": (make_row("<image>\nM", "A fox.", image=["good1.png"]), ["bad-image"], ["image"]),
     "empty path": (make_row("Who are you?", "A model.", image=""), ["bad-image"], ["image"]),
-    "blanks and a backslash": (make_row("<image>\nN", "A fox.", image=" .\\good1.png "),
-                               ["missing"], ["path"]),
+    "blanks and a backslash": (
+        make_row("<image>\nN", "A fox.", image=" .\\good1.png "),
+        ["missing"],
+        ["path"],
+    ),
     "other ending": (make_row("<image>\nO", "A fox.", image="only.jpg"), ["missing"], ["path"]),
     "no mark": (make_row("What is it?", "A fox.", "Sure?", "Yes."), ["no-mark"], ["mark"]),
-    "mark in other letters": (make_row("What is it?", "A fox.", "Now < Image/>?", "Yes."),
-                              ["no-mark"], ["mark"]),
-    "mark in other letters, and in an answer": (make_row("<Image>\nWhat tag is that?", "It is <Image>."),
-                                                ["no-mark"], ["mark"]),
+    "mark in other letters": (
+        make_row("What is it?", "A fox.", "Now < Image/>?", "Yes."),
+        ["no-mark"],
+        ["mark"],
+    ),
+    "mark in other letters, and in an answer": (
+        make_row("<Image>\nWhat tag is that?", "It is <Image>."),
+        ["no-mark"],
+        ["mark"],
+    ),
     "last question open": (make_row("<image>\nP", "A fox.", "Sure?"), ["no-answer"], ["question"]),
-    "all at once": ({"id": 5, "image": [" .\\only.gif"],
-                     "conversations": [dict(role="USER", content="Q"),
-                                       dict(role="Assistant", content="A fox."),
-                                       dict(role="user", content="R")]},
-                    ["bad-turn"], ["roles", "image", "path", "mark", "question"]),
+    "all at once": (
+        {
+            "id": 5,
+            "image": [" .\\only.gif"],
+            "conversations": [
+                dict(role="USER", content="Q"),
+                dict(role="Assistant", content="A fox."),
+                dict(role="user", content="R"),
+            ],
+        },
+        ["bad-turn"],
+        ["roles", "image", "path", "mark", "question"],
+    ),
 }
 DAMAGE = {
     **{name: (row, kinds, [], "left out") for name, (row, kinds) in LEFT_OUT.items()},
@@ -165,6 +186,7 @@ def kinds_found(report):
 
 # ---------------------------------------------------------------- one row
 
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_path, processor):
     damaged, kinds, repairs, outcome = DAMAGE[name]
@@ -172,14 +194,19 @@ def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_pat
         damaged = {**damaged, "id": "d"}
     good = [{**row_of(f"good{i}.png"), "id": str(i)} for i in range(3)]
     rows = [good[0], damaged, *good[1:]]
-    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out",
-                           processor=processor, max_length=500)
+    report = check_dataset(
+        write_rows(tmp_path / "rows.json", rows),
+        images,
+        tmp_path / "out",
+        processor=processor,
+        max_length=500,
+    )
     [result] = report.found
     assert (result.index, [p.kind for p in result.problems]) == (1, kinds)
     assert (result.repairs, result.outcome) == (repairs, outcome)
     assert report.rows == 4 and report.problems == Counter(kinds) and report.repairs == Counter(repairs)
-    assert report.outcomes == Counter(["kept"]*3 + [outcome])
-    index = tmp_path/"out"/"index.json"
+    assert report.outcomes == Counter(["kept"] * 3 + [outcome])
+    index = tmp_path / "out" / "index.json"
     assert [row for row, _ in read_rows(index) if row["id"] != "d"] == good
     loaded = load_conversations(index, images, text_rows=True, open_images=True)
     assert len(loaded) == 4 - (outcome == "left out")
@@ -198,7 +225,7 @@ def test_errors_are_what_training_refuses(images, tmp_path):
     for name, (damaged, kinds, _, _) in DAMAGE.items():
         if {"cut-away", "over-long"} & set(kinds):
             continue
-        file = write_rows(tmp_path/"rows.json", [damaged])
+        file = write_rows(tmp_path / "rows.json", [damaged])
         if any(p.is_error for p in row_problems(damaged, images)):
             with pytest.raises(ValueError, match="1 of 1 rows"):
                 load_conversations(file, images, text_rows=True, open_images=True)
@@ -211,10 +238,10 @@ def test_too_long_rows_are_those_that_training_refuses(images, processor, tmp_pa
     rng = np.random.default_rng(0)
     rows = []
     for i in range(40):
-        question, answer = "a"*rng.integers(1, 120), "b"*rng.integers(1, 120)
+        question, answer = "a" * rng.integers(1, 120), "b" * rng.integers(1, 120)
         rows.append(make_row(f"{question}\n<image>", answer, id=i, image=f"good{i % 3}.png"))
-    file = write_rows(tmp_path/"rows.json", rows)
-    report = check_dataset(file, images, tmp_path/"out", processor=processor, max_length=260)
+    file = write_rows(tmp_path / "rows.json", rows)
+    report = check_dataset(file, images, tmp_path / "out", processor=processor, max_length=260)
     collate = Collator(processor=processor, max_length=260)
     left_out = {result.index for result in report.found if result.outcome == "left out"}
     assert 0 < len(left_out) < len(rows)
@@ -224,7 +251,7 @@ def test_too_long_rows_are_those_that_training_refuses(images, processor, tmp_pa
                 collate([row])
         else:
             collate([row])
-    collate(list(load_conversations(tmp_path/"out"/"index.json", images)))
+    collate(list(load_conversations(tmp_path / "out" / "index.json", images)))
 
 
 def test_repairs_lose_nothing(images):
@@ -247,7 +274,7 @@ def test_repairs_lose_nothing(images):
 
 def test_rows_without_images(images, tmp_path):
     text = {"id": 2, "conversations": make_row("Hi?", "Hello.")["conversations"], "model": ""}
-    file = write_rows(tmp_path/"rows.json", [row_of("good0.png"), text])
+    file = write_rows(tmp_path / "rows.json", [row_of("good0.png"), text])
     report = check_dataset(file, images)
     assert report.found == [] and report.text_only == 1 and "text_rows=True" in report.summary()
     assert kinds_found(check_dataset(file, images, text_rows=False)) == [(1, ["text-only"])]
@@ -256,9 +283,13 @@ def test_rows_without_images(images, tmp_path):
 def test_duplicates(images, tmp_path):
     a, b = ({**row_of(f"good{i}.png"), "id": "ab"[i]} for i in range(2))
     rows = [a, b, a, {**b, "id": "c"}, {**row_of("good2.png"), "id": "a"}, {**a, "id": "e", "model": "m"}]
-    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    assert kinds_found(report) == [(2, ["duplicate-row"]), (3, ["duplicate-row"]), (4, ["duplicate-id"]),
-                                   (5, ["duplicate-row"])]
+    report = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out")
+    assert kinds_found(report) == [
+        (2, ["duplicate-row"]),
+        (3, ["duplicate-row"]),
+        (4, ["duplicate-id"]),
+        (5, ["duplicate-row"]),
+    ]
     assert "of row 0." in report.found[0].problems[0].message
     assert "row 0 has the id 'a' too" in report.found[2].problems[0].message
     assert report.outcomes["kept"] == 6  # reported, and left to the reader
@@ -267,27 +298,37 @@ def test_duplicates(images, tmp_path):
 def test_missing_and_null_ids_are_no_duplicates(images, tmp_path):
     rows = [{**row_of(f"good{i}.png"), "id": None} for i in range(3)]
     del rows[2]["id"]
-    assert check_dataset(write_rows(tmp_path/"rows.json", rows), images).found == []
+    assert check_dataset(write_rows(tmp_path / "rows.json", rows), images).found == []
 
 
 # ---------------------------------------------------------------- one image
 
-@pytest.mark.parametrize("form,ending", [
-    ("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif"),
-    ("PPM", "ppm"),
-])
+
+@pytest.mark.parametrize(
+    "form,ending",
+    [
+        ("JPEG", "jpg"),
+        ("PNG", "png"),
+        ("WEBP", "webp"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tif"),
+        ("PPM", "ppm"),
+    ],
+)
 def test_cut_images_of_every_format(form, ending, tmp_path):
     content = encoded(form)
-    (tmp_path/f"a.{ending}").write_bytes(content)
+    (tmp_path / f"a.{ending}").write_bytes(content)
     assert image_problems(f"a.{ending}", tmp_path) == []
-    for share in (.4, .9):
-        (tmp_path/f"b.{ending}").write_bytes(content[:int(len(content)*share)])
+    for share in (0.4, 0.9):
+        (tmp_path / f"b.{ending}").write_bytes(content[: int(len(content) * share)])
         assert [p.kind for p in image_problems(f"b.{ending}", tmp_path)] == ["truncated"], share
 
 
 def test_a_decoder_may_raise_anything(images, monkeypatch):
     def broken(*args):
         raise RuntimeError("decoder error -2")
+
     monkeypatch.setattr(doctor, "open_image", broken)
     [problem] = image_problems("good0.png", images)
     assert problem.kind == "unreadable" and "decoder error -2 (RuntimeError)" in problem.message
@@ -295,15 +336,31 @@ def test_a_decoder_may_raise_anything(images, monkeypatch):
 
 def test_camera_jpegs_with_a_preview_are_jpegs(tmp_path):
     image = Image.fromarray(NOISE)
-    image.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[image.resize((40, 32))])
-    assert Image.open(tmp_path/"a.jpg").format == "MPO"
+    image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[image.resize((40, 32))])
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
     assert image_problems("a.jpg", tmp_path) == []
 
 
 # ---------------------------------------------------------------- any damage
 
-ODD_VALUES = [None, 7, "", " ", [], {}, "<image>", "<Image>\n", ["good0.png"], "only.jpg", "half.png", "a\0b",
-              "\udc80", "é🦊", "../secret.png", True]
+ODD_VALUES = [
+    None,
+    7,
+    "",
+    " ",
+    [],
+    {},
+    "<image>",
+    "<Image>\n",
+    ["good0.png"],
+    "only.jpg",
+    "half.png",
+    "a\0b",
+    "\udc80",
+    "é🦊",
+    "../secret.png",
+    True,
+]
 
 
 def damage_turns(rng, turns, key, odd):
@@ -331,7 +388,7 @@ def damage_row(rng, good):
         if key in ("image", "conversations", "id"):
             bad[key] = odd
         elif key == "all":
-            bad = odd if rng.random() < .2 else bad
+            bad = odd if rng.random() < 0.2 else bad
         elif isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             damage_turns(rng, turns, key, odd)
     return bad
@@ -344,15 +401,15 @@ def test_whatever_the_damage_the_index_loads(seed, images, tmp_path):
     for i in range(150):
         good = row_of(f"good{i % 3}.png") if i % 4 else make_row("Hi?", "Hello.", image=None)
         rows.append(damage_row(rng, {**good, "id": i}))
-    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    index = tmp_path/"out"/"index.json"
+    report = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out")
+    index = tmp_path / "out" / "index.json"
     texts = [text for _, text in read_rows(index)]
     assert len(load_conversations(index, images, text_rows=True, open_images=True)) == len(texts)
     assert len(texts) == report.outcomes["kept"] + report.outcomes["repaired"]
     assert set(OUTCOMES) == set(report.outcomes) and report.rows == 150
-    again = check_dataset(index, images, tmp_path/"again")
+    again = check_dataset(index, images, tmp_path / "again")
     assert again.outcomes == {"kept": len(texts)}
-    assert (tmp_path/"again"/"index.json").read_bytes() == index.read_bytes()
+    assert (tmp_path / "again" / "index.json").read_bytes() == index.read_bytes()
     outcomes = {result.index: result.outcome for result in report.found}
     expected = []
     for i, row in enumerate(rows):
@@ -365,13 +422,14 @@ def test_whatever_the_damage_the_index_loads(seed, images, tmp_path):
 
 # ---------------------------------------------------------------- files
 
+
 def test_report_holds_every_problem(images, tmp_path):
     rows = []
     for name, (damaged, *_) in DAMAGE.items():
         if not name.startswith(("over", "cut")):
             rows.append({**damaged, "id": name} if isinstance(damaged, dict) else damaged)
-    report = check_dataset(write_rows(tmp_path/"rows.json", rows), images, tmp_path/"out")
-    written = json.loads((tmp_path/"out"/"report.json").read_text())
+    report = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["rows"] == len(rows) and written["checked"] == dict(text_rows=True, max_length=None)
     assert written["outcomes"] == {name: report.outcomes[name] for name in OUTCOMES}
     assert [row["index"] for row in written["found"]] == list(range(len(rows)))
@@ -379,79 +437,93 @@ def test_report_holds_every_problem(images, tmp_path):
     problems = [p for row in written["found"] for p in row["problems"]]
     for p in problems:
         assert (p["level"], p["hint"]) == PROBLEMS[p["kind"]] and p["message"]
-    assert sum(written["problems"].values()) == sum(len({p["kind"] for p in row["problems"]})
-                                                    for row in written["found"])
-    content = (tmp_path/"out"/"index.json").read_bytes()
-    assert written["index"] == dict(name="index.json", rows=len(json.loads(content)),
-                                    sha256=hashlib.sha256(content).hexdigest())
-    assert (tmp_path/"out"/"report.txt").read_text() == report.summary()
+    assert sum(written["problems"].values()) == sum(
+        len({p["kind"] for p in row["problems"]}) for row in written["found"]
+    )
+    content = (tmp_path / "out" / "index.json").read_bytes()
+    assert written["index"] == dict(
+        name="index.json", rows=len(json.loads(content)), sha256=hashlib.sha256(content).hexdigest()
+    )
+    assert (tmp_path / "out" / "report.txt").read_text() == report.summary()
     for kind in report.problems:
         assert kind in report.summary()
 
 
 def test_good_rows_pass_to_the_letter(images, tmp_path):
-    row = ('{"id":1 , "image": "good0.png","conversations":[{"from":"human","value":"<image>\\u00e9 é"},'
-           '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "x": 1E2}')
-    (tmp_path/"rows.json").write_text(f"[{row}]")
-    assert check_dataset(tmp_path/"rows.json", images, tmp_path/"out").found == []
-    assert (tmp_path/"out"/"index.json").read_text() == f"[\n{row}\n]\n"
-    (tmp_path/"rows.jsonl").write_text(row + "\r\n")
-    check_dataset(tmp_path/"rows.jsonl", images, tmp_path/"lines")
-    assert (tmp_path/"lines"/"index.json").read_text() == f"[\n{row}\n]\n"
+    row = (
+        '{"id":1 , "image": "good0.png","conversations":[{"from":"human","value":"<image>\\u00e9 é"},'
+        '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "x": 1E2}'
+    )
+    (tmp_path / "rows.json").write_text(f"[{row}]")
+    assert check_dataset(tmp_path / "rows.json", images, tmp_path / "out").found == []
+    assert (tmp_path / "out" / "index.json").read_text() == f"[\n{row}\n]\n"
+    (tmp_path / "rows.jsonl").write_text(row + "\r\n")
+    check_dataset(tmp_path / "rows.jsonl", images, tmp_path / "lines")
+    assert (tmp_path / "lines" / "index.json").read_text() == f"[\n{row}\n]\n"
 
 
 def test_nothing_left_is_still_a_list(images, tmp_path):
-    report = check_dataset(write_rows(tmp_path/"rows.json", ["fox"]), images, tmp_path/"out")
-    assert json.loads((tmp_path/"out"/"index.json").read_text()) == []
+    report = check_dataset(write_rows(tmp_path / "rows.json", ["fox"]), images, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == []
     assert report.outcomes == {"left out": 1}
 
 
-@pytest.mark.parametrize("function,calls", [
-    ("read_rows", 0),
-    ("row_problems", 100),
-    ("_add_duplicates", 100),
-])
+@pytest.mark.parametrize(
+    "function,calls",
+    [
+        ("read_rows", 0),
+        ("row_problems", 100),
+        ("_add_duplicates", 100),
+    ],
+)
 def test_a_stop_leaves_what_was_there(function, calls, images, tmp_path, monkeypatch):
-    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")]*200)
-    check_dataset(file, images, tmp_path/"out")
-    before = {path.name: path.read_bytes() for path in (tmp_path/"out").iterdir()}
+    file = write_rows(tmp_path / "rows.json", [row_of("good0.png")] * 200)
+    check_dataset(file, images, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert sorted(before) == sorted(FILES)
-    write_rows(file, [row_of("good1.png")]*200)
+    write_rows(file, [row_of("good1.png")] * 200)
     done, real = [], getattr(doctor, function)
+
     def stopping(*args, **kwargs):
         done.append(1)
         if len(done) > calls:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
+
     monkeypatch.setattr(doctor, function, stopping)
     with pytest.raises(KeyboardInterrupt):
-        check_dataset(file, images, tmp_path/"out")
-    assert {path.name: path.read_bytes() for path in (tmp_path/"out").iterdir()} == before
+        check_dataset(file, images, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_full_disk_leaves_what_was_there(images, tmp_path, monkeypatch):
-    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")]*3)
+    file = write_rows(tmp_path / "rows.json", [row_of("good0.png")] * 3)
+
     def full(*args):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(doctor._IndexWriter, "close", full)
     with pytest.raises(OSError, match="No space"):
-        check_dataset(file, images, tmp_path/"out")
-    assert list((tmp_path/"out").iterdir()) == []
+        check_dataset(file, images, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(workers=0), "workers=0"),
-    (dict(images="nowhere"), "is not a folder"),
-    (dict(file="none.json"), "is not a file"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(workers=0), "workers=0"),
+        (dict(images="nowhere"), "is not a folder"),
+        (dict(file="none.json"), "is not a file"),
+    ],
+)
 def test_arguments_that_cannot_be(options, message, images, tmp_path):
-    file = write_rows(tmp_path/"rows.json", [row_of("good0.png")])
+    file = write_rows(tmp_path / "rows.json", [row_of("good0.png")])
     with pytest.raises(ValueError, match=message):
         check_dataset(**{"file": file, "images": images, **options})
 
 
 def test_the_data_is_not_overwritten(images, tmp_path):
-    file = write_rows(tmp_path/"index.json", [row_of("good0.png")])
+    file = write_rows(tmp_path / "index.json", [row_of("good0.png")])
     with pytest.raises(ValueError, match="over the data"):
         check_dataset(file, images, tmp_path)
     with pytest.raises(ValueError, match="no problem that the doctor knows"):
@@ -460,47 +532,53 @@ def test_the_data_is_not_overwritten(images, tmp_path):
 
 # ---------------------------------------------------------------- many workers
 
+
 @pytest.fixture
 def many_rows(images, tmp_path):
     "A file of 400 rows, some of them damaged."
     rng = np.random.default_rng(7)
     rows = [damage_row(rng, {**row_of(f"good{i % 3}.png"), "id": i % 90}) for i in range(400)]
-    return write_rows(tmp_path/"rows.json", rows)
+    return write_rows(tmp_path / "rows.json", rows)
 
 
 def same_files(a, b):
-    return all((a/name).read_bytes() == (b/name).read_bytes() for name in FILES)
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
 
 
 def test_results_come_in_order_and_few_are_in_progress(images, many_rows, tmp_path, monkeypatch):
     "Threads in the place of processes, of which the later ones are faster."
     futures = []
+
     class CountingThreads(ThreadPoolExecutor):
         def __init__(self, workers, context, start, args):
             super().__init__(workers)
             check_chunk = partial(doctor._check_chunk, **args[0])
+
             def slow(chunk):
-                time.sleep(.05*(len(futures) % 3))
+                time.sleep(0.05 * (len(futures) % 3))
                 return check_chunk(chunk)
+
             monkeypatch.setattr(doctor, "_work", slow)
 
         def submit(self, *args):
             futures.append(super().submit(*args))
             assert sum(not future.done() for future in futures) <= 6
             return futures[-1]
-    alone = check_dataset(many_rows, images, tmp_path/"one")
+
+    alone = check_dataset(many_rows, images, tmp_path / "one")
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", CountingThreads)
-    together = check_dataset(many_rows, images, tmp_path/"many", workers=2)
+    together = check_dataset(many_rows, images, tmp_path / "many", workers=2)
     assert together.to_json() == alone.to_json() and len(futures) == 7
-    assert same_files(tmp_path/"one", tmp_path/"many")
+    assert same_files(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.slow
 def test_one_and_two_processes_write_the_same_bytes(images, many_rows, tmp_path, processor):
     for workers in (1, 2):
-        check_dataset(many_rows, images, tmp_path/str(workers), processor=processor, max_length=300,
-                      workers=workers)
-    assert same_files(tmp_path/"1", tmp_path/"2")
+        check_dataset(
+            many_rows, images, tmp_path / str(workers), processor=processor, max_length=300, workers=workers
+        )
+    assert same_files(tmp_path / "1", tmp_path / "2")
 
 
 def killed(chunk):
@@ -511,5 +589,5 @@ def killed(chunk):
 def test_a_killed_process_is_a_sentence(images, many_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_work", killed)
     with pytest.raises(ValueError, match="workers=2: one of them was killed"):
-        check_dataset(many_rows, images, tmp_path/"out", workers=2)
-    assert list((tmp_path/"out").iterdir()) == []
+        check_dataset(many_rows, images, tmp_path / "out", workers=2)
+    assert list((tmp_path / "out").iterdir()) == []

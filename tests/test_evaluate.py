@@ -1,4 +1,5 @@
 "Scores: a model that uses its image passes, a random one is at chance, wrong input is named."
+
 import math
 from types import SimpleNamespace
 
@@ -32,13 +33,16 @@ WORDS = ["<unk>", "<s>", "</s>", *sorted(NAME_WORDS | PROMPT_WORDS)]
 @pytest.fixture(scope="module")
 def processor():
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                                 pre_tokenizers.Punctuation()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<s>",
-                                        eos_token="</s>", pad_token="</s>")
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     side = dict(height=56, width=56)
-    return build_processor(BitImageProcessorPil(size=side, crop_size=side), tokenizer, tokens=4,
-                           template="v1")
+    return build_processor(
+        BitImageProcessorPil(size=side, crop_size=side), tokenizer, tokens=4, template="v1"
+    )
 
 
 def scenes(n, n_objects=(1, 1)):
@@ -47,14 +51,17 @@ def scenes(n, n_objects=(1, 1)):
     for i in range(n):
         objects = [dict(name=o.name) for o in plan_scene(i, "train", seed=5, n_objects=n_objects).objects]
         caption = " and ".join(with_article(o["name"]) for o in objects)
-        turns = [{"from": "human", "value": "<image>\nWhat is in the picture?"},
-                 {"from": "gpt", "value": caption[0].upper() + caption[1:] + "."}]
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is in the picture?"},
+            {"from": "gpt", "value": caption[0].upper() + caption[1:] + "."},
+        ]
         rows.append(dict(objects=objects, conversations=turns))
     return rows
 
 
 class Cache:
     "Of the visual tokens, where a model has keys and values."
+
     def __init__(self, logits):
         self.logits = logits
 
@@ -64,6 +71,7 @@ class Cache:
 
 class Reader(DeltaLlavaForConditionalGeneration):
     "A model whose next word is any that its visual tokens hold: one channel for each word."
+
     def __init__(self, processor):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(1))
@@ -71,8 +79,17 @@ class Reader(DeltaLlavaForConditionalGeneration):
         self.config = SimpleNamespace(image_token_id=processor.image_token_id)
         self.generation_config = GenerationConfig()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
-                logits_to_keep=0, mm_encoder_outputs=None, tokens=None, use_cache=None):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        logits_to_keep=0,
+        mm_encoder_outputs=None,
+        tokens=None,
+        use_cache=None,
+    ):
         if mm_encoder_outputs:
             logits = torch.stack(list(mm_encoder_outputs["image"].pooler_output)).mean(1)
         else:
@@ -94,7 +111,7 @@ def visible_words(rows, processor, visible=True):
         shown = {word for o in row["objects"] for word in o["name"].split()}
         for j, word in enumerate(WORDS):
             if word not in names or visible and word in shown:
-                visual[i, :, j] = 20.
+                visual[i, :, j] = 20.0
     return visual
 
 
@@ -103,6 +120,7 @@ def noise(n, processor):
 
 
 # ---------------------------------------------------------------- models that use the image, and not
+
 
 @pytest.mark.parametrize("n_objects", [(1, 1), (2, 3)])
 def test_a_model_that_uses_the_image_passes(processor, reader, n_objects):
@@ -117,11 +135,11 @@ def test_it_fails_on_other_images(processor, reader):
     rows = scenes(48)
     visual = visible_words(rows, processor)
     moved = [rows[j] for j in derangement(48).tolist()]
-    assert matched_mismatched_loss(reader, processor, moved, visual)["p"] > .99  # restores the matches
-    assert forced_choice_accuracy(reader, processor, moved, visual) < .3
+    assert matched_mismatched_loss(reader, processor, moved, visual)["p"] > 0.99  # restores the matches
+    assert forced_choice_accuracy(reader, processor, moved, visual) < 0.3
 
 
-@pytest.mark.parametrize("value", [1., float("nan")])
+@pytest.mark.parametrize("value", [1.0, float("nan")])
 def test_equal_scores_are_not_correct(processor, reader, value):
     visual = torch.full((6, 4, len(processor.tokenizer)), value)
     assert forced_choice_accuracy(reader, processor, scenes(6), visual) == 0
@@ -131,8 +149,8 @@ def test_random_tokens_are_at_chance(processor, reader):
     rows = scenes(96)
     visual = visible_words(rows, processor, visible=False) + noise(96, processor)
     scores = matched_mismatched_loss(reader, processor, rows, visual)
-    assert scores["p"] > .01 and abs(scores["matched_loss"] - scores["mismatched_loss"]) < .3
-    assert forced_choice_accuracy(reader, processor, rows, visual) < .2  # chance is 1/16
+    assert scores["p"] > 0.01 and abs(scores["matched_loss"] - scores["mismatched_loss"]) < 0.3
+    assert forced_choice_accuracy(reader, processor, rows, visual) < 0.2  # chance is 1/16
 
 
 def test_scores_do_not_depend_on_the_batch(processor, reader):
@@ -148,18 +166,19 @@ def test_scores_do_not_depend_on_the_batch(processor, reader):
 
 def test_all_answers_of_a_row_count(processor, reader):
     "Two turns: the mean over the tokens of both."
-    row, = scenes(1)
+    (row,) = scenes(1)
     first = row["conversations"]
     second = [dict(first[0], value="What is in the picture?"), dict(first[1], value="An owl.")]
     visual = visible_words([row], processor) + noise(1, processor)
     both = answer_losses(reader, processor, [dict(conversations=[*first, *second])], visual)
     alone = [dict(conversations=first), dict(conversations=[dict(first[0]), second[1]])]
     losses = answer_losses(reader, processor, alone, visual.expand(2, -1, -1))
-    counts = torch.tensor([4., 4.])  # article, name, full stop, end of turn
-    torch.testing.assert_close(both[0], (losses*counts).sum()/counts.sum())
+    counts = torch.tensor([4.0, 4.0])  # article, name, full stop, end of turn
+    torch.testing.assert_close(both[0], (losses * counts).sum() / counts.sum())
 
 
 # ---------------------------------------------------------------- the parts
+
 
 @pytest.mark.parametrize("n_objects", [(1, 1), (2, 3), (4, 4)])
 def test_candidates_one_shown_the_others_absent(n_objects):
@@ -201,8 +220,9 @@ def test_encoding_is_the_projector_in_batches_at_any_budget():
         visual = encode_images(model, features, tokens, batch_size=2)
         torch.testing.assert_close(visual, model.multi_modal_projector(features, tokens=tokens).detach())
         assert visual.shape == (5, tokens, 64) and not visual.requires_grad
-    torch.testing.assert_close(encode_images(model, list(features)),
-                               encode_images(model, features, config.tokens))
+    torch.testing.assert_close(
+        encode_images(model, list(features)), encode_images(model, features, config.tokens)
+    )
     with pytest.raises(ValueError, match="training mode"):
         encode_images(model.train(), features)
 
@@ -228,6 +248,7 @@ def test_scores_refuse(processor, reader):
 
 # ---------------------------------------------------------------- captions
 
+
 def named_rows(*names):
     return [dict(objects=[dict(name=name) for name in group]) for group in names]
 
@@ -242,8 +263,10 @@ def test_captions_are_those_of_one_image_at_a_time(compressor, budgets):
     for tokens in budgets:
         with torch.no_grad():
             visual = torch.stack(list(model.get_image_features(pixels, tokens=tokens).pooler_output))
-        two, five = (evaluate.generate_captions(model, processor, visual, tokens, question, 6, batch_size)
-                     for batch_size in (2, 5))
+        two, five = (
+            evaluate.generate_captions(model, processor, visual, tokens, question, 6, batch_size)
+            for batch_size in (2, 5)
+        )
         assert two == five
         assert two == [answerer.answer(i, question, tokens=tokens, max_new_tokens=6) for i in images]
 
@@ -252,8 +275,8 @@ def test_objects_are_counted_exactly():
     rows = named_rows(["fox", "key"], ["owl"], ["cake", "bus", "lion"])
     captions = ["A FOX and a key.", "An owl, a fox and an owl.", "I see a pancake and a lion."]
     scores = evaluate.object_scores(captions, rows)  # a pancake is no cake, and an owl named twice is one
-    assert scores == dict(precision=4/5, recall=4/6, f1=8/11, exact_match=1/3)
-    assert evaluate.object_scores([""]*3, rows) == dict(precision=0, recall=0, f1=0, exact_match=0)
+    assert scores == dict(precision=4 / 5, recall=4 / 6, f1=8 / 11, exact_match=1 / 3)
+    assert evaluate.object_scores([""] * 3, rows) == dict(precision=0, recall=0, f1=0, exact_match=0)
     with pytest.raises(ValueError, match="2 captions for 3 rows"):
         evaluate.object_scores(captions[:2], rows)
 
@@ -271,14 +294,16 @@ def test_cider_by_hand():
     "Two images, one reference each: an n-gram of only one has the weight ln 2, of both the weight 0."
     pytest.importorskip("pycocoevalcap")
     true = [["a red fox"], ["a key"]]
-    wanted = 1000*(3/4 + 2/4)/2  # n-grams of 1, 2 and 3 words; of 1 and 2: shorter ones have no others
+    wanted = (
+        1000 * (3 / 4 + 2 / 4) / 2
+    )  # n-grams of 1, 2 and 3 words; of 1 and 2: shorter ones have no others
     assert abs(evaluate.cider(["A red fox.", "a key"], true) - wanted) < 1e-6
     assert evaluate.cider(["a", "a"], true) == evaluate.cider(["", "nothing"], true) == 0
     # "a red" has "red" of {red, fox} and "a red" of {a red, red fox}: cosine 1/sqrt 2, a word too short
-    assert abs(evaluate.cider(["a red", "a"], true) - 1000/4*2**-.5*2*math.exp(-1/72)/2) < 1e-6
+    assert abs(evaluate.cider(["a red", "a"], true) - 1000 / 4 * 2**-0.5 * 2 * math.exp(-1 / 72) / 2) < 1e-6
     # a second reference halves what only the first has
     two = [["a red fox", "the bird"], ["a key", "a key"]]
-    assert abs(evaluate.cider(["a red fox", "a"], two) - 1000*3/4/2/2) < 1e-6
+    assert abs(evaluate.cider(["a red fox", "a"], two) - 1000 * 3 / 4 / 2 / 2) < 1e-6
     with pytest.raises(ValueError, match="there must be two"):
         evaluate.cider(["a"], [["a"]])
 
@@ -299,4 +324,4 @@ def test_the_true_caption_has_the_highest_score():
     best = evaluate.score_captions(captions, rows)
     assert best["cider"] == best["cider_reference"] and best["exact_match"] == 1
     worse = evaluate.score_captions([captions[i] for i in derangement(24).tolist()], rows)
-    assert worse["cider"] < .3*best["cider"] and worse["cider_reference"] == best["cider_reference"]
+    assert worse["cider"] < 0.3 * best["cider"] and worse["cider_reference"] == best["cider_reference"]

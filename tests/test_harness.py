@@ -1,4 +1,5 @@
 "The lmms-eval plug-in: requests answered, settings in the result; the real harness over offline tasks."
+
 import json
 import os
 import subprocess
@@ -26,13 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def whole(tmp_path):
     "A folder as `finetune` writes it."
     model, processor = build()
-    model.save_pretrained(tmp_path/"model")
-    processor.save_pretrained(tmp_path/"model")
-    return tmp_path/"model"
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 class Task:
     "The attributes of lmms-eval's tasks that are read."
+
     def __init__(self, **prompts):
         self.config = SimpleNamespace(num_fewshot=0, output_type="generate_until", metadata=dict(version=1))
         self.args = SimpleNamespace()
@@ -45,8 +47,10 @@ class Task:
 def generation_requests(task, n=3, **kwargs):
     "Requests as lmms-eval makes them."
     options = dict(max_new_tokens=4, until=["\n\n"], **kwargs)
-    return [SimpleNamespace(args=(question, dict(options), task.doc_to_visual, i, "t", "test"))
-            for i, question in enumerate(QUESTIONS[:n])]
+    return [
+        SimpleNamespace(args=(question, dict(options), task.doc_to_visual, i, "t", "test"))
+        for i, question in enumerate(QUESTIONS[:n])
+    ]
 
 
 def harness_model(folder, first_image=None, **args):
@@ -66,8 +70,9 @@ def test_requests_are_answered_and_settings_written(whole):
     wanted = generation_requests(task)
     requests = [Request(question, [scene_image(i)]) for i, question in enumerate(QUESTIONS[:3])]
     alone = Answerer(*load(whole, device="cpu"), system_prompt="Be brief.")
-    assert model.generate_until(wanted) == alone.generate(requests, tokens=4, max_new_tokens=4,
-                                                          until=["\n\n"])
+    assert model.generate_until(wanted) == alone.generate(
+        requests, tokens=4, max_new_tokens=4, until=["\n\n"]
+    )
     settings = json.loads(json.dumps(task.args.delta_llava))
     assert (settings["visual_tokens"], settings["compressor"], settings["template"]) == (4, "delta", "v1")
     assert (settings["image_aspect"], settings["dtype"]["llm"]) == ("original", "torch.float32")
@@ -93,12 +98,14 @@ def test_requests_with_different_settings_keep_their_order(whole):
 def test_choice_gets_the_negative_likelihood(whole):
     "lmms-eval takes the smallest number for the answer."
     model = harness_model(whole, batch_size=4)
-    requests = [SimpleNamespace(args=("Which?", letter, Task().doc_to_visual, 0, "t",
-                                      "test")) for letter in "ABCD"]
+    requests = [
+        SimpleNamespace(args=("Which?", letter, Task().doc_to_visual, 0, "t", "test")) for letter in "ABCD"
+    ]
     found = model.loglikelihood(requests)
-    wanted = model.answerer.log_likelihoods([Request("Which?", [scene_image(0)])]*4, list("ABCD"))
-    torch.testing.assert_close(torch.tensor([n for n, _ in found]),
-                               torch.tensor([-s.log_likelihood for s in wanted]))
+    wanted = model.answerer.log_likelihoods([Request("Which?", [scene_image(0)])] * 4, list("ABCD"))
+    torch.testing.assert_close(
+        torch.tensor([n for n, _ in found]), torch.tensor([-s.log_likelihood for s in wanted])
+    )
     assert all(n > 0 for n, _ in found)
 
 
@@ -123,15 +130,18 @@ def test_aspect_by_argument_and_by_task(whole):
         harness_model(whole, image_aspect="square")
 
 
-@pytest.mark.parametrize("args,words", [
-    (dict(token=4), "'token'"),
-    (dict(tokens=5), "must be the square"),
-    (dict(batch_size="auto"), "batch_size='auto'"),
-    (dict(batch_size=0), "batch_size=0"),
-    (dict(dtype="int8"), "dtype='int8'"),
-    (dict(template="v2"), "template='v2'"),
-    (dict(template="plain", system_prompt="Be brief."), "no place"),
-])
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (dict(token=4), "'token'"),
+        (dict(tokens=5), "must be the square"),
+        (dict(batch_size="auto"), "batch_size='auto'"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(dtype="int8"), "dtype='int8'"),
+        (dict(template="v2"), "template='v2'"),
+        (dict(template="plain", system_prompt="Be brief."), "no place"),
+    ],
+)
 def test_wrong_arguments_are_named(whole, args, words):
     with pytest.raises(ValueError, match=words):
         harness_model(whole, **args)
@@ -145,10 +155,10 @@ def test_video_is_refused(whole):
 
 def test_the_newest_result_is_read(tmp_path):
     for folder, name, score in (("z", "20250101_000000", 0), ("a", "20260101_000000", 1)):
-        (tmp_path/folder).mkdir()
+        (tmp_path / folder).mkdir()
         config = dict(resolved_cli_args=dict(delta_llava={}))
         result = dict(results=dict(t={"acc,none": score, "acc_stderr,none": 0}), config=config)
-        (tmp_path/folder/f"{name}_results.json").write_text(json.dumps(result))
+        (tmp_path / folder / f"{name}_results.json").write_text(json.dumps(result))
     assert read_result(tmp_path) == (dict(t=dict(acc=1)), {})
 
 
@@ -167,29 +177,30 @@ def test_without_lmms_eval_the_extra_is_named(monkeypatch):
 
 
 def test_the_entry_point_names_what_exists():
-    text = (ROOT/"pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'delta_llava = "delta_llava.harness:manifest"' in text and callable(harness.manifest)
 
 
 # ---------------------------------------------------------------- the real harness
 
-EVAL = ROOT/".venv-eval"/"bin"/"python"
+EVAL = ROOT / ".venv-eval" / "bin" / "python"
 PYTHON = sys.executable if find_spec("lmms_eval") else str(EVAL) if EVAL.exists() else None
 
 
 def run_harness(model, tmp_path, batch_size):
     "Scores, settings, and the answers to each task, of one run of lmms-eval."
-    out = tmp_path/f"out{batch_size}"
-    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path/"hf"), PYTHONPATH=str(ROOT))
-    cmd = harness_cmd(model, out, tmp_path/"tasks", batch_size=batch_size, limit=6, python=PYTHON, tokens=4)
+    out = tmp_path / f"out{batch_size}"
+    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"), PYTHONPATH=str(ROOT))
+    cmd = harness_cmd(model, out, tmp_path / "tasks", batch_size=batch_size, limit=6, python=PYTHON, tokens=4)
     run = subprocess.run(cmd, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and list(out.rglob("*_results.json")), (run.stdout + run.stderr)[-3000:]
     answers = {}
     for path in out.rglob("*_samples_*.jsonl"):
         samples = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(samples) == 6
-        answers[path.name.split("_samples_")[1].removesuffix(".jsonl")] = [s["filtered_resps"]
-                                                                           for s in samples]
+        answers[path.name.split("_samples_")[1].removesuffix(".jsonl")] = [
+            s["filtered_resps"] for s in samples
+        ]
     assert answers.keys() == set(TASK_NAMES)
     del answers["scenes_choice_likely"]  # numbers, which differ in their last digits
     return *read_result(out), answers
@@ -199,15 +210,18 @@ def run_harness(model, tmp_path, batch_size):
 @pytest.mark.skipif(PYTHON is None, reason="needs lmms-eval: `make eval` makes an environment that has it")
 def test_the_real_harness_offline(whole, tmp_path):
     "All tasks, two batch sizes: same answers, same scores; all settings in the result."
-    write_tasks(tmp_path/"tasks", n=6)
+    write_tasks(tmp_path / "tasks", n=6)
     scores, settings, answers = run_harness(whole, tmp_path, 1)
     other_scores, other_settings, other_answers = run_harness(whole, tmp_path, 4)
     assert answers == other_answers and scores == other_scores and scores.keys() == set(TASK_NAMES)
     assert {"pope_accuracy", "pope_f1", "pope_yes_ratio"} <= scores["scenes_pope"].keys()
     assert "caption_cider" in scores["scenes_caption"] and "acc" in scores["scenes_choice_likely"]
     assert dict(settings, batch_size=4) == other_settings
-    assert (settings["visual_tokens"], settings["image_aspect"], settings["template"]) == (4, "original",
-                                                                                           "v1")
+    assert (settings["visual_tokens"], settings["image_aspect"], settings["template"]) == (
+        4,
+        "original",
+        "v1",
+    )
     assert settings["versions"]["lmms_eval"] == "0.7.3" and settings["checkpoint"]["sha256"]
     assert settings["tasks"].keys() == set(TASK_NAMES)
     for task in settings["tasks"].values():

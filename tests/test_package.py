@@ -1,4 +1,5 @@
 "The package's root and its core: what an import loads, which names there are, and compressors of one's own."
+
 import ast
 import subprocess
 import sys
@@ -45,13 +46,16 @@ def run_python(code):
 
 # ---- the root
 
+
 def test_importing_the_root_is_cheap():
-    code = ("import sys, time; start = time.process_time(); import delta_llava; "
-            "seconds = time.process_time() - start; "
-            "print(seconds, [m for m in ('torch', 'transformers', 'numpy', 'einops') if m in sys.modules])")
+    code = (
+        "import sys, time; start = time.process_time(); import delta_llava; "
+        "seconds = time.process_time() - start; "
+        "print(seconds, [m for m in ('torch', 'transformers', 'numpy', 'einops') if m in sys.modules])"
+    )
     seconds, loaded = run_python(code).split(maxsplit=1)
     assert loaded == "[]"
-    assert float(seconds) <= .1
+    assert float(seconds) <= 0.1
 
 
 def test_every_name_is_found():
@@ -76,11 +80,11 @@ def test_type_checkers_see_the_same_names():
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
     seen = {}
     for node in block.body:
-        alias, = node.names
+        (alias,) = node.names
         assert alias.name == alias.asname, "an explicit re-export"
         seen[alias.name] = node.module.removeprefix("delta_llava.")
     assert seen == delta_llava._MODULES
-    assert (PACKAGE/"py.typed").exists()
+    assert (PACKAGE / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", delta_llava._MODEL_NAMES)
@@ -101,18 +105,21 @@ def test_a_model_name_imports_model_and_processor(name, monkeypatch):
 
 @pytest.mark.slow
 def test_the_auto_classes_know_the_model():
-    code = ("from delta_llava import DeltaLlavaConfig; from transformers import AutoConfig; "
-            "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING; "
-            "config = AutoConfig.for_model('delta_llava'); "
-            "print(type(config) is DeltaLlavaConfig, PROCESSOR_MAPPING[type(config)].__name__)")
+    code = (
+        "from delta_llava import DeltaLlavaConfig; from transformers import AutoConfig; "
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING; "
+        "config = AutoConfig.for_model('delta_llava'); "
+        "print(type(config) is DeltaLlavaConfig, PROCESSOR_MAPPING[type(config)].__name__)"
+    )
     assert run_python(code).splitlines()[-1] == "True DeltaLlavaProcessor"
 
 
 # ---- the core
 
+
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_imports_little(module):
-    tree = ast.parse((PACKAGE/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     imported = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -123,13 +130,15 @@ def test_the_core_imports_little(module):
 
 
 def test_the_projector_runs_without_transformers():
-    code = ("import sys\n"
-            "for name in ('transformers', 'matplotlib', 'safetensors', 'PIL', 'accelerate', 'peft'):\n"
-            "    sys.modules[name] = None  # an import of it fails\n"
-            "import torch\n"
-            "from delta_llava import DeltaProjector\n"
-            "projector = DeltaProjector(grid=6, tokens=9, levels=(1, 2), d_vision=128, d_llm=24)\n"
-            "print(tuple(projector(torch.randn(2, 36, 256)).shape))")
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'matplotlib', 'safetensors', 'PIL', 'accelerate', 'peft'):\n"
+        "    sys.modules[name] = None  # an import of it fails\n"
+        "import torch\n"
+        "from delta_llava import DeltaProjector\n"
+        "projector = DeltaProjector(grid=6, tokens=9, levels=(1, 2), d_vision=128, d_llm=24)\n"
+        "print(tuple(projector(torch.randn(2, 36, 256)).shape))"
+    )
     assert run_python(code) == "(2, 9, 24)"
 
 
@@ -146,6 +155,7 @@ def test_old_configs_load():
 
 # ---- compressors of one's own
 
+
 @dataclass(frozen=True, kw_only=True)
 class MeanPoolConfig(CompressorConfig):
     bias: bool = True
@@ -160,11 +170,11 @@ class MeanPool(Compressor):
 
     def forward(self, features, *, tokens=None, text=None):
         features, tokens = self.validate_inputs(features, tokens)
-        return self.linear(interpolate(self.normalize(features.levels), round(tokens**.5), "mean"))
+        return self.linear(interpolate(self.normalize(features.levels), round(tokens**0.5), "mean"))
 
 
 def mean_pool_cost(config, patches, tokens):
-    return {"linear": 2*tokens*config.d_levels*config.d_llm}
+    return {"linear": 2 * tokens * config.d_levels * config.d_llm}
 
 
 SIZES = replace(clip_b32_384(tokens=16, d_llm=24), d_vision=32, heads=4, head_dim=8)
@@ -187,7 +197,7 @@ def test_a_registered_compressor_is_known_everywhere(registered):
         module = build_compressor(registered, given)
         assert type(module) is MeanPool and compressor_name(module) == registered
     assert module(torch.randn(2, 144, 128), tokens=9).shape == (2, 9, 24)
-    assert cost_formula(registered)(config, 144, 16) == {"linear": 2*16*128*24}
+    assert cost_formula(registered)(config, 144, 16) == {"linear": 2 * 16 * 128 * 24}
     with pytest.raises(ValueError, match="'mean-pool' needs a MeanPoolConfig, not a ProjectorConfig"):
         build_compressor(registered, SIZES)
 
@@ -227,8 +237,12 @@ def test_every_name_gives_a_config(name):
 
 
 def test_names_of_a_reference():
-    state_dict_map = {"attend.qkv.": "attn.in_proj_", "k.3.": "ln_k.", "k.": "k_proj.",
-                      "out.weight": "proj.T"}
+    state_dict_map = {
+        "attend.qkv.": "attn.in_proj_",
+        "k.3.": "ln_k.",
+        "k.": "k_proj.",
+        "out.weight": "proj.T",
+    }
     names = ("attn.in_proj_weight", "ln_k.weight", "k_proj.0.weight", "proj", "projection.weight")
     theirs = {name: torch.randn(2, 3) for name in names}
     prefixed = {f"model.{name}": tensor for name, tensor in theirs.items()}

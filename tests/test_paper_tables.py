@@ -1,4 +1,5 @@
 "The paper's tables: numbers as printed, warnings on the cells they concern, our numbers beside them."
+
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ def cells(number, **where):
 
 
 def value(number, **where):
-    cell, = cells(number, **where)
+    (cell,) = cells(number, **where)
     return cell["value"]
 
 
@@ -43,6 +44,7 @@ def caption_score(system, llm, tokens, column):
 
 
 # ---------------------------------------------------------------- the numbers
+
 
 def test_numbers_of_tables_1_to_3_that_the_text_repeats():
     "§6.1–§6.3 repeat some numbers in words: a slip in the table would break one."
@@ -67,8 +69,8 @@ def test_numbers_of_tables_1_to_3_that_the_text_repeats():
 
 def test_numbers_of_tables_4_to_6_that_the_text_repeats():
     "§6.4–§6.6."
-    assert value(4, column="Pretraining", tokens="1") == 16*60  # "16 minutes and 2.9 hours"
-    assert 2.8 < value(4, column="Finetuning", tokens="1")/3600 < 2.9
+    assert value(4, column="Pretraining", tokens="1") == 16 * 60  # "16 minutes and 2.9 hours"
+    assert 2.8 < value(4, column="Finetuning", tokens="1") / 3600 < 2.9
     for column in ("Pretraining", "Finetuning"):  # "a clear monotonic reduction"
         times = [c["value"] for c in cells(4, column=column)]
         assert times == sorted(times, reverse=True) and len(set(times)) == 6
@@ -79,17 +81,33 @@ def test_numbers_of_tables_4_to_6_that_the_text_repeats():
     gains = []
     for tokens in ("144", "64"):
         for column in CAPTION_SETS:
-            gains.append(caption_score("Ours", SMALL, tokens, column) - caption_score("FastV", SMALL, tokens,
-                                                                                      column))
+            gains.append(
+                caption_score("Ours", SMALL, tokens, column) - caption_score("FastV", SMALL, tokens, column)
+            )
     assert 2 < min(gains) and max(gains) < 5  # "up to 3–5 CIDEr points"
 
 
-@pytest.mark.parametrize("number,printed", [
-    (2, ["57.5 60.6 1487.5 68.2 38.9 78.2", "61.77 72.0 1524.0 87.0 73.1 41.7", "55.1 67.3 1452.3 86.2 72.4 "
-         "33.1"]),
-    (5, ["61.1 64.94 1442 86.12 67.82 57.2", "60.5 64.9 1448.1 84.56 69.3 56.1",
-         "59.44 61.69 1345.03 85.2 68.42 55.54"]),
-])
+@pytest.mark.parametrize(
+    "number,printed",
+    [
+        (
+            2,
+            [
+                "57.5 60.6 1487.5 68.2 38.9 78.2",
+                "61.77 72.0 1524.0 87.0 73.1 41.7",
+                "55.1 67.3 1452.3 86.2 72.4 33.1",
+            ],
+        ),
+        (
+            5,
+            [
+                "61.1 64.94 1442 86.12 67.82 57.2",
+                "60.5 64.9 1448.1 84.56 69.3 56.1",
+                "59.44 61.69 1345.03 85.2 68.42 55.54",
+            ],
+        ),
+    ],
+)
 def test_tables_without_another_copy_are_as_printed(number, printed):
     "Typed a second time from the paper, row by row."
     rows = {}
@@ -100,7 +118,7 @@ def test_tables_without_another_copy_are_as_printed(number, printed):
 
 def guide_values(name):
     "A variable of the reading guide, which typed the tables by hand, apart from these."
-    notebook = json.loads((ROOT/"nbs"/"00_reading_guide.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / "00_reading_guide.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     assignment = re.search(rf"^\w*{name} = (.*?)(?=^\w|\Z)", code, re.M | re.S)
     return eval(assignment[1])
@@ -114,8 +132,11 @@ def test_table_1_equals_the_reading_guides_copy():
     assert sorted(map(str, theirs)) == sorted(map(str, rows.values()))
     for name, (own, *_) in blocks.items():
         tokens, llm = name.split()[-1], "Vicuna-1.5 13B" if "13B" in name else "Vicuna-1.5 7B"
-        ours = [row for (system, model, t),
-                row in rows.items() if (model, t) == (llm, tokens) and "Ours" in system]
+        ours = [
+            row
+            for (system, model, t), row in rows.items()
+            if (model, t) == (llm, tokens) and "Ours" in system
+        ]
         assert list(own) in ours
 
 
@@ -135,6 +156,7 @@ def test_the_other_tables_equal_the_reading_guides_copies():
 
 # ---------------------------------------------------------------- the warnings
 
+
 def concerned(number, start):
     "The cells with a warning that holds these words."
     found = set()
@@ -150,8 +172,9 @@ def caption_pairs():
     for llm in (SMALL, BIG):
         for tokens in BUDGETS:
             for column in CAPTION_SETS:
-                pairs[llm, tokens, column] = tuple(caption_score(s, llm, tokens, column)
-                                                   for s in ("Ours", "FastV"))
+                pairs[llm, tokens, column] = tuple(
+                    caption_score(s, llm, tokens, column) for s in ("Ours", "FastV")
+                )
     return pairs
 
 
@@ -165,15 +188,16 @@ def test_warnings_of_table_6_sit_on_the_cells_they_concern():
     low, above = set(), set()
     for (llm, tokens, column), (ours, _) in pairs.items():
         full = caption_score("Ours", llm, "576", column)
-        if ours/full < .85:
+        if ours / full < 0.85:
             low.add((llm, tokens, column))
         if llm == SMALL and ours > full:
             above.add((llm, tokens, column))
     assert {c[1:] for c in concerned(6, "≥ 85")} == low
     assert {c[1:] for c in concerned(6, "lies below")} == above
     protocol = [c for c in evaluate.paper_cells(6) if c["system"] == "FastV" or c["tokens"] == "576"]
-    assert concerned(6, "own protocol") == {(c["system"], c["llm"], c["tokens"], c["column"])
-                                            for c in protocol}
+    assert concerned(6, "own protocol") == {
+        (c["system"], c["llm"], c["tokens"], c["column"]) for c in protocol
+    }
 
 
 def test_warnings_of_table_1_sit_on_the_cells_they_concern():
@@ -182,16 +206,19 @@ def test_warnings_of_table_1_sit_on_the_cells_they_concern():
     other = next(letter for letter, w in lettered if w["says"].startswith("Another budget"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     marked = [row for row in rows if other in evaluate._warning_letters(table, row, "tokens")]
-    assert [(row["system"], row["tokens"]) for row in marked] == [("PruMerge", "~32"),
-                                                                  ("Matryoshka Query", "2")]
+    assert [(row["system"], row["tokens"]) for row in marked] == [
+        ("PruMerge", "~32"),
+        ("Matryoshka Query", "2"),
+    ]
     ours, base = by_column(1, tokens="144", **OURS), by_column(1, system="LLaVA-1.5", tokens="576")
     gains = concerned(1, "Consistent gains")
-    assert {c[3] for c in gains} == {k for k in ours if ours[k] < base[k]} and {c[2]
-                                                                                for c in gains} == {"144"}
+    assert {c[3] for c in gains} == {k for k in ours if ours[k] < base[k]} and {c[2] for c in gains} == {
+        "144"
+    }
     big, base = by_column(1, system="Delta-LLaVA-13B (Ours)"), by_column(1, system="LLaVA-1.5 13B")
     assert {c[3] for c in concerned(1, "13B LLM")} == {k for k in big if big[k] <= base[k]}
     splits = concerned(1, "Two splits")
-    assert {c[3] for c in splits} == {"VQAv2", "VizWiz"} and len(splits) == 26*2 - 3  # three dashes
+    assert {c[3] for c in splits} == {"VQAv2", "VizWiz"} and len(splits) == 26 * 2 - 3  # three dashes
 
 
 def test_warnings_of_tables_2_to_5_sit_on_the_cells_they_concern():
@@ -234,6 +261,7 @@ def test_selectors_name_rows_and_columns_that_exist():
 
 # ---------------------------------------------------------------- our numbers
 
+
 def comparison(label, tokens, *accuracies, closed_form_init=True):
     "One run of a comparison, in today's names."
     scores = {str(i): {tokens: dict(forced_choice_accuracy=a)} for i, a in enumerate(accuracies)}
@@ -242,17 +270,21 @@ def comparison(label, tokens, *accuracies, closed_form_init=True):
 
 def write_comparison(folder, *runs):
     settings = dict(max_steps=9, batch_size=2)
-    (folder/"compare.json").write_text(json.dumps(dict(settings=settings, result=runs)))
+    (folder / "compare.json").write_text(json.dumps(dict(settings=settings, result=runs)))
 
 
 def test_captions_stand_beside_table_6(tmp_path):
     "First the mean over the sets of a seed, then mean and range over the seeds."
     result = []
-    for seed, name, tokens, held_out, f1 in ((0, "delta", 4, "one", .2), (1, "delta", 4, "one", .6),
-                                             (0, "delta", 4, "two", .4),
-                                             (1, "delta", 4, "two", .8), (0, "fastv", 64, "one", .9)):
-        result.append(dict(seed=seed, compressor=name, tokens=tokens, set=held_out, cider=100*f1, f1=f1))
-    (tmp_path/"captions.json").write_text(json.dumps(dict(patches=64, result=result)))
+    for seed, name, tokens, held_out, f1 in (
+        (0, "delta", 4, "one", 0.2),
+        (1, "delta", 4, "one", 0.6),
+        (0, "delta", 4, "two", 0.4),
+        (1, "delta", 4, "two", 0.8),
+        (0, "fastv", 64, "one", 0.9),
+    ):
+        result.append(dict(seed=seed, compressor=name, tokens=tokens, set=held_out, cider=100 * f1, f1=f1))
+    (tmp_path / "captions.json").write_text(json.dumps(dict(patches=64, result=result)))
     columns = evaluate.recorded_columns(6, tmp_path)
     keys = [tuple(row[:3]) for row in evaluate.paper_tables()["tables"]["6"]["rows"]]
     f1 = dict(zip(keys, columns["here: F1 of the objects"], strict=True))
@@ -264,22 +296,22 @@ def test_captions_stand_beside_table_6(tmp_path):
 
 
 def test_forced_choice_stands_beside_table_1(tmp_path):
-    mlp, delta = comparison("mlp", "64", .5, 1.), comparison("delta", "4", .1, closed_form_init=False)
+    mlp, delta = comparison("mlp", "64", 0.5, 1.0), comparison("delta", "4", 0.1, closed_form_init=False)
     write_comparison(tmp_path, mlp, delta)
-    texts, = evaluate.recorded_columns(1, tmp_path).values()
+    (texts,) = evaluate.recorded_columns(1, tmp_path).values()
     assert texts[0] == "75% (75%–75%, n=1)" and set(texts[1:]) == {"not run"}
-    write_comparison(tmp_path, comparison("prumerge", "36", .25))
-    texts, = evaluate.recorded_columns(1, tmp_path).values()
+    write_comparison(tmp_path, comparison("prumerge", "36", 0.25))
+    (texts,) = evaluate.recorded_columns(1, tmp_path).values()
     assert [t for t in texts if t != "not run"] == ["25% (25%–25%, n=1) at 36 tokens"]  # beside "~32"
-    assert evaluate.recorded_columns(2, tmp_path) == {"here": ["not run"]*3}
+    assert evaluate.recorded_columns(2, tmp_path) == {"here": ["not run"] * 3}
 
 
 def test_records_of_earlier_versions_are_read(tmp_path):
     "The committed records have the old names."
-    run = dict(label="mlp", calibrated=True, scores=dict(a={"64": dict(naming=.5)}))
+    run = dict(label="mlp", calibrated=True, scores=dict(a={"64": dict(naming=0.5)}))
     old = dict(recipe=dict(steps=9, batch_size=2), result=[run])
-    (tmp_path/"compare.json").write_text(json.dumps(old))
-    (heading, texts), = evaluate.recorded_columns(1, tmp_path).items()
+    (tmp_path / "compare.json").write_text(json.dumps(old))
+    ((heading, texts),) = evaluate.recorded_columns(1, tmp_path).items()
     assert "9×2 images" in heading and texts[0] == "50% (50%–50%, n=1)"
 
 
@@ -289,15 +321,15 @@ def test_figure_has_means_and_bars_to_the_extremes():
         for seed in (0, 1, 2):
             for name, budgets, factor in (("delta", (16, 4), 2), ("fastv", (64, 16, 4), 1)):
                 for tokens in budgets:
-                    f1 = (.1 + .2*seed)*factor*tokens/16
+                    f1 = (0.1 + 0.2 * seed) * factor * tokens / 16
                     rows.append(dict(seed=seed, compressor=name, tokens=tokens, set=held_out, f1=f1))
     fig = evaluate.draw_captions(dict(patches=64, result=rows), {"f1": "F1"})
     assert len(fig.axes) == 2
     for ax in fig.axes:
-        assert ax.get_lines()[0].get_ydata()[0] == pytest.approx(.3*4)  # all patches
+        assert ax.get_lines()[0].get_ydata()[0] == pytest.approx(0.3 * 4)  # all patches
         for container, factor in zip(ax.containers, (2, 1), strict=True):
             line, _, (bars,) = container.lines
             assert list(line.get_xdata()) == [4, 16]
-            assert list(line.get_ydata()) == pytest.approx([.3*factor/4, .3*factor])
-            assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([.1*factor, .5*factor])
+            assert list(line.get_ydata()) == pytest.approx([0.3 * factor / 4, 0.3 * factor])
+            assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([0.1 * factor, 0.5 * factor])
     plt.close(fig)

@@ -1,6 +1,7 @@
 """The authors' code, number by number: all cases of the fixtures in `--parity-dir` (data/parity/README.md).
 
 Which tensors a case compares (outputs, intermediates, gradients) is discovered from the fixtures."""
+
 from functools import cache
 
 import pytest
@@ -42,7 +43,7 @@ def authors_state(folder, name) -> dict:
     return state | {k: v for k, v in under(folder, "delta_llava", "state.").items() if k in missing}
 
 
-def build(folder, name, case, times=1.) -> DeltaProjector:
+def build(folder, name, case, times=1.0) -> DeltaProjector:
     "Our projector with the sizes of a fixture and its state, scaled by `times`."
     ctor = info(folder, name)["ctor"]
     fixed = (ctor["kv_dim"], ctor["qproj_ln_eps"], ctor["ntb_ln_eps"])
@@ -50,13 +51,20 @@ def build(folder, name, case, times=1.) -> DeltaProjector:
     levels, rest = divmod(ctor["multi_dim"], ctor["embed_dim"])
     assert rest == 0, "levels are concatenated whole"
     projector = DeltaProjector(
-        grid=case["raw_grid"], tokens=(case["raw_grid"]//case["scale_factor"])**2,
-        levels=tuple(range(levels)), d_vision=ctor["embed_dim"], d_llm=ctor["hidden_size"],
-        heads=ctor["num_heads"], rank=ctor["rank"],
-        head_dim=ctor["ntb_head_dim"], mlp_ratio=ctor["ntb_mlp_ratio"], mix_ratio=ctor["mix_block_ratio"],
-        drop_path=ctor["path_dropout"])
+        grid=case["raw_grid"],
+        tokens=(case["raw_grid"] // case["scale_factor"]) ** 2,
+        levels=tuple(range(levels)),
+        d_vision=ctor["embed_dim"],
+        d_llm=ctor["hidden_size"],
+        heads=ctor["num_heads"],
+        rank=ctor["rank"],
+        head_dim=ctor["ntb_head_dim"],
+        mlp_ratio=ctor["ntb_mlp_ratio"],
+        mix_ratio=ctor["mix_block_ratio"],
+        drop_path=ctor["path_dropout"],
+    )
     state = from_authors_state(authors_state(folder, name))
-    projector.load_state_dict({k: v*times for k, v in state.items()})
+    projector.load_state_dict({k: v * times for k, v in state.items()})
     return projector.eval()
 
 
@@ -101,8 +109,14 @@ def test_projector_intermediates(intermediate_case):
     mixed = projector.mix(rearrange(x, "b (row col) c -> b row col c", row=g))
     q, k, v = projector.queries(single, g), projector.k(multi), projector.v(multi)
     mixed = rearrange(mixed, "b row col c -> b c row col")
-    ours = dict(interp=to_grid(x), ntb=mixed, query=q, key=k, value=v,
-                attn=rearrange(projector.attend(q, k, v), "b v c -> 1 (v b) c"))
+    ours = dict(
+        interp=to_grid(x),
+        ntb=mixed,
+        query=q,
+        key=k,
+        value=v,
+        attn=rearrange(projector.attend(q, k, v), "b v c -> 1 (v b) c"),
+    )
     assert set(stored) == set(case["mid"]) <= set(ours)
     for key in stored:
         close(ours[key], stored[key], key)
@@ -136,11 +150,17 @@ def test_a_missing_gradient_counts_as_zero():
 
 # ---- its parts
 BLOCKS = {  # where each is in the projector
-    "MHCA": "mix.mhca.", "E_MHSA": "mix.emhsa.", "NTB": "mix.", "DeltaProjection": "q.", "Mlp": "mix.mlp."}
+    "MHCA": "mix.mhca.",
+    "E_MHSA": "mix.emhsa.",
+    "NTB": "mix.",
+    "DeltaProjection": "q.",
+    "Mlp": "mix.mlp.",
+}
 
 
 class OnImages(nn.Module):
     "A module on maps, called with images `[b, c, row, col]`."
+
     def __init__(self, module):
         super().__init__()
         self.module = module
@@ -152,6 +172,7 @@ class OnImages(nn.Module):
 
 class OnRaster(nn.Module):
     "EMHSA on a list of tokens: for raster pooling it is a map with one row."
+
     def __init__(self, module, reduction):
         super().__init__()
         self.module = module
@@ -172,24 +193,30 @@ def build_block(case):
         return module, OnRaster(module, ctor["sr_ratio"])
     if case["cls"] == "NTB":
         module = NTB(
-            ctor["in_channels"], ctor["out_channels"], ctor["head_dim"], ctor.get("mix_block_ratio", .75),
-            ctor.get("mlp_ratio", 2), ctor["path_dropout"], ctor.get("stride", 1))
+            ctor["in_channels"],
+            ctor["out_channels"],
+            ctor["head_dim"],
+            ctor.get("mix_block_ratio", 0.75),
+            ctor.get("mlp_ratio", 2),
+            ctor["path_dropout"],
+            ctor.get("stride", 1),
+        )
         return module, OnImages(module)
     if case["cls"] == "DeltaProjection":
         module = DeltaProjection(ctor["in_features"], ctor["out_features"], ctor["rank"])
         return module, module
     if case["cls"] == "Mlp":
         width = ctor["in_features"]
-        hidden = int(width*ctor["mlp_ratio"])
+        hidden = int(width * ctor["mlp_ratio"])
         module = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         return module, OnImages(module)
     pytest.fail(f"none of our parts corresponds to {case['cls']}")
 
 
-def run_block(folder, case, times=1.):
+def run_block(folder, case, times=1.0):
     "Output of one part for the stored input, and that input."
     name = case["name"]
-    state = {k: v*times for k, v in under(folder, "delta_blocks", f"state.{name}.").items()}
+    state = {k: v * times for k, v in under(folder, "delta_blocks", f"state.{name}.").items()}
     module, call = build_block(case)
     module.load_state_dict(from_authors_state(state, part_state_dict_map(BLOCKS[case["cls"]])))
     module.eval()
@@ -220,12 +247,12 @@ def test_geometry(geometry_case):
     stored = tensors(folder, name)
     if kind == "win":
         patches = rearrange(stored[f"in.{case['name']}"], "n b c -> b n c")
-        windows = to_windows(patches, case["token_grid"]//case["kernel"])
+        windows = to_windows(patches, case["token_grid"] // case["kernel"])
         close(rearrange(windows, "b v m c -> m (v b) c"), stored[f"out.{case['name']}"], case["name"])
     elif kind == "interp":
         grid, scale = map(int, numbers)
         patches = rearrange(stored[f"in.{case['name']}"], "b c row col -> b (row col) c")
-        close(to_grid(interpolate(patches, grid//scale)), stored[f"out.{case['name']}"], case["name"])
+        close(to_grid(interpolate(patches, grid // scale)), stored[f"out.{case['name']}"], case["name"])
     elif kind == "posembed":
         tables = [k for k in stored if k.startswith(("out.sincos", "out.abs_pos"))]
         assert tables
@@ -249,7 +276,7 @@ def table(key: str) -> torch.Tensor:
     if "first_last" in rest:
         out = out[[0, -1]]
     if "every" in rest:
-        out = out[:, ::int(rest.partition("every")[2])]
+        out = out[:, :: int(rest.partition("every")[2])]
     return out
 
 
@@ -267,29 +294,29 @@ def test_level_selection(selection_case):
     states = stored["in.hidden_states"][:, :, skip:]
     single, multi = states[case["select_layer"]], torch.cat([states[i] for i in case["layers"]], dim=-1)
     close(multi, stored[f"out.{case['name']}.multi"], "levels")
-    query_level = multi[..., -single.shape[-1]:]  # as the projector takes it
+    query_level = multi[..., -single.shape[-1] :]  # as the projector takes it
     close(query_level, stored[f"out.{case['name']}.single"], "query level")
     if skip:
-        assert VisionFeatures.of(multi).grid**2 == multi.shape[1]
+        assert VisionFeatures.of(multi).grid ** 2 == multi.shape[1]
 
 
 # ---- true widths, filled by a closed form
 @cache
-def real_projector(d_llm: int, times: float = 1.) -> DeltaProjector:
+def real_projector(d_llm: int, times: float = 1.0) -> DeltaProjector:
     with torch.device("meta"):
         projector = DeltaProjector(d_llm=d_llm)
     shapes = {k: tuple(v.shape) for k, v in to_authors_state(projector.state_dict()).items()}
-    state = {k: torch.from_numpy(fill(f"delta/{k}", shape))*times for k, shape in shapes.items()}
+    state = {k: torch.from_numpy(fill(f"delta/{k}", shape)) * times for k, shape in shapes.items()}
     projector.load_state_dict(from_authors_state(state), assign=True)
     return projector.eval()
 
 
-def real_output(case, times=1.):
+def real_output(case, times=1.0):
     single = torch.from_numpy(fill("delta/in.single", (1, 576, 1024), kind="input"))
     multi = torch.from_numpy(fill("delta/in.multi", (1, 576, 4096), kind="input"))
     projector = real_projector(case.get("hidden_size", 4096), times)
     with torch.no_grad():
-        return projector.project(multi, single, 24//case["scale_factor"])
+        return projector.project(multi, single, 24 // case["scale_factor"])
 
 
 def test_real_widths(real_case):

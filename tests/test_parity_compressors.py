@@ -1,6 +1,7 @@
 """Each compressor against its reference's numbers: every case of the fixtures in `--parity-dir`.
 
 `references.py` describes how a compressor is built and run; the comparisons are the same for all."""
+
 import pytest
 import torch
 from parity import cases, close, gradient, info, tensors, under
@@ -15,7 +16,6 @@ WITH_REAL = [reference for reference in REFERENCES if reference.real is not None
 
 def real_reference(case):
     return next(r for r in WITH_REAL if case["name"].startswith(r.real.cases))
-
 
 
 def pytest_generate_tests(metafunc):
@@ -100,15 +100,16 @@ def test_state_round_trip(case, with_prefix):
         assert_close(back[key], tensor, rtol=0, atol=0)
 
 
-def backward(reference, folder, case, scale=1.):
+def backward(reference, folder, case, scale=1.0):
     "Gradients of inputs (`gin`) and parameters (`gp`, by the reference's names) of `(out·cot).sum()`."
     module = reference.load(folder, case, scale)
     inputs = {k: v.clone().requires_grad_() for k, v in reference.inputs(folder, case).items()}
     out = reference.run(module, inputs, case)["out"]
-    (out*tensors(folder, reference.fixture)[f"cot.{case['name']}"]).sum().backward()
+    (out * tensors(folder, reference.fixture)[f"cot.{case['name']}"]).sum().backward()
     by_parameter = {name: gradient(p) for name, p in module.named_parameters()}
-    return dict(gin={k: gradient(v) for k, v in inputs.items()},
-                gp=to_reference(by_parameter, module.state_dict_map))
+    return dict(
+        gin={k: gradient(v) for k, v in inputs.items()}, gp=to_reference(by_parameter, module.state_dict_map)
+    )
 
 
 def stored_gradients(reference, folder, case) -> dict:

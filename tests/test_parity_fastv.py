@@ -37,6 +37,7 @@ IMAGE, PAD = 7, 0
 def pytest_generate_tests(metafunc):
     for kind in ("selection", "llama"):
         if f"{kind}_case" in metafunc.fixturenames:
+
             def of_kind(name, case, kind=kind):
                 return case["name"].startswith("llama") == (kind == "llama")
 

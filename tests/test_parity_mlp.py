@@ -1,4 +1,5 @@
 "LLaVA's MLP and M3: what the shared comparison (`test_parity_compressors.py`) does not cover."
+
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_m3_pools_the_output_of_the_mlp(mlp_case, tokens):
     m3 = build_compressor("m3", M3Config.from_dict(mlp.config.to_dict()))
     m3.load_state_dict(mlp.state_dict())
     stored = tensors(folder, name)[f"out.{case['name']}"]
-    cells = avg_pool2d(stored.mT.unflatten(-1, (4, 4)), 4//math.isqrt(tokens))
+    cells = avg_pool2d(stored.mT.unflatten(-1, (4, 4)), 4 // math.isqrt(tokens))
     close(m3(tensors(folder, name)["in.x"], tokens=tokens), cells.flatten(2).mT, "output")
 
 

@@ -1,4 +1,5 @@
 "MQT: what holds for it alone; the comparison with its reference is in `test_parity_compressors.py`."
+
 from dataclasses import replace
 
 import pytest
@@ -94,7 +95,7 @@ def test_folded_uses_both_orders():
     "Few tokens average first; many project first."
     config = replace(SMALL, grid=4, tokens=16, heads=2)
     n, c, heads = 16, config.d_vision, config.heads
-    assert {v*(heads*n + c) < n*(v + c) for v in range(1, 17)} == {True, False}
+    assert {v * (heads * n + c) < n * (v + c) for v in range(1, 17)} == {True, False}
     folded = small_module("mqt", config).fold()
     with pytest.raises(ValueError, match=r"fold\(grid=5\) makes others"):
         folded(features(grid=5))
@@ -105,7 +106,8 @@ def test_attention_weights_do_not_depend_on_the_image():
     module = small_module("mqt", SMALL)
     weights = []
     hook = module.resample.attend.register_forward_pre_hook(
-        lambda attend, args: weights.append(attend.attention_weights(*args[:2])))
+        lambda attend, args: weights.append(attend.attention_weights(*args[:2]))
+    )
     for seed in (1, 2):
         module(features(seed=seed))
     hook.remove()
@@ -118,10 +120,14 @@ def test_attention_is_that_of_pytorch():
     attend = QueryAttention(32, 4)
     nn.init.normal_(attend.qkv.bias)
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
-    theirs.load_state_dict({
-        "in_proj_weight": attend.qkv.weight, "in_proj_bias": attend.qkv.bias,
-        "out_proj.weight": attend.out.weight, "out_proj.bias": attend.out.bias,
-    })
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": attend.qkv.weight,
+            "in_proj_bias": attend.qkv.bias,
+            "out_proj.weight": attend.out.weight,
+            "out_proj.bias": attend.out.bias,
+        }
+    )
     q, k, v = torch.randn(1, 5, 32), torch.randn(3, 9, 32), torch.randn(3, 9, 32)
     assert_close(attend(q, k, v), theirs(q.expand(3, -1, -1), k, v)[0])
     shared = k[:1].expand(3, -1, -1)
@@ -142,11 +148,13 @@ def test_initialization_of_the_reference():
     module = MQT(replace(SMALL, d_vision=256, d_llm=400, queries=64))
     attend = module.resample.attend
     expected = {
-        module.resample.query: .02, module.out_proj.weight: 400**-.5, attend.out.weight: .02,
-        attend.qkv.weight: (2/(256 + 768))**.5,
+        module.resample.query: 0.02,
+        module.out_proj.weight: 400**-0.5,
+        attend.out.weight: 0.02,
+        attend.qkv.weight: (2 / (256 + 768)) ** 0.5,
     }
     for tensor, std in expected.items():
-        assert abs(tensor.std().item()/std - 1) < .05
+        assert abs(tensor.std().item() / std - 1) < 0.05
     assert not attend.qkv.bias.any() and not attend.out.bias.any()
 
 
@@ -156,10 +164,18 @@ def test_train_budgets():
     assert replace(SMALL, queries=1, tokens=1).train_budgets() == [1]
 
 
-@pytest.mark.parametrize("fields,message", [
-    (dict(tokens=17), "one of 1..16"), (dict(tokens=0), "one of 1..16"), (dict(tokens=True), "tokens=True"),
-    (dict(queries=12), "queries=12 must be a square"), (dict(queries=0), "queries=0 must be a positive"),
-    (dict(heads=5), "heads=5 must divide d_vision=32"), (dict(d_vision=6, heads=2), "multiple of 4")])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(tokens=17), "one of 1..16"),
+        (dict(tokens=0), "one of 1..16"),
+        (dict(tokens=True), "tokens=True"),
+        (dict(queries=12), "queries=12 must be a square"),
+        (dict(queries=0), "queries=0 must be a positive"),
+        (dict(heads=5), "heads=5 must divide d_vision=32"),
+        (dict(d_vision=6, heads=2), "multiple of 4"),
+    ],
+)
 def test_refused_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **fields)

@@ -1,4 +1,5 @@
 "PruMerge and PruMerge+: the selection of its reference, and what holds for it alone."
+
 from dataclasses import replace
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_selection(stored_case):
         order = select_adaptive(x.cls_attention, model.config.plus, batch_statistics=True)[0]
     else:
         order = select_fixed(x.cls_attention, case["kept"], model.config.plus)
-    rest = order[:, case["kept"]:]
+    rest = order[:, case["kept"] :]
     assert torch.equal(rest, stored["compl"]) and rest.shape[1] == case["complement"]
 
 
@@ -84,22 +85,22 @@ def test_what_the_reference_cannot_do(refused_case):
     out, mask = model.forward_with_mask(x)
     assert len(x.levels) > 1 and mask.shape == out.shape[:2]
     for i, v in enumerate(mask.sum(1)):
-        assert_close(model(image(x, i)), out[i:i+1, :v], rtol=0, atol=1e-5)
+        assert_close(model(image(x, i)), out[i : i + 1, :v], rtol=0, atol=1e-5)
 
 
 # ---- its own rules
 def some(b=3, grid=6, c=8, levels=2) -> VisionFeatures:
     "Random features whose attention has outliers, more of them in later images."
     random = torch.Generator().manual_seed(0)
-    scores = torch.randn(b, grid**2 + 1, generator=random)*(1 + torch.arange(b)[:, None])
-    patches = torch.randn(b, grid**2, levels*c, generator=random)
+    scores = torch.randn(b, grid**2 + 1, generator=random) * (1 + torch.arange(b)[:, None])
+    patches = torch.randn(b, grid**2, levels * c, generator=random)
     keys = torch.randn(b, grid**2, c, generator=random)
     return VisionFeatures(patches, grid, scores.softmax(-1)[:, 1:], keys)
 
 
 def image(x: VisionFeatures, i: int) -> VisionFeatures:
     "One image of a batch."
-    return VisionFeatures(x.levels[i:i+1], x.grid, x.cls_attention[i:i+1], x.keys[i:i+1])
+    return VisionFeatures(x.levels[i : i + 1], x.grid, x.cls_attention[i : i + 1], x.keys[i : i + 1])
 
 
 def tiny(grid=6, c=8, tokens=5, **fields) -> PruMerge:
@@ -115,17 +116,17 @@ def plain_tokens(x: VisionFeatures, tokens: int, plus: bool, c: int, neighbors=3
     n = x.grid**2
     spaced = []
     if plus and tokens > 2:
-        step = n // ((tokens - 1)//2)
-        spaced = list(range(step//2, n - 1, step))
-    kept = attention.argsort(descending=True).tolist()[:tokens - 1 - len(spaced)] + spaced
+        step = n // ((tokens - 1) // 2)
+        spaced = list(range(step // 2, n - 1, step))
+    kept = attention.argsort(descending=True).tolist()[: tokens - 1 - len(spaced)] + spaced
     rest = sorted(set(range(n)) - set(kept))
-    rest = rest[len(kept) - len(set(kept)):]
+    rest = rest[len(kept) - len(set(kept)) :]
     out = []
     for position, i in enumerate(kept):
-        others = kept[:position] + kept[position+1:] + rest
+        others = kept[:position] + kept[position + 1 :] + rest
         nearest = (keys[others] @ keys[i]).topk(min(neighbors, len(others))).indices.tolist()
-        out.append(patches[i] + sum(attention[others[j]]*patches[others[j]] for j in nearest))
-    out.append(sum((attention[j]*patches[j] for j in rest), torch.zeros(c)))
+        out.append(patches[i] + sum(attention[others[j]] * patches[others[j]] for j in nearest))
+    out.append(sum((attention[j] * patches[j] for j in rest), torch.zeros(c)))
     return torch.stack(out)
 
 
@@ -134,7 +135,7 @@ def plain_tokens(x: VisionFeatures, tokens: int, plus: bool, c: int, neighbors=3
 def test_every_budget_equals_the_plain_form(grid, neighbors, plus):
     model = tiny(grid, plus=plus, tokens=2, neighbors=neighbors)
     x = some(2, grid)
-    assert model.config.budgets(grid) == list(range(2, grid*grid + 1))
+    assert model.config.budgets(grid) == list(range(2, grid * grid + 1))
     for tokens in model.config.budgets(grid):
         out, mask = model.forward_with_mask(x, tokens=tokens)
         assert out.shape == (2, tokens, 12) and mask.all()
@@ -143,20 +144,22 @@ def test_every_budget_equals_the_plain_form(grid, neighbors, plus):
             assert_close(out[i], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [1/2, 1/3, 1/4, 1/5, 1/7, 1/8, 1/9, 1/16, 1/18, .3, .4, .15, .09])
+@pytest.mark.parametrize(
+    "share", [1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 7, 1 / 8, 1 / 9, 1 / 16, 1 / 18, 0.3, 0.4, 0.15, 0.09]
+)
 def test_spaced_patches_are_the_references(share):
     "Its call has a share of the patches where ours has a budget."
-    step = int(1/share)
-    theirs = list(range(step//2, 575, step))
-    assert spaced_patches(576, int(576*share) + len(theirs)).tolist() == theirs
+    step = int(1 / share)
+    theirs = list(range(step // 2, 575, step))
+    assert spaced_patches(576, int(576 * share) + len(theirs)).tolist() == theirs
 
 
 def test_a_patch_that_is_kept_twice_costs_another():
     attention = torch.zeros(1, 36)
-    attention[0, [3, 9, 20]] = torch.tensor([.3, .2, .1])
+    attention[0, [3, 9, 20]] = torch.tensor([0.3, 0.2, 0.1])
     order = select_fixed(attention, 6, plus=True)[0].tolist()  # spaced: 6, 18, 30
     assert order[:6] == [3, 9, 20, 6, 18, 30]
-    attention[0, 6] = .4
+    attention[0, 6] = 0.4
     order = select_fixed(attention, 6, plus=True)[0].tolist()
     assert order[:6] == [6, 3, 9, 6, 18, 30] and 0 not in order and len(order) == 36
     keys = torch.randn(1, 36, 4)
@@ -179,7 +182,7 @@ def test_images_of_a_batch_are_independent(plus):
         alone, alone_mask = model.forward_with_mask(image(x, i))
         assert alone_mask.all()
         assert_close(alone[0], out[i, :v], rtol=0, atol=1e-5)
-        assert torch.equal(model.select(image(x, i))[0][0], kept[i, :v-1])
+        assert torch.equal(model.select(image(x, i))[0][0], kept[i, : v - 1])
         if not plus:  # the same number as a fixed budget
             assert_close(tiny()(image(x, i), tokens=v)[0], out[i, :v], rtol=0, atol=1e-5)
 
@@ -189,12 +192,12 @@ def test_the_adaptive_number_is_that_of_the_rule():
     numbers = tiny(adaptive=True).select(x)[1].sum(1).tolist()
     for attention, number in zip(x.cls_attention.numpy(), numbers, strict=True):
         q1, q3 = np.percentile(attention, [25, 75])
-        assert number == max(1, int((attention > q3 + 1.5*(q3 - q1)).sum()))
+        assert number == max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
     pooled = x.cls_attention.numpy().ravel()
     q1, q3 = np.percentile(pooled, [25, 75])
-    share = (pooled > q3 + 1.5*(q3 - q1)).mean()
+    share = (pooled > q3 + 1.5 * (q3 - q1)).mean()
     of_the_batch = tiny(adaptive=True, batch_statistics=True).select(x)[1].sum(1)
-    assert (of_the_batch == int(36*share)).all()
+    assert (of_the_batch == int(36 * share)).all()
 
 
 def test_spaced_patches_of_an_adaptive_number():
@@ -203,13 +206,13 @@ def test_spaced_patches_of_an_adaptive_number():
     kept, kept_mask = tiny(12, adaptive=True, plus=True).select(x)
     for i, k in enumerate(outlier_mask.sum(1).tolist()):
         top = outliers[i, :k].tolist()
-        step = int(int(1/(k/144))/3)
+        step = int(int(1 / (k / 144)) / 3)
         spaced = [p for p in range(0, 143, step) if p not in top]
         assert kept[i][kept_mask[i]].tolist() == top + spaced
 
 
 def test_without_an_outlier_one_patch_is_kept():
-    x = replace(some(2), cls_attention=torch.full((2, 36), 1/37))
+    x = replace(some(2), cls_attention=torch.full((2, 36), 1 / 37))
     for plus in (False, True):
         kept, mask = tiny(adaptive=True, plus=plus).select(x)
         assert kept[:, 0].tolist() == [0, 0] and mask.any(1).all()
@@ -238,7 +241,7 @@ def test_half_precision_keeps_the_same_patches():
     half = replace(x, levels=x.levels.bfloat16())
     out = model.bfloat16()(half)
     assert out.dtype == torch.bfloat16 and torch.equal(model.select(half)[0], expected)
-    assert_close(out.float(), exact, rtol=.1, atol=.1)
+    assert_close(out.float(), exact, rtol=0.1, atol=0.1)
 
 
 def test_a_fixed_budget_needs_no_values():

@@ -1,4 +1,5 @@
 "QueCC: what holds for it alone; the comparison with its reference is in `test_parity_compressors.py`."
+
 from dataclasses import replace
 
 import pytest
@@ -25,20 +26,22 @@ def given(batch=2, grid=6, channels=64, d_text=24):
     return features, torch.randn(batch, 1, d_text)
 
 
-@pytest.mark.parametrize("grid,levels,d_vision,heads,d_llm,d_text", [
-    (6, (3,), 16, 1, 40, None), (7, (1, 2), 32, 4, 24, 10), (12, (0, 5, 9), 24, 8, 8, None)])
+@pytest.mark.parametrize(
+    "grid,levels,d_vision,heads,d_llm,d_text",
+    [(6, (3,), 16, 1, 40, None), (7, (1, 2), 32, 4, 24, 10), (12, (0, 5, 9), 24, 8, 8, None)],
+)
 def test_every_budget_of_any_grid_and_width(grid, levels, d_vision, heads, d_llm, d_text):
-    x, text = given(grid=grid, channels=len(levels)*d_vision, d_text=d_text or d_llm)
+    x, text = given(grid=grid, channels=len(levels) * d_vision, d_text=d_text or d_llm)
     fields = dict(grid=grid, levels=levels, d_vision=d_vision, heads=heads, d_llm=d_llm, d_text=d_text)
-    for g in range(1, grid+1):
+    for g in range(1, grid + 1):
         if grid % g:
             with pytest.raises(ValueError, match="as the kernel of QueCCConfig requires; use one of"):
-                small(tokens=g*g, **fields)
+                small(tokens=g * g, **fields)
             continue
-        model = small(tokens=g*g, **fields)
-        assert model.config.budgets(grid) == [g*g] and model.config.kernel == grid//g
-        for out in (model(x, text=text), model(x, tokens=g*g, text=text)):
-            assert out.shape == (2, g*g, d_llm) and out.isfinite().all()
+        model = small(tokens=g * g, **fields)
+        assert model.config.budgets(grid) == [g * g] and model.config.kernel == grid // g
+        for out in (model(x, text=text), model(x, tokens=g * g, text=text)):
+            assert out.shape == (2, g * g, d_llm) and out.isfinite().all()
 
 
 def test_another_grid_has_the_budget_that_the_kernel_makes_of_it():
@@ -78,7 +81,7 @@ def test_a_question_of_another_precision():
     for question in (text, text.bfloat16()):
         out = model(x.bfloat16(), text=question)
         assert out.dtype == torch.bfloat16
-        assert (out.float() - exact).norm() < .03*exact.norm()
+        assert (out.float() - exact).norm() < 0.03 * exact.norm()
 
 
 def test_initialization_of_the_reference():
@@ -86,20 +89,26 @@ def test_initialization_of_the_reference():
     model = small(d_vision=128, heads=8)
     with torch.no_grad():
         for p in model.parameters():
-            p.fill_(7.)
+            p.fill_(7.0)
     model.reset_parameters()
     fan_in = {
-        model.text[0]: 24, model.q[0]: 128, model.k[0]: 256, model.v[2]: 128, model.shrink: 4,
-        model.attend.out: 128, model.mlp[0]: 128, model.mlp[2]: 24,
+        model.text[0]: 24,
+        model.q[0]: 128,
+        model.k[0]: 256,
+        model.v[2]: 128,
+        model.shrink: 4,
+        model.attend.out: 128,
+        model.mlp[0]: 128,
+        model.mlp[2]: 24,
     }
     for module, inputs in fan_in.items():
-        limit = inputs**-.5
+        limit = inputs**-0.5
         assert module.weight.abs().max() <= limit
-        assert abs(module.weight.std()*3**.5/limit - 1) < .06, "uniform, not normal"
+        assert abs(module.weight.std() * 3**0.5 / limit - 1) < 0.06, "uniform, not normal"
         if module is not model.attend.out:
             assert 0 < module.bias.abs().max() <= limit
-    xavier = (6/(128 + 3*128))**.5
-    assert .99*xavier < model.attend.qkv.weight.abs().max() <= xavier
+    xavier = (6 / (128 + 3 * 128)) ** 0.5
+    assert 0.99 * xavier < model.attend.qkv.weight.abs().max() <= xavier
     assert not model.attend.qkv.bias.any() and not model.attend.out.bias.any()
     for norm in (model.text[1], model.q[3], model.k[3], model.v[3]):
         assert (norm.weight == 1).all() and not norm.bias.any()

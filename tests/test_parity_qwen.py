@@ -1,4 +1,5 @@
 "Qwen-VL's resampler: what holds for it alone; see `test_parity_compressors.py` for the comparison."
+
 from dataclasses import replace
 
 import pytest
@@ -70,10 +71,17 @@ def test_heads_of_the_reference():
     assert [QwenConfig(d_llm=d).n_heads for d in widths] == [32, 40, 16, 6, 4, 1]
 
 
-@pytest.mark.parametrize("fields,message", [
-    (dict(tokens=10), "tokens=10 must be a square"), (dict(tokens=0), "tokens=0 must be a positive"),
-    (dict(tokens=True), "tokens=True"), (dict(heads=5), "heads=5 must divide d_llm=24"),
-    (dict(heads=0), "heads=0 must be a positive"), (dict(d_llm=30), "d_llm=30 must be a multiple of 4")])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(tokens=10), "tokens=10 must be a square"),
+        (dict(tokens=0), "tokens=0 must be a positive"),
+        (dict(tokens=True), "tokens=True"),
+        (dict(heads=5), "heads=5 must divide d_llm=24"),
+        (dict(heads=0), "heads=0 must be a positive"),
+        (dict(d_llm=30), "d_llm=30 must be a multiple of 4"),
+    ],
+)
 def test_refused_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **fields)

@@ -9,6 +9,7 @@ with a token on the left. Two things of the reference cannot be expressed, and a
   the `train` cases): an image that no text names is an error;
 - a row that supervises nothing, in the prompt (row 2 of the `train` cases) or because its answer was cut
   off (row 0 of `train_trunc`)."""
+
 from functools import cache
 
 import pytest
@@ -56,6 +57,7 @@ def test_every_kind_has_a_case(pytestconfig):
 
 # ---------------------------------------------------------------- the stored cases
 
+
 def stored_input(folder, case, key):
     return tensors(folder, NAME)[f"in.{case['name']}.{key}"]
 
@@ -86,6 +88,7 @@ def named_images(rows) -> list:
 
 # ---------------------------------------------------------------- ours
 
+
 def word(i):
     return "<image>" if i == IMAGE else f"w{i:02}"
 
@@ -95,7 +98,7 @@ def text_of(ids):
 
 
 def blank_images(n):
-    return [Image.new("RGB", (8, 8))]*n
+    return [Image.new("RGB", (8, 8))] * n
 
 
 @cache
@@ -105,8 +108,13 @@ def make_processor(folder):
     n_visual = tensors(folder, NAME)["in.image_features"].shape[1]
     tokenizer = Tokenizer(models.WordLevel({word(i): i for i in range(n_words)}, unk_token=word(PAD)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=word(BOS), eos_token=word(EOS),
-                                        pad_token=word(PAD), chat_template=TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=word(BOS),
+        eos_token=word(EOS),
+        pad_token=word(PAD),
+        chat_template=TEMPLATE,
+    )
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8)
     return build_processor(image_processor, tokenizer, tokens=n_visual)
 
@@ -116,12 +124,24 @@ def make_model(folder) -> DeltaLlavaForConditionalGeneration:
     "A small LLM with the fixture's table; what `<image>` itself is embedded as must never be used."
     table = tensors(folder, NAME)["state.embed_tokens.weight"]
     n, width = table.shape
-    llm = llm_config(vocab_size=n+1, hidden_size=width, intermediate_size=8, num_hidden_layers=1,
-                     num_attention_heads=1, num_key_value_heads=1, bos_token_id=BOS, eos_token_id=EOS,
-                     pad_token_id=PAD)
+    llm = llm_config(
+        vocab_size=n + 1,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     _, vision_config, _ = TOWERS["clip_b32_224"]
-    config = DeltaLlavaConfig(vision_config=vision_config(), text_config=llm, image_token_index=n,
-                              projector=projector_config(d_llm=width).to_dict())
+    config = DeltaLlavaConfig(
+        vision_config=vision_config(),
+        text_config=llm,
+        image_token_index=n,
+        projector=projector_config(d_llm=width).to_dict(),
+    )
     model = DeltaLlavaForConditionalGeneration(config)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(torch.cat([table, torch.full((1, width), torch.nan)]))
@@ -132,15 +152,20 @@ def encode(folder, case):
     "The rows through the processor."
     rows = stored_rows(folder, case)
     max_length = case["config"].get("tokenizer_model_max_length")
-    return make_processor(folder)(images=blank_images(len(named_images(rows))),
-                                  text=[text_of(row) for row in rows], max_length=max_length)
+    return make_processor(folder)(
+        images=blank_images(len(named_images(rows))),
+        text=[text_of(row) for row in rows],
+        max_length=max_length,
+    )
 
 
 def embed(folder, batch, images):
     "What the model hands to its LLM."
     embeddings = []
+
     def keep(module, args, kwargs):
         embeddings.append(kwargs["inputs_embeds"])
+
     model = make_model(folder)
     visual = {"image": BaseModelOutputWithPooling(pooler_output=list(images))}
     with model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True), torch.no_grad():
@@ -148,11 +173,11 @@ def embed(folder, batch, images):
     return embeddings[0]
 
 
-def spliced(folder, case, scale=1.) -> list:
+def spliced(folder, case, scale=1.0) -> list:
     "Embeddings of each row without padding; visual tokens scaled by `scale`."
     batch = encode(folder, case)
     images = tensors(folder, NAME)["in.image_features"][named_images(stored_rows(folder, case))]
-    embeddings = embed(folder, batch, images*scale)
+    embeddings = embed(folder, batch, images * scale)
     return [row[real.bool()] for row, real in zip(embeddings, batch["attention_mask"], strict=True)]
 
 
@@ -193,8 +218,11 @@ def case_rows(folder, case) -> list:
     rows = []
     for i, (row, labels) in enumerate(zip(ids, stored_input(folder, case, "labels"), strict=True)):
         named = [str(next(numbers)) for _ in range(row.count(IMAGE))]
-        rows.append(dict(id=str(i), image=named[0] if named else None,
-                         conversations=conversation(row, labels.tolist())))
+        rows.append(
+            dict(
+                id=str(i), image=named[0] if named else None, conversations=conversation(row, labels.tolist())
+            )
+        )
     return rows
 
 
@@ -202,8 +230,12 @@ def collated(folder, case) -> tuple:
     "Numbers of the rows that supervise something, and the batch that the collator makes of them."
     rows, features = case_rows(folder, case), tensors(folder, NAME)["in.image_features"]
     max_length = case["config"].get("tokenizer_model_max_length")
-    collate = Collator(processor=make_processor(folder), max_length=max_length, features=features,
-                       paths=[str(i) for i in range(len(features))])
+    collate = Collator(
+        processor=make_processor(folder),
+        max_length=max_length,
+        features=features,
+        paths=[str(i) for i in range(len(features))],
+    )
     labels = expected_rows(folder, case, "labels")
     supervised = [i for i, row in enumerate(labels) if (row >= 0).any()]
     for i in set(range(len(rows))) - set(supervised):
@@ -234,6 +266,7 @@ def test_training_batch_has_the_same_sequence(labelled_case):
 
 
 # ---------------------------------------------------------------- what cannot be expressed
+
 
 def test_which_rows_cannot_be_expressed(inexpressible_case):
     folder, _, case = inexpressible_case

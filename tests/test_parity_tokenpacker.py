@@ -1,4 +1,5 @@
 "TokenPacker: what holds for it alone; the comparison with its reference is in `test_parity_compressors.py`."
+
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,14 @@ def small(**fields) -> TokenPacker:
     return build_compressor("tokenpacker", replace(SMALL, **fields)).eval()
 
 
-@pytest.mark.parametrize("grid,levels,d_vision,heads,d_llm", [
-    (6, (3,), 16, 1, 40), (7, (1, 2), 32, 4, 24), (12, (0, 5, 9), 24, 8, 8)])
+@pytest.mark.parametrize(
+    "grid,levels,d_vision,heads,d_llm",
+    [(6, (3,), 16, 1, 40), (7, (1, 2), 32, 4, 24), (12, (0, 5, 9), 24, 8, 8)],
+)
 def test_every_budget_of_any_grid_and_width(grid, levels, d_vision, heads, d_llm):
     model = small(grid=grid, tokens=4, levels=levels, d_vision=d_vision, heads=heads, d_llm=d_llm)
-    x = torch.randn(2, grid**2, len(levels)*d_vision)
-    assert model.config.budgets(grid) == [g*g for g in range(1, grid+1)]
+    x = torch.randn(2, grid**2, len(levels) * d_vision)
+    assert model.config.budgets(grid) == [g * g for g in range(1, grid + 1)]
     for tokens in model.config.budgets(grid):
         out = model(x, tokens=tokens)
         assert out.shape == (2, tokens, d_llm) and out.isfinite().all()
@@ -49,7 +52,8 @@ def test_the_query_level_is_downsampled_in_float32(monkeypatch):
 
     def record(x, g):
         dtypes.append(x.dtype)
-        return x[:, :g*g]
+        return x[:, : g * g]
+
     monkeypatch.setattr(tokenpacker, "interpolate", record)
     small().bfloat16()(torch.randn(1, 36, 64).bfloat16())
     assert dtypes == [torch.float32]
@@ -59,16 +63,16 @@ def test_initialization_of_the_reference():
     model = small(d_vision=256, heads=8)
     with torch.no_grad():
         for p in model.parameters():
-            p.fill_(7.)
+            p.fill_(7.0)
     model.reset_parameters()
     for name, p in model.named_parameters():
         norm = name in ("q.1.weight", "k.3.weight", "v.3.weight")
         if norm or name.endswith("bias"):
             assert (p == int(norm)).all(), name
         elif name != "attend.qkv.weight":
-            assert abs(p.std() - .02) < .001 and abs(p.mean()) < .001, name
-    limit = (6/(256 + 3*256))**.5  # Xavier over the stacked q, k and v
-    assert .99*limit < model.attend.qkv.weight.abs().max() <= limit
+            assert abs(p.std() - 0.02) < 0.001 and abs(p.mean()) < 0.001, name
+    limit = (6 / (256 + 3 * 256)) ** 0.5  # Xavier over the stacked q, k and v
+    assert 0.99 * limit < model.attend.qkv.weight.abs().max() <= limit
 
 
 def test_sizes_of_the_reference():

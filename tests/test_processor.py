@@ -1,4 +1,5 @@
 "Prompts, image tokens and labels: templates to the letter, left padding, whole images, spans of the answers."
+
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, Pr
 from delta_llava.processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor, as_messages, build_processor
 
 # strings of LLaVA's conversation.py (haotian-liu/LLaVA @ c121f04, Apache-2.0)
-PROMPTS = json.loads((Path(__file__).parent/"data"/"prompts.json").read_text())
+PROMPTS = json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())
 CHATML = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -67,6 +68,7 @@ def first_learned(row):
 
 # ---------------------------------------------------------------- templates
 
+
 @pytest.mark.parametrize("template,name", [(t, n) for t, prompts in PROMPTS.items() for n in prompts])
 def test_renderings_are_llavas(template, name):
     conversation = CONVERSATIONS[name]
@@ -106,8 +108,9 @@ def test_chatml_has_no_system_prompt_of_its_own():
 
 def test_chat_is_the_llms_own_template():
     processor = make_processor("chat")
-    expected = processor.tokenizer.apply_chat_template(QA[:1], add_generation_prompt=True, tokenize=False,
-                                                       chat_template=CHATML)
+    expected = processor.tokenizer.apply_chat_template(
+        QA[:1], add_generation_prompt=True, tokenize=False, chat_template=CHATML
+    )
     assert processor.build_prompt(QA[:1]) == expected
 
 
@@ -117,6 +120,7 @@ def test_own_system_prompt():
 
 
 # ---------------------------------------------------------------- prompts
+
 
 @pytest.mark.parametrize("template", ALL_TEMPLATES)
 def test_a_plain_question_is_the_first_message(template):
@@ -134,7 +138,7 @@ def test_a_question_names_as_many_images_as_there_are(images):
     prompt = processor.build_prompt("Which one?", images=images)
     assert prompt.count("<image>") == images
     given = [make_image(i) for i in range(images)]
-    assert (processor(given or None, prompt).input_ids == IMAGE).sum() == 4*images
+    assert (processor(given or None, prompt).input_ids == IMAGE).sum() == 4 * images
 
 
 @pytest.mark.parametrize("template", ALL_TEMPLATES)
@@ -147,7 +151,8 @@ def test_inference_asks_in_the_form_of_training(template, tokenizer_adds_bos, te
     bos = tokenizer.bos_token_id
     if tokenizer_adds_bos:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)])
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
+        )
     if template_writes_bos:
         own = processor.chat_template.removeprefix(JOIN_PARTS)
         processor.chat_template = JOIN_PARTS + "{{- bos_token -}}" + own
@@ -155,12 +160,12 @@ def test_inference_asks_in_the_form_of_training(template, tokenizer_adds_bos, te
     for conversation in (QA, TWO_ANSWERS):
         row = processor.encode_conversation(conversation)
         assert row["input_ids"].count(bos) == expected
-        assert row["input_ids"][:1] == [bos]*expected or not expected
+        assert row["input_ids"][:1] == [bos] * expected or not expected
         assert bos not in row["labels"]
         for i in range(1, len(conversation), 2):
             prompt = processor.build_prompt(conversation[:i])
             ids = processor(make_image(), prompt).input_ids[0].tolist()
-            assert row["input_ids"][:len(ids)] == ids
+            assert row["input_ids"][: len(ids)] == ids
             assert row["labels"][len(ids)] >= 0
             assert i > 1 or first_learned(row) == len(ids)
 
@@ -177,12 +182,13 @@ def test_bos_is_not_doubled_nor_learned():
 
 # ---------------------------------------------------------------- calls
 
+
 def test_image_tokens_and_pixels():
     processor = make_processor()
     out = processor([make_image(), make_image(1)], ["<image> <image>", "none"], tokens=9)
     assert (out.input_ids == IMAGE).sum(1).tolist() == [18, 0]
     assert out.pixel_values.shape == (2, 3, 224, 224) and out.pixel_values.dtype == torch.float32
-    assert out.input_ids[0].tolist() == [IMAGE]*9 + processor.tokenizer(" ").input_ids + [IMAGE]*9
+    assert out.input_ids[0].tolist() == [IMAGE] * 9 + processor.tokenizer(" ").input_ids + [IMAGE] * 9
     assert (processor(make_image(), "<image>").input_ids == IMAGE).sum() == 4  # the processor's own budget
     assert "pixel_values" not in processor(text="none")
 
@@ -191,10 +197,10 @@ def test_images_are_opened_as_in_training(tmp_path):
     "Paths, open files and PIL images, nested or not; transparency is white, EXIF rotations are applied."
     processor = make_processor()
     image = make_image()
-    image.save(tmp_path/"a.png")
+    image.save(tmp_path / "a.png")
     expected = processor(image, "<image>").pixel_values
-    with open(tmp_path/"a.png", "rb") as file:
-        for given in (tmp_path/"a.png", str(tmp_path/"a.png"), file, [[image]]):
+    with open(tmp_path / "a.png", "rb") as file:
+        for given in (tmp_path / "a.png", str(tmp_path / "a.png"), file, [[image]]):
             assert torch.equal(processor(given, "<image>").pixel_values, expected)
     assert torch.equal(processor(np.asarray(image), "<image>").pixel_values, expected)
     transparent = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
@@ -202,15 +208,16 @@ def test_images_are_opened_as_in_training(tmp_path):
     expected = processor(white, "<image>").pixel_values
     assert torch.equal(processor(transparent, "<image>").pixel_values, expected)
     with pytest.raises(ValueError, match="lost.png"):
-        processor(tmp_path/"lost.png", "<image>")
+        processor(tmp_path / "lost.png", "<image>")
 
 
 def test_chat_template_with_images_in_one_call():
     processor = make_processor("chat")
     parts = [dict(type="image", image=make_image()), dict(type="text", text="What is it?")]
     conversation = [dict(role="user", content=parts)]
-    out = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True,
-                                        return_dict=True, return_tensors="pt")
+    out = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     by_hand = processor(make_image(), processor.build_prompt(conversation))
     assert sorted(out) == sorted(by_hand)
     assert torch.equal(out.input_ids, by_hand.input_ids)
@@ -220,30 +227,40 @@ def test_chat_template_with_images_in_one_call():
 def test_padding_is_on_the_left():
     processor = make_processor()
     out = processor([make_image(), make_image()], ["<image>\na", "<image>\na longer one"])
-    assert out.attention_mask[0].tolist() == [0]*11 + [1]*6
+    assert out.attention_mask[0].tolist() == [0] * 11 + [1] * 6
     assert out.attention_mask[1].all()
 
 
 def test_trainers_may_pad_otherwise():
     processor = make_processor()
     images, texts = [make_image(), make_image()], ["<image>\na", "<image>\na longer one"]
-    out = processor(images, texts, padding=True, padding_side="right", pad_to_multiple_of=8, truncation=False,
-                    max_length=3)
-    assert out.attention_mask[0].tolist() == [1]*6 + [0]*18
+    out = processor(
+        images,
+        texts,
+        padding=True,
+        padding_side="right",
+        pad_to_multiple_of=8,
+        truncation=False,
+        max_length=3,
+    )
+    assert out.attention_mask[0].tolist() == [1] * 6 + [0] * 18
     assert out.input_ids.shape[1] == 24
     assert out.input_ids[0, :6].tolist() == processor(images, texts).input_ids[0, 11:].tolist()
 
 
-@pytest.mark.parametrize("n,text,message", [
-    (0, "<image>", "name 1 image"),
-    (2, "<image>", "2 were given"),
-    (1, "no place", "name 0 image"),
-    (1, None, "text=None"),
-    (1, [], "text="),
-])
+@pytest.mark.parametrize(
+    "n,text,message",
+    [
+        (0, "<image>", "name 1 image"),
+        (2, "<image>", "2 were given"),
+        (1, "no place", "name 0 image"),
+        (1, None, "text=None"),
+        (1, [], "text="),
+    ],
+)
 def test_images_and_places_must_agree(n, text, message):
     with pytest.raises(ValueError, match=message):
-        make_processor()([make_image()]*n or None, text)
+        make_processor()([make_image()] * n or None, text)
 
 
 @pytest.mark.parametrize("unknown", [dict(stride=3), dict(videos=[1]), dict(is_split_into_words=True)])
@@ -266,14 +283,14 @@ def test_cutting_spares_images():
 def test_saved_and_reloaded(tmp_path):
     processor = make_processor("chat", tokens=9)
     processor.save_pretrained(tmp_path)
-    (tmp_path/"config.json").write_text(json.dumps({"model_type": "delta_llava"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "delta_llava"}))
     text = processor.build_prompt(QA[:1])
     for kind in (AutoProcessor, DeltaLlavaProcessor):
         again = kind.from_pretrained(tmp_path)
         assert type(again) is DeltaLlavaProcessor and again.tokens == 9
         assert again.chat_template == JOIN_PARTS + CHATML
         assert again.build_prompt(QA[:1]) == text
-        a, b = (p([make_image()]*2, [text, "x" + text]) for p in (again, processor))
+        a, b = (p([make_image()] * 2, [text, "x" + text]) for p in (again, processor))
         assert sorted(a) == sorted(b)
         assert all(torch.equal(a[k], b[k]) for k in b)
         assert again.encode_conversation(TWO_ANSWERS) == processor.encode_conversation(TWO_ANSWERS)
@@ -288,17 +305,21 @@ def test_model_and_processor_agree_on_the_image_token():
     assert tokenizer("a<image>b").input_ids[1:-1] == [259]
 
 
-@pytest.mark.parametrize("template,message", [
-    ("vicuna", "'plain', 'v1', 'chatml', 'chat'"),
-    ("chat", "no chat template"),
-    ("chatml", "stops at '</s>'"),
-])
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("vicuna", "'plain', 'v1', 'chatml', 'chat'"),
+        ("chat", "no chat template"),
+        ("chatml", "stops at '</s>'"),
+    ],
+)
 def test_templates_that_are_not_there(template, message):
     with pytest.raises(ValueError, match=message):
         build_processor(CLIPImageProcessorPil(), byte_tokenizer(), template=template)
 
 
 # ---------------------------------------------------------------- the model on what the processor makes
+
 
 def generate(model, processor, prompts, images, **kwargs):
     batch = processor(images, prompts, **kwargs)
@@ -309,8 +330,11 @@ def generate(model, processor, prompts, images, **kwargs):
 @pytest.mark.parametrize("tokens", [None, 4, 1])
 def test_a_batch_answers_as_its_rows_alone(tokens):
     model, processor = tiny(), make_processor("v1", tokens=16)
-    questions = ("Hm?", "What may this picture show?",
-                 "And here, in some more words, what is there to be seen?")
+    questions = (
+        "Hm?",
+        "What may this picture show?",
+        "And here, in some more words, what is there to be seen?",
+    )
     prompts = [f"<image>\n{question}" for question in questions]
     images = [make_image(i) for i in range(3)]
     kwargs = {} if tokens is None else dict(tokens=tokens)
@@ -318,7 +342,7 @@ def test_a_batch_answers_as_its_rows_alone(tokens):
     logits = model(**processor(images, prompts, **kwargs), **kwargs).logits[:, -1]
     for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         alone = generate(model, processor, prompt, image, **kwargs)
-        assert torch.equal(together[i:i+1], alone)
+        assert torch.equal(together[i : i + 1], alone)
         logits_alone = model(**processor(image, prompt, **kwargs), **kwargs).logits[0, -1]
         assert_close(logits[i], logits_alone, rtol=1e-4, atol=1e-4)
 
@@ -331,12 +355,16 @@ def test_budgets_of_model_and_processor_must_agree():
 
 # ---------------------------------------------------------------- labels
 
-@pytest.mark.parametrize("template,text", [
-    ("plain", "A cat.\nBlack.\n"),
-    ("v1", " A cat.</s> Black.</s>"),
-    ("chatml", "A cat.<|im_end|>Black.<|im_end|>"),
-    ("chat", "A cat.<|im_end|>Black.<|im_end|>"),
-])
+
+@pytest.mark.parametrize(
+    "template,text",
+    [
+        ("plain", "A cat.\nBlack.\n"),
+        ("v1", " A cat.</s> Black.</s>"),
+        ("chatml", "A cat.<|im_end|>Black.<|im_end|>"),
+        ("chat", "A cat.<|im_end|>Black.<|im_end|>"),
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_answers_are_learned_and_nothing_else(template, text, tokens):
     processor = make_processor(template)
@@ -357,8 +385,12 @@ def test_llava_turns_are_messages():
 
 def test_an_answer_that_repeats_the_question_or_the_marker():
     processor = make_processor()
-    row = processor.encode_conversation([dict(role="user", content="ASSISTANT: A cat."),
-                                         dict(role="assistant", content="ASSISTANT: A cat. USER:")])
+    row = processor.encode_conversation(
+        [
+            dict(role="user", content="ASSISTANT: A cat."),
+            dict(role="assistant", content="ASSISTANT: A cat. USER:"),
+        ]
+    )
     assert learned_text(processor, row) == " ASSISTANT: A cat. USER:</s>"
 
 
@@ -389,15 +421,18 @@ def test_a_template_that_rewrites_is_refused():
         processor.encode_conversation(QA)
 
 
-@pytest.mark.parametrize("conversation,message", [
-    ([QA[0], dict(role="assistant", content=" \n")], "empty answer"),
-    ([QA[0], dict(role="assistant", content=[])], "empty answer"),
-    ([QA[0]], "nothing is supervised"),
-    ([], "must begin"),
-    ([QA[1]], "must begin"),
-    ([QA[0], dict(role="robot", content="hi")], "from 'robot'"),
-    ([{"from": "human"}], "content None"),
-])
+@pytest.mark.parametrize(
+    "conversation,message",
+    [
+        ([QA[0], dict(role="assistant", content=" \n")], "empty answer"),
+        ([QA[0], dict(role="assistant", content=[])], "empty answer"),
+        ([QA[0]], "nothing is supervised"),
+        ([], "must begin"),
+        ([QA[1]], "must begin"),
+        ([QA[0], dict(role="robot", content="hi")], "from 'robot'"),
+        ([{"from": "human"}], "content None"),
+    ],
+)
 def test_conversations_from_which_nothing_can_be_learned(conversation, message):
     with pytest.raises(ValueError, match=message):
         make_processor().encode_conversation(conversation)
@@ -421,20 +456,35 @@ def test_cut_rows_keep_whole_images_and_some_answer():
 
 # ---------------------------------------------------------------- a tokenizer like Llama's
 
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     "A folder with Llama's files: a SentencePiece model with byte fallback and no tokenizer.json."
     folder = tmp_path_factory.mktemp("llama")
     sentence = "USER: What is {i}? ASSISTANT: A cat. Black. {i} dogs and a fox, the brown one."
-    (folder/"text").write_text("\n".join(sentence.format(i=i) for i in range(400)))
+    (folder / "text").write_text("\n".join(sentence.format(i=i) for i in range(400)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder/"text"), model_prefix=str(folder/"tokenizer"), vocab_size=380, model_type="bpe",
-        byte_fallback=True, minloglevel=2, character_coverage=1., normalization_rule_name="identity",
-        remove_extra_whitespaces=False)
-    config = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False,
-                  bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    (folder/"tokenizer_config.json").write_text(json.dumps(config))
-    (folder/"config.json").write_text(json.dumps(dict(model_type="llama")))
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=380,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    config = dict(
+        tokenizer_class="LlamaTokenizer",
+        add_bos_token=True,
+        add_eos_token=False,
+        legacy=False,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(dict(model_type="llama")))
     return folder
 
 
@@ -452,4 +502,4 @@ def test_answers_are_learned_with_a_tokenizer_like_llamas(llama, template):
     others = [i for i, label in zip(ids, labels, strict=True) if label < 0 and i != processor.image_token_id]
     assert "cat" not in tokenizer.decode(others, skip_special_tokens=True)
     prompt = processor(make_image(), processor.build_prompt("What is it?")).input_ids[0].tolist()
-    assert ids[:len(prompt)] == prompt
+    assert ids[: len(prompt)] == prompt

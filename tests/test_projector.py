@@ -1,4 +1,5 @@
 "What must hold for the projector at all sizes and switches: invariants, identities and the folded form."
+
 import copy
 from dataclasses import replace
 
@@ -62,9 +63,9 @@ def randomized(config):
     module = DeltaProjector(config).eval()
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(torch.randn_like(p)*.1)
+            p.add_(torch.randn_like(p) * 0.1)
     if config.standardize:
-        module.fit_statistics(torch.randn(8, 36, config.d_levels)*2 + 1)
+        module.fit_statistics(torch.randn(8, 36, config.d_levels) * 2 + 1)
     return module
 
 
@@ -159,7 +160,7 @@ def test_folded_in_bfloat16_is_as_close_as_bfloat16_allows():
     exact = module(x)
     plain = (module.bfloat16()(x.bfloat16()).float() - exact).abs().max()
     folded = (module.fold()(x.bfloat16()).float() - exact).abs().max()
-    assert folded < 3*plain + 1e-3
+    assert folded < 3 * plain + 1e-3
 
 
 def test_switches_change_the_function():
@@ -232,6 +233,7 @@ def test_windows_that_do_not_divide():
 
 # ---- positions
 
+
 def test_positions_do_not_remember_a_context():
     "A table made under a mode serves nobody else."
     with torch.inference_mode(), torch.device("meta"):
@@ -250,6 +252,7 @@ def test_positions_are_the_table_resized(grid, g):
 
 
 # ---- transforms of torch
+
 
 @pytest.mark.parametrize("training", [False, True])
 def test_export_leaves_the_projector_usable(training):
@@ -317,10 +320,12 @@ def test_activation_with_recomputation_is_the_plain_one(autocast):
 
 # ---- statistics of the features
 
+
 def test_statistics_are_unbiased():
     "Four patches in all: dividing by n and by n - 1 differ by 15 percent."
-    config = ProjectorConfig(grid=2, tokens=1, levels=(1,), d_vision=32, d_llm=8, heads=4, head_dim=8,
-                             standardize=True)
+    config = ProjectorConfig(
+        grid=2, tokens=1, levels=(1,), d_vision=32, d_llm=8, heads=4, head_dim=8, standardize=True
+    )
     module = DeltaProjector(config)
     x = torch.randn(1, 4, 32)
     module.fit_statistics(x)
@@ -328,7 +333,7 @@ def test_statistics_are_unbiased():
     assert_close(module.feature_std, x[0].std(0, correction=1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("value", [0., .1, 123.456, -7e4])
+@pytest.mark.parametrize("value", [0.0, 0.1, 123.456, -7e4])
 def test_a_constant_channel_is_not_scaled(value):
     module = DeltaProjector(replace(SMALL, standardize=True)).eval()
     x = torch.randn(50, 36, SMALL.d_levels)
@@ -336,10 +341,10 @@ def test_a_constant_channel_is_not_scaled(value):
     module.fit_statistics(x)
     assert module.feature_std[5] == 1
     normalized = module.normalize(x)
-    assert normalized[..., 5].abs().max() <= 1e-6*max(1, abs(value))
+    assert normalized[..., 5].abs().max() <= 1e-6 * max(1, abs(value))
     assert normalized[..., 6].std().item() == pytest.approx(1, rel=1e-3)
-    x[..., 5] += 1.25e-4*max(1, abs(value))  # was -125 standard deviations
-    assert module.normalize(x)[..., 5].abs().max() < 1e-3*max(1, abs(value))
+    x[..., 5] += 1.25e-4 * max(1, abs(value))  # was -125 standard deviations
+    assert module.normalize(x)[..., 5].abs().max() < 1e-3 * max(1, abs(value))
 
 
 def test_a_small_channel_is_scaled():
@@ -353,24 +358,25 @@ def test_a_small_channel_is_scaled():
 
 # ---- DropPath
 
+
 def test_droppath_keeps_its_share_and_rescales():
     torch.manual_seed(0)
-    drop = DropPath(.3)
+    drop = DropPath(0.3)
     out = drop(torch.ones(20_000, 3))
     kept = out[:, 0] > 0
-    assert kept.float().mean().item() == pytest.approx(.7, abs=.015)
-    assert_close(out[kept], torch.full_like(out[kept], 1/.7))
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.015)
+    assert_close(out[kept], torch.full_like(out[kept], 1 / 0.7))
     assert torch.equal(out[:, 0], out[:, 2]), "whole samples are dropped"
     assert torch.equal(drop.eval()(out), out)
 
 
-@pytest.mark.parametrize("mix_ratio", [.75, .5])
+@pytest.mark.parametrize("mix_ratio", [0.75, 0.5])
 def test_droppath_rates_of_the_block(mix_ratio):
     "As in the authors' block: the MLP has the rate, EMHSA and MHCA share it by the split of the channels."
-    block = NTB(64, 64, head_dim=8, mix_ratio=mix_ratio, drop_path=.2)
-    assert block.drop_attn.rate == pytest.approx(.2*mix_ratio)
-    assert block.drop_conv.rate == pytest.approx(.2*(1 - mix_ratio))
-    assert block.drop_mlp.rate == .2
+    block = NTB(64, 64, head_dim=8, mix_ratio=mix_ratio, drop_path=0.2)
+    assert block.drop_attn.rate == pytest.approx(0.2 * mix_ratio)
+    assert block.drop_conv.rate == pytest.approx(0.2 * (1 - mix_ratio))
+    assert block.drop_mlp.rate == 0.2
 
 
 @pytest.mark.parametrize("branch", ["drop_attn", "drop_conv", "drop_mlp"])
@@ -399,25 +405,28 @@ def test_droppath_is_applied_to_each_branch(branch):
 
 # ---- initialization and checkpoints
 
+
 def test_initialization_is_the_authors():
     torch.manual_seed(0)
     state = DeltaProjector(ProjectorConfig(d_vision=256, d_llm=512)).state_dict()
     normal = ("q.base.weight", "k.base.weight", "mlp.0.weight", "attend.out.weight", "mix.emhsa.qkv.weight")
     for name in normal:
-        assert state[name].std().item() == pytest.approx(.02, rel=.05), name
-    xavier_over_stack = (2/(256 + 3*256))**.5
-    assert state["attend.qkv.weight"].std().item() == pytest.approx(xavier_over_stack, rel=.05)
-    assert state["k.U"].std().item() == pytest.approx((2/(1024 + 16))**.5, rel=.05)
-    convolution_default = (1/(3*256))**.5
-    assert state["mix.attn_branch.weight"].std().item() == pytest.approx(convolution_default, rel=.05)
+        assert state[name].std().item() == pytest.approx(0.02, rel=0.05), name
+    xavier_over_stack = (2 / (256 + 3 * 256)) ** 0.5
+    assert state["attend.qkv.weight"].std().item() == pytest.approx(xavier_over_stack, rel=0.05)
+    assert state["k.U"].std().item() == pytest.approx((2 / (1024 + 16)) ** 0.5, rel=0.05)
+    convolution_default = (1 / (3 * 256)) ** 0.5
+    assert state["mix.attn_branch.weight"].std().item() == pytest.approx(convolution_default, rel=0.05)
     for name in ("mlp.0.bias", "attend.qkv.bias", "mix.emhsa.out.bias"):
         assert not state[name].any(), name
 
 
 def old_names(state):
     "A state as older versions named it."
-    return {k.replace("mix.attn_branch.", "mix.far.").replace("mix.conv_branch.", "mix.near."): v
-            for k, v in state.items()}
+    return {
+        k.replace("mix.attn_branch.", "mix.far.").replace("mix.conv_branch.", "mix.near."): v
+        for k, v in state.items()
+    }
 
 
 def test_old_checkpoints_load():
@@ -447,6 +456,7 @@ def test_authors_names_are_strict():
 
 # ---- inputs
 
+
 def test_keyword_fields():
     assert DeltaProjector(**SIZES).config == SMALL
     assert DeltaProjector(grid=24, tokens=144).config == ProjectorConfig()
@@ -468,15 +478,21 @@ def test_hidden_states(cls_token, kind):
         assert_close(m(kind(states)), m(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bad, message", [
-    (torch.randn(2, 36, 64), "features have 64 channels; this projector reads 3 levels × 32 = 96"),
-    (torch.randn(2, 37, 96), "37 tokens form no square grid"),
-    (torch.randn(2, 96, 6, 6), r"\[batch, patches, levels·channels\]"),
-    ([torch.randn(2, 36, 32)]*4, r"4 hidden states were given for levels=\(1, 3, 4\)"),
-    ([torch.randn(2, 41, 32)]*3, "41 tokens form no square grid; drop the CLS token and registers"),
-    ([torch.randn(36, 32)]*3, r"one hidden state \[batch, patches, channels\] for each level"),
-    ([torch.randn(2, 36, 32), torch.randn(2, 36, 32), torch.randn(1, 36, 32)], "all of one batch and grid"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.randn(2, 36, 64), "features have 64 channels; this projector reads 3 levels × 32 = 96"),
+        (torch.randn(2, 37, 96), "37 tokens form no square grid"),
+        (torch.randn(2, 96, 6, 6), r"\[batch, patches, levels·channels\]"),
+        ([torch.randn(2, 36, 32)] * 4, r"4 hidden states were given for levels=\(1, 3, 4\)"),
+        ([torch.randn(2, 41, 32)] * 3, "41 tokens form no square grid; drop the CLS token and registers"),
+        ([torch.randn(36, 32)] * 3, r"one hidden state \[batch, patches, channels\] for each level"),
+        (
+            [torch.randn(2, 36, 32), torch.randn(2, 36, 32), torch.randn(1, 36, 32)],
+            "all of one batch and grid",
+        ),
+    ],
+)
 def test_bad_features(bad, message):
     for module in (DeltaProjector(SMALL), DeltaProjector(SMALL).fold()):
         with pytest.raises(ValueError, match=message):
@@ -487,14 +503,14 @@ def test_bad_features(bad, message):
 def test_rectangular_grids_are_refused_by_name(shape):
     "16×36 patches are as many as 24×24."
     rows, columns = shape
-    patches = torch.randn(1, rows*columns, 8)
+    patches = torch.randn(1, rows * columns, 8)
     with pytest.raises(ValueError, match=f"the grid has {rows}×{columns} patches; compressors need a square"):
         VisionFeatures.of(patches, grid=shape)
     with pytest.raises(ValueError, match="768 tokens form no square grid.*square images"):
-        to_windows(torch.randn(1, 24*32, 8), 4)
+        to_windows(torch.randn(1, 24 * 32, 8), 4)
 
 
-@pytest.mark.parametrize("tokens", [0, -1, 2, 35, 49, 9., True, "9"])
+@pytest.mark.parametrize("tokens", [0, -1, 2, 35, 49, 9.0, True, "9"])
 def test_bad_budgets(tokens):
     with pytest.raises((ValueError, TypeError), match="tokens"):
         DeltaProjector(SMALL)(features(SMALL), tokens=tokens)
@@ -506,4 +522,4 @@ def test_autocast_and_compile_free_of_buffers():
     assert list(module.named_buffers()) == []
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x)
-    assert (out.float() - module(x)).abs().max() < .1*module(x).abs().max()
+    assert (out.float() - module(x)).abs().max() < 0.1 * module(x).abs().max()

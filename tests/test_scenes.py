@@ -1,4 +1,5 @@
 "Planted scenes: the plan is kept to the pixel, answers are true, held-out pairs stay held out."
+
 import hashlib
 import json
 import re
@@ -24,17 +25,18 @@ from delta_llava.scenes import (
     write_scenes,
 )
 
-DRAWINGS = Path(__file__).parents[1]/"delta_llava"/"pictures"
+DRAWINGS = Path(__file__).parents[1] / "delta_llava" / "pictures"
 
 
 # ---------------------------------------------------------------- drawings
 
+
 def test_sheets_are_those_of_the_index_and_small():
-    credits = (DRAWINGS/"ATTRIBUTION.md").read_text()
+    credits = (DRAWINGS / "ATTRIBUTION.md").read_text()
     for artist, entry in image_index()["artists"].items():
-        sheet = (DRAWINGS/f"{artist}.webp").read_bytes()
+        sheet = (DRAWINGS / f"{artist}.webp").read_bytes()
         assert hashlib.sha256(sheet).hexdigest() == entry["sha256"]
-        assert (DRAWINGS/f"LICENSE-{artist}.txt").stat().st_size > 1000
+        assert (DRAWINGS / f"LICENSE-{artist}.txt").stat().st_size > 1000
         assert entry["credit"] in credits
     assert sum(file.stat().st_size for file in DRAWINGS.iterdir()) < 2.5e6
 
@@ -52,6 +54,7 @@ def test_every_artist_drew_every_object_to_its_outline():
 
 # ---------------------------------------------------------------- plans and images
 
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("size,min_side", [(168, 36), (112, 40), (336, 60)])
 def test_plans_keep_their_promises(split, size, min_side):
@@ -65,7 +68,7 @@ def test_plans_keep_their_promises(split, size, min_side):
             width, height = load_cutout(o.name, o.artist).size
             assert o.artist in SPLITS[split] and 0 < x0 < x1 < size and 0 < y0 < y1 < size
             assert max(x1 - x0, y1 - y0) >= min_side
-            assert abs((x1 - x0)*height - (y1 - y0)*width) <= max(width, height)  # the shape is kept
+            assert abs((x1 - x0) * height - (y1 - y0) * width) <= max(width, height)  # the shape is kept
         for a, b in combinations(scene.objects, 2):
             horizontally = a.box[2] < b.box[0] or b.box[2] < a.box[0]
             assert horizontally or a.box[3] < b.box[1] or b.box[3] < a.box[1]
@@ -115,6 +118,7 @@ def test_plans_and_questions_are_the_same_everywhere():
 
 
 # ---------------------------------------------------------------- questions
+
 
 def mentioned_objects(*texts):
     return {word for text in texts for word in re.findall(r"\w+", text.lower())} & set(concept_names())
@@ -173,19 +177,20 @@ def test_without_paraphrase_there_is_one_question():
 
 # ---------------------------------------------------------------- files
 
+
 def test_written_scenes_are_the_same_bytes_and_come_back(tmp_path):
-    first = write_scenes(tmp_path/"a", 12, "heldout_scenes", seed=5)
-    second = write_scenes(tmp_path/"b", 12, "heldout_scenes", seed=5)
-    fewer = write_scenes(tmp_path/"c", 4, "heldout_scenes", seed=5)
+    first = write_scenes(tmp_path / "a", 12, "heldout_scenes", seed=5)
+    second = write_scenes(tmp_path / "b", 12, "heldout_scenes", seed=5)
+    fewer = write_scenes(tmp_path / "c", 4, "heldout_scenes", seed=5)
     assert first.read_bytes() == second.read_bytes()
     written = json.loads(first.read_text())
     beginning = json.loads(fewer.read_text())
-    assert written[:len(beginning)] == beginning
-    for image in (tmp_path/"a"/"images").iterdir():
-        assert image.read_bytes() == (tmp_path/"b"/"images"/image.name).read_bytes()
+    assert written[: len(beginning)] == beginning
+    for image in (tmp_path / "a" / "images").iterdir():
+        assert image.read_bytes() == (tmp_path / "b" / "images" / image.name).read_bytes()
     for row, kept in zip(written, load_conversations(first, open_images=True), strict=True):
         assert {**kept, "image": None} == {**row, "image": None}
-        assert Path(kept["image"]) == (tmp_path/"a"/row["image"]).resolve()
+        assert Path(kept["image"]) == (tmp_path / "a" / row["image"]).resolve()
         assert Image.open(kept["image"]).size == (168, 168)
     assert {row["task"] for row in written} == set(TASKS)
     answers = [row["conversations"][1]["value"] for row in written if row["task"] == "existence"]
@@ -196,21 +201,24 @@ def test_splits_share_a_folder(tmp_path):
     for split in SPLITS:
         file = write_scenes(tmp_path, 2, split, tasks=["caption"])
         assert len(load_conversations(file)) == 2
-    assert len(list((tmp_path/"images").iterdir())) == 6
+    assert len(list((tmp_path / "images").iterdir())) == 6
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(split="val"), "use one of"),
-    (dict(n=0), "at least one"),
-    (dict(tasks=[]), "at least one"),
-    (dict(tasks=["poem"]), "use some of"),
-    (dict(n_objects=(0, 3)), "within 1..4"),
-    (dict(n_objects=(1, 5)), "within 1..4"),
-    (dict(size=80), "use a larger size"),
-    (dict(min_side=0), "use a larger size"),
-    (dict(n_objects=(1, 1), tasks=["relation"]), "needs two objects"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(split="val"), "use one of"),
+        (dict(n=0), "at least one"),
+        (dict(tasks=[]), "at least one"),
+        (dict(tasks=["poem"]), "use some of"),
+        (dict(n_objects=(0, 3)), "within 1..4"),
+        (dict(n_objects=(1, 5)), "within 1..4"),
+        (dict(size=80), "use a larger size"),
+        (dict(min_side=0), "use a larger size"),
+        (dict(n_objects=(1, 1), tasks=["relation"]), "needs two objects"),
+    ],
+)
 def test_scene_arguments_that_cannot_be(options, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        write_scenes(tmp_path/"s", **{"n": 2, **options})
-    assert not (tmp_path/"s").exists()
+        write_scenes(tmp_path / "s", **{"n": 2, **options})
+    assert not (tmp_path / "s").exists()

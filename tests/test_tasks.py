@@ -1,4 +1,5 @@
 "The offline tasks: every answer follows from the plan of the scene, and the task files name what exists."
+
 import pytest
 import yaml
 from datasets import Dataset
@@ -9,10 +10,10 @@ from delta_llava.tasks import TASK_NAMES, gqa_questions, pope_questions, write_t
 
 SIZE = 168
 HALVES = {
-    "left": lambda box: box[2] <= SIZE//2,
-    "right": lambda box: box[0] >= SIZE//2,
-    "upper": lambda box: box[3] <= SIZE//2,
-    "lower": lambda box: box[1] >= SIZE//2,
+    "left": lambda box: box[2] <= SIZE // 2,
+    "right": lambda box: box[0] >= SIZE // 2,
+    "upper": lambda box: box[3] <= SIZE // 2,
+    "lower": lambda box: box[1] >= SIZE // 2,
 }
 SIDES = {
     "left of the ": lambda a, b: a[2] < b[0],
@@ -67,12 +68,13 @@ def test_adversarial_objects_occur_with_what_is_shown():
         if row["answer"] == "no":
             name = asked_name(row["question"])
             hits[row["kind"]] += any((name, o.name) in together for o in scene.objects)
-    assert hits["adversarial"] > .9*len(planned) > 2*hits["random"]
+    assert hits["adversarial"] > 0.9 * len(planned) > 2 * hits["random"]
 
 
 @pytest.fixture
 def function_loader(monkeypatch):
     "A YAML loader that looks up `!function`s as lmms-eval does; a name that does not exist fails."
+
     class Loader(yaml.SafeLoader):
         pass
 
@@ -80,6 +82,7 @@ def function_loader(monkeypatch):
         module, _, name = node.value.rpartition(".")
         assert module == "delta_llava.tasks"
         return getattr(tasks, name)
+
     Loader.add_constructor("!function", find)
     return Loader
 
@@ -87,9 +90,9 @@ def function_loader(monkeypatch):
 def test_task_files_are_complete(tmp_path, function_loader):
     counts = write_tasks(tmp_path, n=3, caption="What is in the picture?")
     for task in TASK_NAMES:
-        settings = yaml.load((tmp_path/f"{task}.yaml").read_text(), Loader=function_loader)
-        data = tmp_path/settings["dataset_kwargs"]["data_files"]["test"]
-        rows = Dataset.from_parquet(str(data), cache_dir=str(tmp_path/"cache"))
+        settings = yaml.load((tmp_path / f"{task}.yaml").read_text(), Loader=function_loader)
+        data = tmp_path / settings["dataset_kwargs"]["data_files"]["test"]
+        rows = Dataset.from_parquet(str(data), cache_dir=str(tmp_path / "cache"))
         prompts = settings["lmms_eval_specific_kwargs"]["default"]
         assert settings["task"] == task and settings["metadata"]["scenes"]["n"] == 3
         assert len(rows) == sum(counts[task].values()) > 0
@@ -98,7 +101,7 @@ def test_task_files_are_complete(tmp_path, function_loader):
         for row in rows:
             assert settings["doc_to_text"](row, prompts).startswith(row["question"])
             assert settings["doc_to_visual"](row)[0].size == (SIZE, SIZE)
-    captions = Dataset.from_parquet(str(tmp_path/"caption.parquet"), cache_dir=str(tmp_path/"cache"))
+    captions = Dataset.from_parquet(str(tmp_path / "caption.parquet"), cache_dir=str(tmp_path / "cache"))
     assert {row["question"] for row in captions} == {"What is in the picture?"}
 
 
@@ -106,9 +109,9 @@ def test_every_metric_of_a_task_file_is_computed(tmp_path, function_loader):
     "`process_results` returns exactly the metrics that the file lists, over all kinds of questions."
     write_tasks(tmp_path, n=30)
     for task in TASK_NAMES[:4]:
-        settings = yaml.load((tmp_path/f"{task}.yaml").read_text(), Loader=function_loader)
-        data = tmp_path/settings["dataset_kwargs"]["data_files"]["test"]
-        rows = Dataset.from_parquet(str(data), cache_dir=str(tmp_path/"cache"))
+        settings = yaml.load((tmp_path / f"{task}.yaml").read_text(), Loader=function_loader)
+        data = tmp_path / settings["dataset_kwargs"]["data_files"]["test"]
+        rows = Dataset.from_parquet(str(data), cache_dir=str(tmp_path / "cache"))
         found = set()
         for row in rows:
             found |= settings["process_results"](row, [row["answer"]]).keys()

@@ -646,6 +646,7 @@ def test_the_fingerprint_of_a_tower_that_is_spread_over_processes(tmp_path):
 
 # what transformers offers to any model
 
+
 def test_embeddings_are_resized_with_the_head(tmp_path):
     for tied in (False, True):
         model = tiny(tie_word_embeddings=tied)

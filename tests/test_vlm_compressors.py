@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from delta_llava.data import Collator
 from PIL import Image
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, llm_config, projector_config
 from torch.testing import assert_close
@@ -17,7 +18,6 @@ from delta_llava.compressors.base import (
     compressor_config,
     compressor_name,
 )
-from delta_llava.data import Collator
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import Recipe, run

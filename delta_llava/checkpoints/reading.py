@@ -24,56 +24,70 @@ from ..files import read_json, write_json
 
 # %% ../../nbs/24_checkpoint_reading.ipynb #749dde23
 SUFFIXES = (".safetensors", ".bin")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "mm_projector.safetensors", "mm_projector.bin",
-                "projector.safetensors")
+SINGLE_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "mm_projector.safetensors",
+    "mm_projector.bin",
+    "projector.safetensors",
+)
+
 
 def _indexed_parts(
-    index:Path,  # `….index.json`
-)->list[Path]:  # The files that it lists
+    index: Path,  # `….index.json`
+) -> list[Path]:  # The files that it lists
     "The parts of a checkpoint; all must lie beside their index."
     names = sorted(set(read_json(index, dict)["weight_map"].values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names the file {outside[0]!r}, which is not in its folder.")
-    parts = [index.parent/name for name in names]
+    parts = [index.parent / name for name in names]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ValueError(f"{index.parent} lacks {missing[0]!r}, which {index.name} lists; fetch it again.")
     return parts
 
+
 def checkpoint_files(
-    source:str|Path,  # One file, or a folder of a model
-)->list[Path]:  # Those that hold its tensors
+    source: str | Path,  # One file, or a folder of a model
+) -> list[Path]:  # Those that hold its tensors
     "The files of a checkpoint; safetensors before `.bin`."
     source = Path(source)
     if source.is_file() and source.suffix in SUFFIXES:
         return [source]
     if not source.is_dir():
-        raise ValueError(f"source={str(source)!r} is neither a folder nor a file ending in "
-                         f"{' or '.join(SUFFIXES)}; name one that is.")
+        raise ValueError(
+            f"source={str(source)!r} is neither a folder nor a file ending in "
+            f"{' or '.join(SUFFIXES)}; name one that is."
+        )
     if any(source.glob("adapter_*")):
-        raise ValueError(f"{source} holds a LoRA adapter, which is no model by itself. Merge it into its LLM "
-                         "with the code that trained it, and convert the merged folder; or convert the "
-                         f"projector alone, from {source/'non_lora_trainables.bin'}.")
+        raise ValueError(
+            f"{source} holds a LoRA adapter, which is no model by itself. Merge it into its LLM "
+            "with the code that trained it, and convert the merged folder; or convert the "
+            f"projector alone, from {source / 'non_lora_trainables.bin'}."
+        )
     for name in SINGLE_FILES:
-        index = source/f"{name}.index.json"
+        index = source / f"{name}.index.json"
         if index.exists():
             return _indexed_parts(index)
-        if (source/name).is_file():
-            return [source/name]
-    raise ValueError(f"{source} holds no weights; looked for {', '.join(SINGLE_FILES)} and the index of "
-                     "their parts.")
+        if (source / name).is_file():
+            return [source / name]
+    raise ValueError(
+        f"{source} holds no weights; looked for {', '.join(SINGLE_FILES)} and the index of their parts."
+    )
 
 # %% ../../nbs/24_checkpoint_reading.ipynb #9036eb01
 def read_bin(
-    path:Path,  # Written by `torch.save`
-)->dict[str, Tensor]:  # By name; mapped into memory where the format allows it
+    path: Path,  # Written by `torch.save`
+) -> dict[str, Tensor]:  # By name; mapped into memory where the format allows it
     "Tensors of a `.bin` file, read without running anything that it contains."
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f"{path} holds more than tensors, or is damaged; nothing in it was run "
-                         f"({type(e).__name__}). Ask its authors for safetensors, or fetch it again.") from e
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged; nothing in it was run "
+            f"({type(e).__name__}). Ask its authors for safetensors, or fetch it again."
+        ) from e
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds no tensors by name; it is no checkpoint of a model.")
     return state
@@ -81,13 +95,17 @@ def read_bin(
 # %% ../../nbs/24_checkpoint_reading.ipynb #d54bc4ac
 class LazyTensor(NamedTuple):
     "A tensor that is still on disk."
+
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
+
 class Weights:
     "The tensors of a checkpoint by name, with one file open at a time."
-    def __init__(self,
-        source:str|Path,  # As for `checkpoint_files`
+
+    def __init__(
+        self,
+        source: str | Path,  # As for `checkpoint_files`
     ):
         self.source = Path(source)
         self.shapes = {}  # name -> shape
@@ -97,18 +115,20 @@ class Weights:
         for path in checkpoint_files(source):
             self._index(path)
 
-    def _index(self, path:Path):
+    def _index(self, path: Path):
         "Note names and shapes of one file."
         content = self._open(path)
         for name in content.keys():
             if name in self.file_of:
-                raise ValueError(f"{name!r} is in {self.file_of[name].name} and in {path.name}; "
-                                 f"remove the file that does not belong to {self.source}.")
+                raise ValueError(
+                    f"{name!r} is in {self.file_of[name].name} and in {path.name}; "
+                    f"remove the file that does not belong to {self.source}."
+                )
             self.file_of[name] = path
             shape = content[name].shape if isinstance(content, dict) else content.get_slice(name).get_shape()
             self.shapes[name] = tuple(shape)
 
-    def _open(self, path:Path):
+    def _open(self, path: Path):
         "The content of a file; the one before is released."
         if self.open_path != path:
             self.open_path = self.open_file = None
@@ -119,26 +139,30 @@ class Weights:
             self.open_path = path
         return self.open_file
 
-    def __getitem__(self,
-        name:str,  # Of a tensor
-    )->Tensor:  # A contiguous copy in its own precision
+    def __getitem__(
+        self,
+        name: str,  # Of a tensor
+    ) -> Tensor:  # A contiguous copy in its own precision
         content = self._open(self.file_of[name])
         if isinstance(content, dict):
             return content[name].detach().clone(memory_format=torch.contiguous_format)
         return content.get_tensor(name)
 
-    def lazy(self)->dict[str, LazyTensor]:
+    def lazy(self) -> dict[str, LazyTensor]:
         "All tensors, none of them read."
-        return {name: LazyTensor(shape, partial(self.__getitem__, name))
-                for name, shape in self.shapes.items()}
+        return {
+            name: LazyTensor(shape, partial(self.__getitem__, name)) for name, shape in self.shapes.items()
+        }
 
 # %% ../../nbs/24_checkpoint_reading.ipynb #1e8367f1
 class _PartWriter:
     "Collects tensors and writes a file whenever the next tensor would not fit."
-    def __init__(self,
-        folder:Path,  # Gets the files
-        save:Callable,  # Writes a dict of tensors to a path
-        part_size:int,  # Largest part, bytes
+
+    def __init__(
+        self,
+        folder: Path,  # Gets the files
+        save: Callable,  # Writes a dict of tensors to a path
+        part_size: int,  # Largest part, bytes
     ):
         self.folder = folder
         self.save = save
@@ -147,7 +171,7 @@ class _PartWriter:
         self.current = {}
         self.current_size = self.total_size = 0
 
-    def add(self, name:str, tensor:Tensor):
+    def add(self, name: str, tensor: Tensor):
         "Add a tensor; the part before is written if this one does not fit."
         if self.current and self.current_size + tensor.nbytes > self.part_size:
             self.flush()
@@ -157,17 +181,18 @@ class _PartWriter:
 
     def flush(self):
         "Write the current part."
-        self.save(self.current, self.folder/f"part-{len(self.parts)}")
+        self.save(self.current, self.folder / f"part-{len(self.parts)}")
         self.parts.append(list(self.current))
         self.current = {}
         self.current_size = 0
 
+
 def write_weights(
-    tensors:dict[str, LazyTensor],  # In the order in which they are read
-    folder:Path,  # Gets the files
-    single:str="model.safetensors",  # Name if one file is enough; parts and index are named after it
-    part_size:int=5*10**9,  # Largest part, bytes
-)->list[Path]:  # The files
+    tensors: dict[str, LazyTensor],  # In the order in which they are read
+    folder: Path,  # Gets the files
+    single: str = "model.safetensors",  # Name if one file is enough; parts and index are named after it
+    part_size: int = 5 * 10**9,  # Largest part, bytes
+) -> list[Path]:  # The files
     "Write tensors to one file or several, with one part in memory."
     stem, suffix = os.path.splitext(single)
     save = torch.save if suffix == ".bin" else partial(save_file, metadata={"format": "pt"})
@@ -176,12 +201,12 @@ def write_weights(
         writer.add(name, lazy.load())
     writer.flush()
     n = len(writer.parts)
-    files = [single] if n == 1 else [f"{stem}-{i+1:05}-of-{n:05}{suffix}" for i in range(n)]
+    files = [single] if n == 1 else [f"{stem}-{i + 1:05}-of-{n:05}{suffix}" for i in range(n)]
     weight_map = {}
     for i, (file, names) in enumerate(zip(files, writer.parts, strict=True)):
-        (folder/f"part-{i}").replace(folder/file)
+        (folder / f"part-{i}").replace(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if n > 1:
         index = dict(metadata=dict(total_size=writer.total_size), weight_map=weight_map)
-        write_json(folder/f"{single}.index.json", index)
-    return [folder/file for file in files]
+        write_json(folder / f"{single}.index.json", index)
+    return [folder / file for file in files]

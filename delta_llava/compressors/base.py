@@ -22,10 +22,10 @@ from ..grid import FeaturesLike, VisionFeatures, batches
 
 # %% ../../nbs/05_compressor.ipynb #850960bd
 def feature_statistics(
-    features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, c]`, or a data set of `[n, c]`
-    batch_size:int=64,  # Images in memory at a time
-    device:torch.device|str="cpu",  # Where to compute
-)->tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:  # Mean and standard deviation, in float64
+    features: Tensor | Sequence | Dataset,  # Patch tokens `[b, n, c]`, or a data set of `[n, c]`
+    batch_size: int = 64,  # Images in memory at a time
+    device: torch.device | str = "cpu",  # Where to compute
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:  # Mean and standard deviation, in float64
     "Mean and standard deviation of each channel over all patches; 1 is given for a constant channel."
     n = 0
     total = 0
@@ -37,14 +37,15 @@ def feature_statistics(
         squares = squares + x.square().sum(0)
     if n < 2:
         raise ValueError(f"statistics need at least two patches, and there are {n}; give more images.")
-    mean = total/n
-    std = ((squares - total*mean)/(n - 1)).clamp_min(0).sqrt()
-    is_constant = std <= 1e-6*mean.abs().clamp_min(1)  # less than float32 resolves
+    mean = total / n
+    std = ((squares - total * mean) / (n - 1)).clamp_min(0).sqrt()
+    is_constant = std <= 1e-6 * mean.abs().clamp_min(1)  # less than float32 resolves
     return mean, std.masked_fill(is_constant, 1)
 
 # %% ../../nbs/05_compressor.ipynb #19b8785e
 class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: the base of Delta-LLaVA's projector and its alternatives."
+
     Config = CompressorConfig  # Class of its config
     requires = ()  # What else it reads: `"text"`, the tower's `"attention"`, the LLM's `"decoder"` layers
     spatial = True  # Whether its tokens are a grid over the image, row by row
@@ -53,8 +54,9 @@ class Compressor(nn.Module):
     prefix = ""  # Prefix of the whole module in the reference's checkpoint
     legacy_state_dict_map = {}  # Our name -> the name in checkpoints of older versions of this package
 
-    def __init__(self,
-        config:CompressorConfig|None=None,  # Sizes; `None` takes the default config, or the fields
+    def __init__(
+        self,
+        config: CompressorConfig | None = None,  # Sizes; `None` takes the default config, or the fields
         **fields,  # Fields of the config, given instead of it
     ):
         super().__init__()
@@ -64,23 +66,26 @@ class Compressor(nn.Module):
             self.register_buffer("feature_std", torch.ones(self.config.d_levels))
 
     @classmethod
-    def _config(cls, config:CompressorConfig|None, fields:dict)->CompressorConfig:
+    def _config(cls, config: CompressorConfig | None, fields: dict) -> CompressorConfig:
         if config is None:
             return cls.Config.from_dict(fields)
         if fields:
             raise ValueError(
                 f"{cls.__name__} got a config and the fields {sorted(fields)}; give one of the two, such as "
-                "replace(config, ...).")
+                "replace(config, ...)."
+            )
         if not isinstance(config, cls.Config):
             raise ValueError(
                 f"config={config!r} must be a {cls.Config.__name__}; sizes are given by name, such as "
-                f"{cls.__name__}(grid=24, tokens=144).")
+                f"{cls.__name__}(grid=24, tokens=144)."
+            )
         return config
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "Layers that read the patch tokens, and the layer that gives the visual tokens: see closed-form init."
         raise NotImplementedError(
-            f"{type(self).__name__} does not define input_output_layers, which closed-form init sets.")
+            f"{type(self).__name__} does not define input_output_layers, which closed-form init sets."
+        )
 
     def reset_statistics(self):
         "Set the statistics of the features to mean 0 and standard deviation 1."
@@ -89,43 +94,49 @@ class Compressor(nn.Module):
             nn.init.ones_(self.feature_std)
 
     @torch.no_grad()
-    def fit_statistics(self,
-        features:Tensor|Sequence|Dataset,  # Patch tokens `[b, n, l·C]` of training images, or a data set
-        batch_size:int=64,  # Images in memory at a time
+    def fit_statistics(
+        self,
+        features: Tensor | Sequence | Dataset,  # Patch tokens `[b, n, l·C]` of training images, or a data set
+        batch_size: int = 64,  # Images in memory at a time
     ):
         "Compute the statistics that `standardize` uses."
         if not self.config.standardize:
             raise ValueError(
-                "this projector has standardize=False; make it with replace(config, standardize=True).")
+                "this projector has standardize=False; make it with replace(config, standardize=True)."
+            )
         mean, std = feature_statistics(features, batch_size, self.feature_mean.device)
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
 
-    def normalize(self,
-        levels:Float[Tensor, "b n c"],  # Patch tokens
-    )->Float[Tensor, "b n c"]:  # The same, or standardized
+    def normalize(
+        self,
+        levels: Float[Tensor, "b n c"],  # Patch tokens
+    ) -> Float[Tensor, "b n c"]:  # The same, or standardized
         "Mean 0 and standard deviation 1 per channel if the config says so; a constant channel becomes 0."
         if not self.config.standardize:
             return levels
         return (levels - self.feature_mean) / self.feature_std
 
-    def validate_inputs(self,
-        features:FeaturesLike,  # Patch tokens, or one hidden state for each level
-        tokens:int|None,  # Requested budget; `None` takes the config's
-    )->tuple[VisionFeatures, int]:  # Features and budget, both valid
+    def validate_inputs(
+        self,
+        features: FeaturesLike,  # Patch tokens, or one hidden state for each level
+        tokens: int | None,  # Requested budget; `None` takes the config's
+    ) -> tuple[VisionFeatures, int]:  # Features and budget, both valid
         "Check features and budget before any work is done."
         levels = self.config.levels
         if isinstance(features, list | tuple) and len(features) != len(levels):
             raise ValueError(
                 f"{len(features)} hidden states were given for levels={levels}; give exactly those: "
-                f"[hidden_states[i] for i in {levels}].")
+                f"[hidden_states[i] for i in {levels}]."
+            )
         features = VisionFeatures.of(features)
         channels = features.levels.shape[-1]
         if channels != self.config.d_levels:
             raise ValueError(
                 f"features have {channels} channels; this projector reads {len(levels)} levels × "
                 f"{self.config.d_vision} = {self.config.d_levels}. Concatenate the levels on channels, and "
-                "check that tower and projector belong together.")
+                "check that tower and projector belong together."
+            )
         tokens = self.config.tokens if tokens is None else tokens
         return features, self.config.check_budget(tokens, features.grid)
 
@@ -135,8 +146,8 @@ COST_FORMULAS = {}  # Name -> cost formula of a registered compressor
 
 # %% ../../nbs/05_compressor.ipynb #d6a27d0c
 def compressor_class(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-)->type[Compressor]:
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+) -> type[Compressor]:
     "The class of a compressor, by name."
     found = COMPRESSORS[split_variant(name)[0]]
     if not isinstance(found, str):
@@ -146,10 +157,10 @@ def compressor_class(
 
 # %% ../../nbs/05_compressor.ipynb #fb403f0c
 def compressor_config(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-    like:CompressorConfig,  # Where grid, budget, levels and widths come from
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+    like: CompressorConfig,  # Where grid, budget, levels and widths come from
     **options,  # Fields of the compressor's own config
-)->CompressorConfig:  # Of the compressor's own class
+) -> CompressorConfig:  # Of the compressor's own class
     "The config of one compressor with the sizes of another's."
     Config = compressor_class(name).Config
     options = split_variant(name)[1] | options
@@ -157,27 +168,28 @@ def compressor_config(
     shared = {f.name: getattr(like, f.name) for f in dataclass_fields(common)}
     known = {f.name for f in dataclass_fields(Config)}
     if unknown := sorted(set(options) - known):
-        raise ValueError(
-            f"{unknown} are no settings of {name!r}; its own are {sorted(known - set(shared))}.")
+        raise ValueError(f"{unknown} are no settings of {name!r}; its own are {sorted(known - set(shared))}.")
     return Config(**shared | options)
 
+
 def config_from_dict(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-    d:dict,  # What the config's `to_dict` gave
-)->CompressorConfig:  # Of the compressor's own class
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+    d: dict,  # What the config's `to_dict` gave
+) -> CompressorConfig:  # Of the compressor's own class
     "A config from a dict; one that contradicts the variant's name is an error."
     implied = split_variant(name)[1]
     if wrong := {k: d[k] for k in implied if k in d and d[k] != implied[k]}:
         raise ValueError(
             f"compressor={name!r} means {implied}, but its config says {wrong}; make the config with "
-            f"compressor_config({name!r}, like=...).")
+            f"compressor_config({name!r}, like=...)."
+        )
     return compressor_class(name).Config.from_dict(d | implied)
 
 # %% ../../nbs/05_compressor.ipynb #daf7f319
 def build_compressor(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-    config:CompressorConfig|dict,  # Its own config, or what that config's `to_dict` gave
-)->Compressor:  # With its reference's initialization
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+    config: CompressorConfig | dict,  # Its own config, or what that config's `to_dict` gave
+) -> Compressor:  # With its reference's initialization
     "A compressor by name."
     cls = compressor_class(name)
     if isinstance(config, dict):
@@ -185,13 +197,15 @@ def build_compressor(
     if not isinstance(config, cls.Config):
         raise ValueError(
             f"{name!r} needs a {cls.Config.__name__}, not a {type(config).__name__}; make it with "
-            f"compressor_config({name!r}, like=...).")
+            f"compressor_config({name!r}, like=...)."
+        )
     config_from_dict(name, config.to_dict())  # an error if the config contradicts a variant's name
     return cls(config)
 
+
 def compressor_name(
-    compressor:Compressor,  # Of a class in the registry
-)->str:  # A key of `COMPRESSORS`
+    compressor: Compressor,  # Of a class in the registry
+) -> str:  # A key of `COMPRESSORS`
     "The name under which a compressor's class is registered."
     cls = type(compressor)
     for name, found in COMPRESSORS.items():
@@ -201,12 +215,12 @@ def compressor_name(
 
 # %% ../../nbs/05_compressor.ipynb #3ca32309
 def register_compressor(
-    name:str,  # Name to build it by
-    cls:type[Compressor],  # The class; its `Config` is the class of its config
+    name: str,  # Name to build it by
+    cls: type[Compressor],  # The class; its `Config` is the class of its config
     *,
-    cost:CostFormula|None=None,  # FLOPs of one image, part by part; FLOPs and roofline need it
-    exist_ok:bool=False,  # Replace a compressor that has this name
-)->type[Compressor]:  # `cls`
+    cost: CostFormula | None = None,  # FLOPs of one image, part by part; FLOPs and roofline need it
+    exist_ok: bool = False,  # Replace a compressor that has this name
+) -> type[Compressor]:  # `cls`
     "Make a compressor known by a name."
     if not (isinstance(cls, type) and issubclass(cls, Compressor)):
         raise ValueError(f"cls={cls!r} must be a subclass of Compressor.")
@@ -215,30 +229,33 @@ def register_compressor(
     if name in VARIANTS or name in COMPRESSORS and not exist_ok:
         raise ValueError(
             f"name={name!r} is taken; use another one, or exist_ok=True to replace a compressor (a variant "
-            "cannot be replaced).")
+            "cannot be replaced)."
+        )
     COMPRESSORS[name] = cls
     COST_FORMULAS.pop(name, None)
     if cost is not None:
         COST_FORMULAS[name] = cost
     return cls
 
+
 def cost_formula(
-    name:str,  # A key of `COMPRESSORS` or `VARIANTS`
-)->CostFormula:  # Called with the config, the number of patches and the budget
+    name: str,  # A key of `COMPRESSORS` or `VARIANTS`
+) -> CostFormula:  # Called with the config, the number of patches and the budget
     "The cost formula of a registered compressor, or an error that says how to give one."
     compressor = split_variant(name)[0]
     if compressor not in COST_FORMULAS:
         raise ValueError(
             f"no cost formula registered for {name!r}; give one with register_compressor({name!r}, cls, "
-            "cost=...).")
+            "cost=...)."
+        )
     return COST_FORMULAS[compressor]
 
 # %% ../../nbs/05_compressor.ipynb #409104aa
 def _rename(
-    state:dict[str, Tensor],  # Tensors by name
-    prefixes:dict[str, str],  # Prefix -> its replacement; the first that matches counts
-    transposed:dict[str, str],  # Name of a matrix that is transposed -> its new name
-)->dict[str, Tensor]:  # Tensors by their new names
+    state: dict[str, Tensor],  # Tensors by name
+    prefixes: dict[str, str],  # Prefix -> its replacement; the first that matches counts
+    transposed: dict[str, str],  # Name of a matrix that is transposed -> its new name
+) -> dict[str, Tensor]:  # Tensors by their new names
     "Tensors by other names; a name that no prefix matches stays."
     renamed = {}
     for name, tensor in state.items():
@@ -251,21 +268,23 @@ def _rename(
         renamed[name] = tensor
     return renamed
 
+
 def from_reference(
-    state:dict[str, Tensor],  # A reference's tensors by their names
-    state_dict_map:dict[str, str],  # Our prefix -> the reference's; `"proj.T"` is `proj`, transposed
-    prefix:str="",  # Prefix of the whole module in the reference's checkpoint, removed if it is there
-)->dict[str, Tensor]:  # The same tensors by our names
+    state: dict[str, Tensor],  # A reference's tensors by their names
+    state_dict_map: dict[str, str],  # Our prefix -> the reference's; `"proj.T"` is `proj`, transposed
+    prefix: str = "",  # Prefix of the whole module in the reference's checkpoint, removed if it is there
+) -> dict[str, Tensor]:  # The same tensors by our names
     "A reference's state by our names."
     prefixes = {theirs: ours for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
     transposed = {theirs[:-2]: ours for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
     return _rename({key.removeprefix(prefix): v for key, v in state.items()}, prefixes, transposed)
 
+
 def to_reference(
-    state:dict[str, Tensor],  # Our tensors by our names
-    state_dict_map:dict[str, str],  # As for `from_reference`
-    prefix:str="",  # Prefix of the whole module in the reference's checkpoint
-)->dict[str, Tensor]:  # The same tensors by the reference's names
+    state: dict[str, Tensor],  # Our tensors by our names
+    state_dict_map: dict[str, str],  # As for `from_reference`
+    prefix: str = "",  # Prefix of the whole module in the reference's checkpoint
+) -> dict[str, Tensor]:  # The same tensors by the reference's names
     "The inverse of `from_reference`."
     prefixes = {ours: theirs for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
     transposed = {ours: theirs[:-2] for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
@@ -273,12 +292,12 @@ def to_reference(
 
 # %% ../../nbs/05_compressor.ipynb #2a063e19
 def input_attribution(
-    compressor:Compressor,  # In evaluation mode
-    features:Float[Tensor, "b n c"],  # Patch tokens of some images
-    tokens:int|None=None,  # Budget $V$
-    token_indices:Sequence[int]|None=None,  # Which visual tokens; `None` takes all
+    compressor: Compressor,  # In evaluation mode
+    features: Float[Tensor, "b n c"],  # Patch tokens of some images
+    tokens: int | None = None,  # Budget $V$
+    token_indices: Sequence[int] | None = None,  # Which visual tokens; `None` takes all
     **kwargs,  # To the compressor, such as `text`
-)->Float[Tensor, "v n"]:  # Share of each patch in each token, rows sum to 1
+) -> Float[Tensor, "v n"]:  # Share of each patch in each token, rows sum to 1
     "Dependence of each visual token on each patch: norm of the gradient, averaged over the images."
     x = features.detach().requires_grad_()
     shares = []
@@ -287,19 +306,21 @@ def input_attribution(
         direction = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
         for i in range(out.shape[1]) if token_indices is None else token_indices:
             projection = (out[:, i] @ direction).sum()
-            gradient, = torch.autograd.grad(projection, x, retain_graph=True)
+            (gradient,) = torch.autograd.grad(projection, x, retain_graph=True)
             norm = gradient.norm(dim=-1).mean(0)
             shares.append(norm / norm.sum().clamp_min(1e-12))
     return torch.stack(shares)
 
+
 def draw_input_attribution(
-    shares:Float[Tensor, "v n"],  # From `input_attribution`
-    titles:list[str]|None=None,  # One for each row
+    shares: Float[Tensor, "v n"],  # From `input_attribution`
+    titles: list[str] | None = None,  # One for each row
 ):  # A matplotlib figure
     "Each row of `input_attribution` as a map over the patches."
     import matplotlib.pyplot as plt
-    g = round(shares.shape[1]**.5)
-    size = (1.5*len(shares), 1.8)
+
+    g = round(shares.shape[1] ** 0.5)
+    size = (1.5 * len(shares), 1.8)
     fig, axes = plt.subplots(1, len(shares), figsize=size, squeeze=False, layout="constrained")
     for i, (ax, row) in enumerate(zip(axes[0], shares, strict=True)):
         ax.imshow(row.reshape(g, g), cmap="viridis", vmin=0)

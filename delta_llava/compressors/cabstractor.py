@@ -24,11 +24,12 @@ from ..grid import FeaturesLike, from_grid, interpolate, to_grid
 @dataclass(frozen=True, kw_only=True)
 class CAbstractorConfig(CompressorConfig):
     "Sizes of Honeybee's C-Abstractor."
-    depth:int=3  # Blocks before the pooling, and as many after it
-    hidden:int|None=None  # Channels of the blocks; `None` takes the tower's
-    mlp_depth:int=2  # Linear layers of the readout
-    prenorm:bool=False  # LayerNorm on the patch tokens
-    eos:int=0  # Learned end tokens, part of the budget
+
+    depth: int = 3  # Blocks before the pooling, and as many after it
+    hidden: int | None = None  # Channels of the blocks; `None` takes the tower's
+    mlp_depth: int = 2  # Linear layers of the readout
+    prenorm: bool = False  # LayerNorm on the patch tokens
+    eos: int = 0  # Learned end tokens, part of the budget
 
     def __post_init__(self):
         for name in ("depth", "eos"):
@@ -41,103 +42,116 @@ class CAbstractorConfig(CompressorConfig):
         if not self.depth and self.width != self.d_vision:
             raise ValueError(
                 f"hidden={self.hidden} with depth=0: no block maps {self.d_vision} channels to {self.hidden};"
-                " use hidden=None or a depth of 1 or more.")
+                " use hidden=None or a depth of 1 or more."
+            )
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "Squares up to the grid, each with the end tokens."
-        return [g*g + self.eos for g in range(1, grid+1)]
+        return [g * g + self.eos for g in range(1, grid + 1)]
 
     @property
-    def width(self)->int:
+    def width(self) -> int:
         "Channels of the blocks."
         return self.d_vision if self.hidden is None else self.hidden
 
 # %% ../../nbs/16_cabstractor.ipynb #281c9e24
 class LayerNorm2d(nn.LayerNorm):
     "LayerNorm over the channels of a map, eps $10^{-5}$."
-    def forward(self,
-        x:Float[Tensor, "b c row col"],  # A map
-    )->Float[Tensor, "b c row col"]:
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c row col"],  # A map
+    ) -> Float[Tensor, "b c row col"]:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # views: memory is channels-last
 
+
 def _conv_norm(
-    d_in:int,  # Channels in
-    d_out:int,  # Channels out
-    kernel:int=1,  # Side of the kernel
-    groups:int=1,  # Groups of channels
-    act:bool=True,  # SiLU at the end
-)->nn.Sequential:
+    d_in: int,  # Channels in
+    d_out: int,  # Channels out
+    kernel: int = 1,  # Side of the kernel
+    groups: int = 1,  # Groups of channels
+    act: bool = True,  # SiLU at the end
+) -> nn.Sequential:
     "Convolution without bias, LayerNorm, SiLU."
     layers = OrderedDict(
-        conv=nn.Conv2d(d_in, d_out, kernel, padding=kernel//2, groups=groups, bias=False),
+        conv=nn.Conv2d(d_in, d_out, kernel, padding=kernel // 2, groups=groups, bias=False),
         bn=LayerNorm2d(d_out),
     )
     if act:
         layers["act"] = nn.SiLU()
     return nn.Sequential(layers)
 
+
 class SqueezeExcite(nn.Module):
     "Squeeze-and-excitation: scale channels by a function of the mean of the map ($G$ of @eq-regblock)."
-    def __init__(self,
-        channels:int,  # Channels of the map
-        reduced:int,  # Channels between the two layers
+
+    def __init__(
+        self,
+        channels: int,  # Channels of the map
+        reduced: int,  # Channels between the two layers
     ):
         super().__init__()
         self.fc1 = nn.Conv2d(channels, reduced, 1)
         self.fc2 = nn.Conv2d(reduced, channels, 1)
 
-    def forward(self,
-        x:Float[Tensor, "b c row col"],  # A map
-    )->Float[Tensor, "b c row col"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c row col"],  # A map
+    ) -> Float[Tensor, "b c row col"]:
         mean = x.mean((2, 3), keepdim=True)
         return x * self.fc2(F.silu(self.fc1(mean))).sigmoid()
 
 # %% ../../nbs/16_cabstractor.ipynb #b80f2c85
 class RegBlock(nn.Module):
     "RegNet's block with a depthwise 3×3 convolution (@eq-regblock)."
-    def __init__(self,
-        d_in:int,  # Channels in
-        d_out:int,  # Channels out
+
+    def __init__(
+        self,
+        d_in: int,  # Channels in
+        d_out: int,  # Channels out
     ):
         super().__init__()
         self.conv1 = _conv_norm(d_in, d_out)
         self.conv2 = _conv_norm(d_out, d_out, 3, groups=d_out)
-        self.se = SqueezeExcite(d_out, max(1, round(d_in/4)))  # a quarter of the channels in
+        self.se = SqueezeExcite(d_out, max(1, round(d_in / 4)))  # a quarter of the channels in
         self.conv3 = _conv_norm(d_out, d_out, act=False)
         self.downsample = nn.Identity() if d_in == d_out else _conv_norm(d_in, d_out, act=False)
 
-    def forward(self,
-        x:Float[Tensor, "b c row col"],  # A map
-    )->Float[Tensor, "b d row col"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c row col"],  # A map
+    ) -> Float[Tensor, "b d row col"]:
         branch = self.conv3(self.se(self.conv2(self.conv1(x))))
         return F.silu(branch + self.downsample(x))
 
 # %% ../../nbs/16_cabstractor.ipynb #d233fee3
 def reg_stage(
-    d_in:int,  # Channels in
-    d_out:int,  # Channels out
-    depth:int,  # Blocks
-)->nn.Sequential:
+    d_in: int,  # Channels in
+    d_out: int,  # Channels out
+    depth: int,  # Blocks
+) -> nn.Sequential:
     "A sequence of blocks; without any it is the identity."
     blocks = OrderedDict()
     for i in range(depth):
-        blocks[f"b{i+1}"] = RegBlock(d_out if i else d_in, d_out)
+        blocks[f"b{i + 1}"] = RegBlock(d_out if i else d_in, d_out)
     return nn.Sequential(blocks)
 
 # %% ../../nbs/16_cabstractor.ipynb #79821776
 class CAbstractor(Compressor):
     "Honeybee's C-Abstractor: blocks, average pooling, blocks, and an MLP (@eq-cabs)."
+
     Config = CAbstractorConfig
     state_dict_map = {"before.": "net.0.", "after.": "net.2."}  # our prefix -> the reference's
     prefix = "abstractor."  # of the projector in the reference's checkpoint
 
-    def __init__(self,
-        config:CAbstractorConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: CAbstractorConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `CAbstractorConfig` instead of a config
     ):
         super().__init__(config, **fields)
         config = self.config
-        c,w = config.d_vision,config.width
+        c, w = config.d_vision, config.width
         self.pos_emb = nn.Parameter(torch.empty(1, config.grid**2, c))
         self.prenorm = nn.LayerNorm(c, eps=1e-6) if config.prenorm else nn.Identity()
         self.before = reg_stage(c, w, config.depth)
@@ -152,27 +166,28 @@ class CAbstractor(Compressor):
         for layer in self.modules():
             if isinstance(layer, nn.LayerNorm):
                 layer.reset_parameters()
-            elif isinstance(layer, nn.Conv2d|nn.Linear):
-                nn.init.normal_(layer.weight, std=.02)
+            elif isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.pos_emb, std=.02)
+        nn.init.trunc_normal_(self.pos_emb, std=0.02)
         if self.config.eos:
-            nn.init.trunc_normal_(self.eos_tokens, std=.02)
+            nn.init.trunc_normal_(self.eos_tokens, std=0.02)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "Only convolutions read the patches; the last layer of the readout writes the visual tokens."
         return [], self.readout[-1]
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$, end tokens included; `None` takes the config's
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.validate_inputs(features, tokens)
-        x = self.prenorm(self.normalize(features.levels)[..., -self.config.d_vision:])
+        tokens: int | None = None,  # Budget $V$, end tokens included; `None` takes the config's
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, v = self.validate_inputs(features, tokens)
+        x = self.prenorm(self.normalize(features.levels)[..., -self.config.d_vision :])
         x = x + interpolate(self.pos_emb, features.grid, "bicubic")
         x = from_grid(self.before(to_grid(x)))
         x = interpolate(x, math.isqrt(v - self.config.eos), "mean")

@@ -27,55 +27,63 @@ from ..grid import VisionFeatures
 @dataclass(frozen=True, kw_only=True)
 class FastVConfig(MLPConfig):
     "Sizes of LLaVA's projector, and where the LLM drops image tokens."
-    tokens:int=144  # Default budget $V$: image tokens that go on after layer $K$
-    layer:int=2  # Decoder layers that read all image tokens, $K$
+
+    tokens: int = 144  # Default budget $V$: image tokens that go on after layer $K$
+    layer: int = 2  # Decoder layers that read all image tokens, $K$
 
     def __post_init__(self):
         super().__post_init__()
         if self.layer < 1:
-            raise ValueError(f"layer={self.layer} must be at least 1: before the first layer there is no "
-                             "attention, so there is nothing to rank by; the paper uses 2.")
+            raise ValueError(
+                f"layer={self.layer} must be at least 1: before the first layer there is no "
+                "attention, so there is nothing to rank by; the paper uses 2."
+            )
 
-    def budgets(self,
-        grid:int,  # Patches per side
-    )->list[int]:
+    def budgets(
+        self,
+        grid: int,  # Patches per side
+    ) -> list[int]:
         "Any number of patches."
-        return list(range(1, grid*grid + 1))
+        return list(range(1, grid * grid + 1))
 
-    def placeholders(self,
-        tokens:int,  # Budget $V$
-    )->int:
+    def placeholders(
+        self,
+        tokens: int,  # Budget $V$
+    ) -> int:
         "All patches enter the LLM."
-        return self.grid*self.grid
+        return self.grid * self.grid
 
 
 class FastV(MLP):
     "LLaVA's MLP for all patches; `fastv_context` drops tokens in the decoder."
+
     Config = FastVConfig
     requires = ("decoder",)
 
-    def __init__(self,
-        config:FastVConfig=FastVConfig(),  # Sizes
+    def __init__(
+        self,
+        config: FastVConfig = FastVConfig(),  # Sizes
     ):
         super().__init__(config)
 
-    def forward(self,
-        features:Tensor|VisionFeatures,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: Tensor | VisionFeatures,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$ of the LLM's later layers; `None` takes the config's
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b n d"]:  # All patches
+        tokens: int | None = None,  # Budget $V$ of the LLM's later layers; `None` takes the config's
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b n d"]:  # All patches
         "Project every patch; the budget is only checked."
         features, tokens = self.validate_inputs(features, tokens)
         return super().forward(features, tokens=tokens)
 
 # %% ../../nbs/18_fastv.ipynb #6032ba43
 def attention_row(
-    q:Float[Tensor, "b h e"],  # Query of one token, for each head, rotated
-    k:Float[Tensor, "b hk t e"],  # Keys, rotated; with grouped queries `hk < h`
-    scaling:float,  # Of the logits, $1/\\sqrt{e}$
-    visible:Bool[Tensor, "b t"]|None=None,  # `False` on padding and on later tokens
-)->Float[Tensor, "b t"]:  # Rows sum to 1
+    q: Float[Tensor, "b h e"],  # Query of one token, for each head, rotated
+    k: Float[Tensor, "b hk t e"],  # Keys, rotated; with grouped queries `hk < h`
+    scaling: float,  # Of the logits, $1/\\sqrt{e}$
+    visible: Bool[Tensor, "b t"] | None = None,  # `False` on padding and on later tokens
+) -> Float[Tensor, "b t"]:  # Rows sum to 1
     "Attention of one token to all others, mean over the heads (@eq-received)."
     q = rearrange(q, "b (hk r) e -> b hk r e", hk=k.shape[1])  # r query heads share one key head
     logits = (q @ k.transpose(2, 3) * scaling).float()
@@ -85,11 +93,11 @@ def attention_row(
 
 # %% ../../nbs/18_fastv.ipynb #73506477
 def select_tokens(
-    attention:Float[Tensor, "b t"],  # Attention that each token receives
-    image_mask:Bool[Tensor, "b t"],  # Positions of the image tokens that are ranked
-    keep:int,  # Image tokens of a row that are kept, $V$
-    visible:Bool[Tensor, "b t"]|None=None,  # `False` on padding
-)->tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]|None]:  # Kept positions, rising; `False` on fill
+    attention: Float[Tensor, "b t"],  # Attention that each token receives
+    image_mask: Bool[Tensor, "b t"],  # Positions of the image tokens that are ranked
+    keep: int,  # Image tokens of a row that are kept, $V$
+    visible: Bool[Tensor, "b t"] | None = None,  # `False` on padding
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, rising; `False` on fill
     "All other tokens and the `keep` most attended image tokens of each row."
     best = attention.masked_fill(~image_mask, -1).topk(min(keep, image_mask.shape[1])).indices
     kept = ~image_mask | torch.zeros_like(image_mask).scatter(1, best, True)
@@ -102,9 +110,9 @@ def select_tokens(
 
 # %% ../../nbs/18_fastv.ipynb #6e15bacf
 def last_visible(
-    input_ids:Tensor,  # `[b, t]` Anything with one entry for each token
-    attention_mask:Tensor|None=None,  # `[b, t]` 0 on padding; `None`: no padding
-)->Int[Tensor, "b"]:
+    input_ids: Tensor,  # `[b, t]` Anything with one entry for each token
+    attention_mask: Tensor | None = None,  # `[b, t]` 0 on padding; `None`: no padding
+) -> Int[Tensor, "b"]:
     "Position of the last token of each row that is not padding."
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     if attention_mask is None:
@@ -113,9 +121,9 @@ def last_visible(
 
 
 def end_of_prompt(
-    labels:Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
-    attention_mask:Tensor|None=None,  # `[b, t]` 0 on padding; `None`: no padding
-)->Int[Tensor, "b"]:
+    labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+    attention_mask: Tensor | None = None,  # `[b, t]` 0 on padding; `None`: no padding
+) -> Int[Tensor, "b"]:
     "Position of the last token before the first supervised one; without labels, the last token."
     supervised = labels != -100
     before_answer = (supervised.int().argmax(dim=1) - 1).clamp(min=0)
@@ -124,9 +132,11 @@ def end_of_prompt(
 # %% ../../nbs/18_fastv.ipynb #0c8d1385
 class PrunedLayer:
     "Cache of a decoder layer that read only a part of the prompt: what is added to a `DynamicLayer`."
-    def __init__(self,
-        kept:int,  # Tokens of the prompt that it read
-        shown:Bool[Tensor, "b k"]|None=None,  # `False` on hidden ones among them; `None` hides none
+
+    def __init__(
+        self,
+        kept: int,  # Tokens of the prompt that it read
+        shown: Bool[Tensor, "b k"] | None = None,  # `False` on hidden ones among them; `None` hides none
     ):
         super().__init__()
         self.kept = kept
@@ -142,15 +152,18 @@ class PrunedLayer:
     ) -> tuple[Tensor, Tensor]:  # Keys and values of all tokens
         "Add keys and values; once for each time that a hook announced it."
         if not self.expected:
-            raise RuntimeError("this cache was pruned: run each step that continues it inside "
-                               "`with fastv_context(decoder, None, ...)`, which makes masks of its length.")
+            raise RuntimeError(
+                "this cache was pruned: run each step that continues it inside "
+                "`with fastv_context(decoder, None, ...)`, which makes masks of its length."
+            )
         self.expected = False
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def mask(self,
-        mask:Tensor|None,  # 2D mask of the whole sequence, before pruning
-        new:int,  # Tokens to come
-    )->Tensor|None:  # The same for what this layer has, and the new ones
+    def mask(
+        self,
+        mask: Tensor | None,  # 2D mask of the whole sequence, before pruning
+        new: int,  # Tokens to come
+    ) -> Tensor | None:  # The same for what this layer has, and the new ones
         "2D attention mask of this layer."
         if mask is None and self.shown is None:
             return None
@@ -158,12 +171,13 @@ class PrunedLayer:
         if shown is None:
             shown = torch.ones(len(mask), self.kept, dtype=torch.bool, device=mask.device)
         later = self.get_seq_length() - self.kept + new  # tokens after the prompt
-        rest = shown.new_ones(len(shown), later) if mask is None else mask[:, mask.shape[1]-later:].bool()
+        rest = shown.new_ones(len(shown), later) if mask is None else mask[:, mask.shape[1] - later :].bool()
         return torch.cat([shown, rest], dim=1)
 
-    def change_rows(self,
-        change:Callable[[Tensor], Tensor],  # Picks or repeats the rows of a tensor
-    )->None:
+    def change_rows(
+        self,
+        change: Callable[[Tensor], Tensor],  # Picks or repeats the rows of a tensor
+    ) -> None:
         "Beam search picks and repeats rows; those of `shown` follow."
         if self.shown is not None:
             self.shown = change(self.shown)
@@ -200,9 +214,9 @@ def pruned_layer_class() -> type:
 
 # %% ../../nbs/18_fastv.ipynb #9619413b
 def unsupported_attention(
-    attention:nn.Module,  # Attention of one decoder layer
+    attention: nn.Module,  # Attention of one decoder layer
     config,  # The decoder's
-)->tuple[set[str], set[str]]:  # What it lacks, and what it has that FastV does not know
+) -> tuple[set[str], set[str]]:  # What it lacks, and what it has that FastV does not know
     "Why an attention layer cannot be ranked; two empty sets if it can."
     lacks = {name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attention, name)}
     partial_rotation = hasattr(attention, "rotary_ndims") or not getattr(attention, "use_rope", True)
@@ -216,29 +230,38 @@ def unsupported_attention(
 
 
 def check_decoder(
-    decoder:nn.Module,  # Such as `LlamaModel`
-    layer:int,  # Layers that read all tokens, $K$
-)->None:
+    decoder: nn.Module,  # Such as `LlamaModel`
+    layer: int,  # Layers that read all tokens, $K$
+) -> None:
     "Error unless FastV can rank the tokens of this decoder."
     name = type(decoder).__name__
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{name} has no `layers`; pass the decoder, such as `.model` of a LlamaForCausalLM.")
     if not 1 <= layer < len(layers):
-        raise ValueError(f"layer={layer} must lie in 1..{len(layers)-1}: one layer must attend before tokens "
-                         "can be ranked, and one must be left that is shortened.")
-    lacks, unknown = unsupported_attention(getattr(layers[layer-1], "self_attn", nn.Module()), decoder.config)
+        raise ValueError(
+            f"layer={layer} must lie in 1..{len(layers) - 1}: one layer must attend before tokens "
+            "can be ranked, and one must be left that is shortened."
+        )
+    lacks, unknown = unsupported_attention(
+        getattr(layers[layer - 1], "self_attn", nn.Module()), decoder.config
+    )
     if lacks or unknown:
-        raise ValueError(f"FastV cannot rank tokens in {name}: its attention lacks {sorted(lacks)} and has "
-                         f"{sorted(unknown)} besides. Use a decoder like Llama, Mistral or Qwen2.")
+        raise ValueError(
+            f"FastV cannot rank tokens in {name}: its attention lacks {sorted(lacks)} and has "
+            f"{sorted(unknown)} besides. Use a decoder like Llama, Mistral or Qwen2."
+        )
     kinds = set(getattr(decoder.config, "layer_types", None) or [])
     if getattr(decoder.config, "sliding_window", None) or kinds - {"full_attention"}:
-        raise ValueError(f"{name} has layers without full attention: a sliding window counts neighbors, and "
-                         "pruning moves them. If no sequence is longer than it, set sliding_window=None.")
+        raise ValueError(
+            f"{name} has layers without full attention: a sliding window counts neighbors, and "
+            "pruning moves them. If no sequence is longer than it, set sliding_window=None."
+        )
 
 # %% ../../nbs/18_fastv.ipynb #86ee27bb
 class Pruning:
     "What the last pass that began a sequence kept."
+
     def __init__(self):
         self.attention_received = None  # `[b, t]` Attention of the ranking token
         self.index = None  # `[b, k]` Positions that were kept
@@ -246,17 +269,19 @@ class Pruning:
         self.current = False  # whether the newest pass was the one that was pruned
 
     def _index_like(self, x: Tensor) -> Tensor:
-        return self.index.reshape(*self.index.shape, *[1]*(x.ndim - 2))
+        return self.index.reshape(*self.index.shape, *[1] * (x.ndim - 2))
 
-    def gather(self,
-        x:Tensor,  # `[b, t, ...]` or `[1, t, ...]`: one entry for each token of the pass
-    )->Tensor:  # `[b, k, ...]`
+    def gather(
+        self,
+        x: Tensor,  # `[b, t, ...]` or `[1, t, ...]`: one entry for each token of the pass
+    ) -> Tensor:  # `[b, k, ...]`
         "Entries of the kept tokens, such as their labels or positions."
         return x if self.index is None else torch.take_along_dim(x, self._index_like(x), dim=1)
 
-    def restore(self,
-        x:Tensor,  # `[b, k, ...]` One entry for each kept token
-    )->Tensor:  # `[b, t, ...]`
+    def restore(
+        self,
+        x: Tensor,  # `[b, k, ...]` One entry for each kept token
+    ) -> Tensor:  # `[b, t, ...]`
         "Entries at their old positions, and zeros where tokens were dropped."
         if not self.current:
             return x
@@ -265,28 +290,31 @@ class Pruning:
 
 # %% ../../nbs/18_fastv.ipynb #dd1510f8
 def match_rows(
-    x:Tensor,  # One entry for each row of the prompts
-    rows:int,  # Rows of the pass
-)->Tensor:
+    x: Tensor,  # One entry for each row of the prompts
+    rows: int,  # Rows of the pass
+) -> Tensor:
     "Rows repeated as beam search and sampling repeat those of the prompts."
-    return x if len(x) == rows or rows % len(x) else x.repeat_interleave(rows//len(x), dim=0)
+    return x if len(x) == rows or rows % len(x) else x.repeat_interleave(rows // len(x), dim=0)
 
 # %% ../../nbs/18_fastv.ipynb #2e259c76
 class PruningHooks:
     "The hooks of one `fastv_context`."
-    def __init__(self,
-        decoder:nn.Module,  # Checked by `check_decoder`
-        image_mask:Bool[Tensor, "b t"]|None,  # Positions of the image tokens
-        keep:int,  # Image tokens of a row that are kept, $V$
-        layer:int,  # Layers that read all tokens, $K$
-        prompt_end:Tensor|None=None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+
+    def __init__(
+        self,
+        decoder: nn.Module,  # Checked by `check_decoder`
+        image_mask: Bool[Tensor, "b t"] | None,  # Positions of the image tokens
+        keep: int,  # Image tokens of a row that are kept, $V$
+        layer: int,  # Layers that read all tokens, $K$
+        prompt_end: Tensor
+        | None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
     ):
         self.decoder = decoder
         self.image_mask = image_mask
         self.keep = keep
         self.layer = layer
         self.prompt_end = prompt_end
-        self.attention = decoder.layers[layer-1].self_attn
+        self.attention = decoder.layers[layer - 1].self_attn
         self.result = Pruning()
 
     def register(self) -> list[RemovableHandle]:
@@ -296,7 +324,7 @@ class PruningHooks:
             for name in "qk":
                 source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
                 handles.append(source.register_forward_hook(partial(self._record, name)))
-        for number, block in list(enumerate(self.decoder.layers))[self.layer:]:
+        for number, block in list(enumerate(self.decoder.layers))[self.layer :]:
             hook = partial(self._before_layer, number)
             handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
@@ -332,8 +360,10 @@ class PruningHooks:
         positions = kwargs.get("position_ids")
         rotation = kwargs["position_embeddings"]
         if self.mask is None and past is None and adapter.is_packed(positions):
-            raise ValueError("the rows are packed: FastV ranks by the last prompt token of a row, which must "
-                             "belong to the image. Put one conversation into each row.")
+            raise ValueError(
+                "the rows are packed: FastV ranks by the last prompt token of a row, which must "
+                "belong to the image. Put one conversation into each row."
+            )
         position = torch.arange(x.shape[1], device=x.device)
         seen = position <= end[:, None] if visible is None else visible & (position <= end[:, None])
         result = self.result
@@ -343,8 +373,8 @@ class PruningHooks:
         result.length, result.current = x.shape[1], True
         if past is not None:
             kept = result.index.shape[1]
-            later = self.decoder.layers[self.layer:]
-            past.layers[self.layer:] = [pruned_layer_class()(kept, shown) for _ in later]
+            later = self.decoder.layers[self.layer :]
+            past.layers[self.layer :] = [pruned_layer_class()(kept, shown) for _ in later]
         x = result.gather(x)
         self.changes = dict(
             attention_mask=adapter.causal_mask(self.decoder.config, x, shown, past, self.layer),
@@ -353,14 +383,16 @@ class PruningHooks:
         )
         return x
 
-    def _match_pass(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor|None]:
+    def _match_pass(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor | None]:
         "Image mask and end of the prompt for the rows and the length of this pass, and what is no padding."
         rows, length = x.shape[:2]
         image_mask = match_rows(self.image_mask, rows)
         later = length - image_mask.shape[1]  # tokens of an answer, if the end of the prompt is known
         if len(image_mask) != rows or later < 0 or (later > 0 and self.prompt_end is None):
-            raise ValueError(f"image_mask is {list(self.image_mask.shape)}, but the pass has "
-                             f"{[rows, length]} tokens; give the positions of this very pass.")
+            raise ValueError(
+                f"image_mask is {list(self.image_mask.shape)}, but the pass has "
+                f"{[rows, length]} tokens; give the positions of this very pass."
+            )
         image_mask = nn.functional.pad(image_mask, (0, later))
         visible = None if self.mask is None else self.mask.bool()
         if self.prompt_end is None:
@@ -368,10 +400,14 @@ class PruningHooks:
         return image_mask, match_rows(self.prompt_end, rows).to(x.device), visible
 
     @torch.no_grad()
-    def _rank(self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    def _rank(
+        self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b t"]:
         "@eq-received, for the token at `end` in each row."
+
         def heads(x):
             return rearrange(x.flatten(2), "b t (h e) -> b h t e", e=self.attention.head_dim)
+
         q, k = heads(self.recorded.pop("q")), heads(self.recorded.pop("k"))
         q, k = adapter.rotary_function(self.attention)(q, k, *rotation)
         rows = torch.arange(len(q), device=q.device)
@@ -381,8 +417,10 @@ class PruningHooks:
         "Nothing is dropped, but a pruned cache needs masks of its length."
         pictured = self.image_mask is not None and x.shape[1] > 1 and self.image_mask.shape == x.shape[:2]
         if pictured and self.image_mask.any():
-            raise ValueError("an image in a pass that continues a cache cannot be pruned: "
-                             "give the whole prompt in one pass.")
+            raise ValueError(
+                "an image in a pass that continues a cache cannot be pruned: "
+                "give the whole prompt in one pass."
+            )
         layer = past.layers[self.layer]
         if not isinstance(layer, PrunedLayer) or (mask is None and layer.shown is None):
             return  # the model's own mask is right
@@ -392,19 +430,23 @@ class PruningHooks:
 
 # %% ../../nbs/18_fastv.ipynb #7681b967
 def check_pass(
-    decoder:nn.Module,  # In which a pass begins
-    mask:Tensor|None,  # Its attention mask
+    decoder: nn.Module,  # In which a pass begins
+    mask: Tensor | None,  # Its attention mask
     past,  # Its cache
-    layer:int,  # Layers that read all tokens, $K$
-)->None:
+    layer: int,  # Layers that read all tokens, $K$
+) -> None:
     "Error unless this pass can be pruned, or can continue a pruned one."
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise ValueError("FastV needs the 2D attention mask [batch, tokens] (or none), not one made for the "
-                         "layers: they will differ in length.")
+        raise ValueError(
+            "FastV needs the 2D attention mask [batch, tokens] (or none), not one made for the "
+            "layers: they will differ in length."
+        )
     checkpointing = getattr(decoder.layers[0], "gradient_checkpointing", False)
     if decoder.training and checkpointing and adapter.checkpointing_runs_hooks():
-        raise ValueError("this transformers recomputes a layer together with its hooks, which are gone by "
-                         "then: switch gradient checkpointing off, or update transformers.")
+        raise ValueError(
+            "this transformers recomputes a layer together with its hooks, which are gone by "
+            "then: switch gradient checkpointing off, or update transformers."
+        )
     adapter.check_dynamic_cache(past, (PrunedLayer,))
     entries = enumerate(getattr(past, "layers", []))
     pruned = [number for number, entry in entries if isinstance(entry, PrunedLayer)]
@@ -414,13 +456,15 @@ def check_pass(
 # %% ../../nbs/18_fastv.ipynb #96ef04c6
 @contextmanager
 def fastv_context(
-    decoder:nn.Module,  # With `layers`, such as `LlamaModel`
-    image_mask:Bool[Tensor, "b t"]|None,  # Positions of the image tokens; `None` in steps that only continue
+    decoder: nn.Module,  # With `layers`, such as `LlamaModel`
+    image_mask: Bool[Tensor, "b t"]
+    | None,  # Positions of the image tokens; `None` in steps that only continue
     *,
-    keep:int,  # Image tokens of a row (of all its images together) that are kept, $V$
-    layer:int=2,  # Layers that read all tokens, $K$
-    prompt_end:Tensor|None=None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
-)->Iterator[Pruning]:  # What was kept
+    keep: int,  # Image tokens of a row (of all its images together) that are kept, $V$
+    layer: int = 2,  # Layers that read all tokens, $K$
+    prompt_end: Tensor
+    | None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+) -> Iterator[Pruning]:  # What was kept
     "While it lasts, sequences that begin in `decoder` keep only `keep` image tokens after `layer` layers."
     check_decoder(decoder, layer)
     if keep < 1:

@@ -19,26 +19,31 @@ from ..grid import FeaturesLike, interpolate
 @dataclass(frozen=True, kw_only=True)
 class M3Config(MLPConfig):
     "Sizes of M3's projector."
-    def budgets(self, grid:int)->list[int]:
+
+    def budgets(self, grid: int) -> list[int]:
         "Squares whose side divides the side of the grid."
-        return [g*g for g in range(1, grid+1) if grid % g == 0]
+        return [g * g for g in range(1, grid + 1) if grid % g == 0]
+
 
 class M3(MLP):
     "LLaVA's MLP and average pooling over cells (@eq-m3)."
+
     Config = M3Config
     nested = True  # a training step averages the losses of all its budgets
 
-    def __init__(self,
-        config:M3Config|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: M3Config | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `M3Config` instead of a config
     ):
         super().__init__(config, **fields)
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.validate_inputs(features, tokens)
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, v = self.validate_inputs(features, tokens)
         return interpolate(self.project(features), math.isqrt(v), "mean")

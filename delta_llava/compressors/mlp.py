@@ -19,24 +19,25 @@ from ..grid import FeaturesLike, VisionFeatures
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(CompressorConfig):
     "Sizes of LLaVA's projector."
-    tokens:int=576  # Always the whole grid
-    depth:int=2  # Linear layers: 2 is LLaVA's `mlp2x_gelu`, 1 is `linear`
+
+    tokens: int = 576  # Always the whole grid
+    depth: int = 2  # Linear layers: 2 is LLaVA's `mlp2x_gelu`, 1 is `linear`
 
     def __post_init__(self):
         super().__post_init__()
         self._check_positive("depth")
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "All patches."
-        return [grid*grid]
+        return [grid * grid]
 
 # %% ../../nbs/11_mlp.ipynb #6a521dc1
 def build_mlp(
-    d_in:int,  # Channels in
-    d_out:int,  # Channels out, and of all hidden layers
-    depth:int=2,  # Linear layers
-    act:type[nn.Module]=nn.GELU,  # Activation between them
-)->nn.Sequential:
+    d_in: int,  # Channels in
+    d_out: int,  # Channels out, and of all hidden layers
+    depth: int = 2,  # Linear layers
+    act: type[nn.Module] = nn.GELU,  # Activation between them
+) -> nn.Sequential:
     "Linear layers with an activation between them, initialized as PyTorch does."
     layers = [nn.Linear(d_in, d_out)]
     for _ in range(depth - 1):
@@ -46,12 +47,14 @@ def build_mlp(
 # %% ../../nbs/11_mlp.ipynb #def4ec75
 class MLP(Compressor):
     "LLaVA-1.5's projector: every patch token through an MLP (@eq-mlp)."
+
     Config = MLPConfig
     state_dict_map = {"mlp.": ""}  # our prefix -> the reference's
     prefix = "model.mm_projector."  # of the projector in the reference's checkpoint
 
-    def __init__(self,
-        config:MLPConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: MLPConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `MLPConfig` instead of a config
     ):
         super().__init__(config, **fields)
@@ -66,22 +69,24 @@ class MLP(Compressor):
             layer.reset_parameters()
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "The first and the last linear layer; a single layer counts as the last one."
-        first,last = self.mlp[0],self.mlp[-1]
+        first, last = self.mlp[0], self.mlp[-1]
         return ([] if first is last else [first]), last
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$: all patches, or `None`
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # One visual token for each patch
-        features,_ = self.validate_inputs(features, tokens)
+        tokens: int | None = None,  # Budget $V$: all patches, or `None`
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # One visual token for each patch
+        features, _ = self.validate_inputs(features, tokens)
         return self.project(features)
 
-    def project(self,
-        features:VisionFeatures,  # Checked by `validate_inputs`
-    )->Float[Tensor, "b n d"]:  # One token for each patch
+    def project(
+        self,
+        features: VisionFeatures,  # Checked by `validate_inputs`
+    ) -> Float[Tensor, "b n d"]:  # One token for each patch
         "The MLP on the query level."
-        return self.mlp(self.normalize(features.levels)[..., -self.config.d_vision:])
+        return self.mlp(self.normalize(features.levels)[..., -self.config.d_vision :])

@@ -23,75 +23,86 @@ from ..projector import WindowAttention
 @dataclass(frozen=True, kw_only=True)
 class MQTConfig(CompressorConfig):
     "Sizes of MQT's resampler."
-    tokens:int=256  # Default budget $V$: the first $V$ queries
-    queries:int=256  # Learned queries, a square
-    heads:int=16  # Heads of the attention
+
+    tokens: int = 256  # Default budget $V$: the first $V$ queries
+    queries: int = 256  # Learned queries, a square
+    heads: int = 16  # Heads of the attention
 
     def __post_init__(self):
         self._check_positive("queries", "heads")
-        if (g := math.isqrt(self.queries))**2 != self.queries:
-            raise ValueError(f"queries={self.queries} must be a square, such as {g*g} or {(g+1)**2}: "
-                             "the queries have positions on a square grid.")
+        if (g := math.isqrt(self.queries)) ** 2 != self.queries:
+            raise ValueError(
+                f"queries={self.queries} must be a square, such as {g * g} or {(g + 1) ** 2}: "
+                "the queries have positions on a square grid."
+            )
         super().__post_init__()
         if self.d_vision % self.heads:
             divisors = [h for h in range(1, 33) if self.d_vision % h == 0]
             raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}.")
+                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}."
+            )
         if self.d_vision % 4:
             raise ValueError(
-                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column.")
+                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column."
+            )
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "Every number of queries, on any grid."
-        return list(range(1, self.queries+1))
+        return list(range(1, self.queries + 1))
 
-    def train_budgets(self)->list[int]:
+    def train_budgets(self) -> list[int]:
         "Budgets that a stage-2 step draws from: even numbers, as in the reference. Stage 1 always takes all."
         return [*range(2, self.queries, 2), self.queries]
 
 # %% ../../nbs/14_mqt.ipynb #da215fb0
 class QueryAttention(WindowAttention):
     "Cross-attention of each query to all patches: `WindowAttention` without windows (@eq-resample)."
-    def project_heads(self,
-        x:Float[Tensor, "_ n {self.channels}"],  # Queries, keys or values
-        part:int,  # 0 for queries, 1 for keys, 2 for values
-    )->Float[Tensor, "_ n h c"]:  # One projection for each head
+
+    def project_heads(
+        self,
+        x: Float[Tensor, "_ n {self.channels}"],  # Queries, keys or values
+        part: int,  # 0 for queries, 1 for keys, 2 for values
+    ) -> Float[Tensor, "_ n h c"]:  # One projection for each head
         "Apply one third of the stacked in-projection."
         weight = self.qkv.weight.chunk(3)[part]
         bias = self.qkv.bias.chunk(3)[part]
         return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
 
-    def attention_weights(self,
-        q:Float[Tensor, "_ v {self.channels}"],  # Queries
-        k:Float[Tensor, "_ n {self.channels}"],  # One key for each patch
-    )->Float[Tensor, "_ h v n"]:  # Rows sum to 1
+    def attention_weights(
+        self,
+        q: Float[Tensor, "_ v {self.channels}"],  # Queries
+        k: Float[Tensor, "_ n {self.channels}"],  # One key for each patch
+    ) -> Float[Tensor, "_ h v n"]:  # Rows sum to 1
         "Softmax of the scaled scores, for each head."
         q = self.project_heads(q, 0)
         k = self.project_heads(k, 1)
         return (torch.einsum("bvhc,bnhc->bhvn", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
 
-    def forward(self,
-        q:Float[Tensor, "_ v {self.channels}"],  # Queries
-        k:Float[Tensor, "_ n {self.channels}"],  # One key for each patch
-        v:Float[Tensor, "b n {self.channels}"],  # One value for each patch
-    )->Float[Tensor, "b v {self.channels}"]:  # Output of the attention, one vector for each query
+    def forward(
+        self,
+        q: Float[Tensor, "_ v {self.channels}"],  # Queries
+        k: Float[Tensor, "_ n {self.channels}"],  # One key for each patch
+        v: Float[Tensor, "b n {self.channels}"],  # One value for each patch
+    ) -> Float[Tensor, "b v {self.channels}"]:  # Output of the attention, one vector for each query
         values = self.project_heads(v, 2)
         if k.shape[0] == 1:  # the same weights for all images: one matrix product for the batch
             attended = torch.einsum("bhvn,bnhc->bvhc", self.attention_weights(q, k), values)
         else:
             q = self.project_heads(q.expand(len(k), -1, -1), 0)
             k = self.project_heads(k, 1)
-            q,k,values = (x.transpose(1, 2) for x in (q, k, values))
+            q, k, values = (x.transpose(1, 2) for x in (q, k, values))
             attended = F.scaled_dot_product_attention(q, k, values).transpose(1, 2)
         return self.out(attended.flatten(2))
 
 # %% ../../nbs/14_mqt.ipynb #3e555f96
 class Resampler(nn.Module):
     "Learned queries at fixed positions, and their attention to all patches."
-    def __init__(self,
-        queries:int,  # Learned queries, a square
-        channels:int,  # Channels of queries, keys and values
-        heads:int,  # Heads
+
+    def __init__(
+        self,
+        queries: int,  # Learned queries, a square
+        channels: int,  # Channels of queries, keys and values
+        heads: int,  # Heads
     ):
         super().__init__()
         self.channels = channels
@@ -103,25 +114,26 @@ class Resampler(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         "The references' initialization: normal queries with standard deviation 0.02, sine-cosine positions."
-        nn.init.trunc_normal_(self.query, std=.02)
+        nn.init.trunc_normal_(self.query, std=0.02)
         self.pos_embed.copy_(sincos_2d(math.isqrt(len(self.pos_embed)), self.channels))
         self.attend.reset_parameters()
 
-    def patch_pos_embed(self,
-        grid:int,  # Patches per side
-    )->Float[Tensor, "1 {grid**2} {self.channels}"]:  # One position for each patch
+    def patch_pos_embed(
+        self,
+        grid: int,  # Patches per side
+    ) -> Float[Tensor, "1 {grid**2} {self.channels}"]:  # One position for each patch
         "The positions of the queries, resized bicubically to the patches."
         return interpolate(self.pos_embed[None].float(), grid, "bicubic").to(self.query.dtype)
 
 # %% ../../nbs/14_mqt.ipynb #57d8d6ee
 def convert_legacy_names(
-    module:Compressor,  # Has `legacy_state_dict_map`
-    state:dict[str, Tensor],  # Changed in place
-    prefix:str="",  # Of the module in the state dict
+    module: Compressor,  # Has `legacy_state_dict_map`
+    state: dict[str, Tensor],  # Changed in place
+    prefix: str = "",  # Of the module in the state dict
     *_,  # What PyTorch passes to such hooks besides
 ):
     "A load hook: rename tensors that an earlier version stored under other names."
-    for ours,stored in module.legacy_state_dict_map.items():
+    for ours, stored in module.legacy_state_dict_map.items():
         tensor = state.pop(prefix + stored.removesuffix(".T"), None)
         if tensor is not None:
             state[prefix + ours] = tensor.T.contiguous() if stored.endswith(".T") else tensor
@@ -129,17 +141,22 @@ def convert_legacy_names(
 # %% ../../nbs/14_mqt.ipynb #b4d1ae1c
 class MQT(Compressor):
     "MQT-LLaVA's resampler: the first $V$ learned queries (@eq-mqt)."
+
     Config = MQTConfig
     spatial = False
     state_dict_map = {  # our prefix -> the reference's
-        "resample.attend.qkv.": "attn.in_proj_", "resample.attend.out.": "attn.out_proj.",
-        "resample.query": "query", "resample.pos_embed": "pos_embed", "out_proj.weight": "proj.T",
+        "resample.attend.qkv.": "attn.in_proj_",
+        "resample.attend.out.": "attn.out_proj.",
+        "resample.query": "query",
+        "resample.pos_embed": "pos_embed",
+        "out_proj.weight": "proj.T",
     }
     legacy_state_dict_map = {"out_proj.weight": "proj.weight.T"}  # our name -> that of earlier versions
     prefix = "model.query_abstractor."  # of the resampler in the reference's checkpoint
 
-    def __init__(self,
-        config:MQTConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: MQTConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `MQTConfig` instead of a config
     ):
         super().__init__(config, **fields)
@@ -160,53 +177,58 @@ class MQT(Compressor):
         self.resample.pos_embed.copy_(self.resample.pos_embed.half())
         for norm in (self.ln_q, self.ln_k, self.ln_v):
             norm.reset_parameters()
-        nn.init.normal_(self.out_proj.weight, std=self.config.d_llm**-.5)
+        nn.init.normal_(self.out_proj.weight, std=self.config.d_llm**-0.5)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "No linear layer reads the patches before LayerNorm; `out_proj` writes the visual tokens."
         return [], self.out_proj
 
-    def queries_and_keys(self,
-        v:int,  # Budget $V$
-        grid:int,  # Patches per side
-    )->tuple[Tensor, Tensor]:  # Queries `[1, v, c]` and keys `[1, n, c]`
+    def queries_and_keys(
+        self,
+        v: int,  # Budget $V$
+        grid: int,  # Patches per side
+    ) -> tuple[Tensor, Tensor]:  # Queries `[1, v, c]` and keys `[1, n, c]`
         "Queries and keys, which do not depend on the image."
         r = self.resample
         return self.ln_q(r.query[:v] + r.pos_embed[:v])[None], self.ln_k(r.patch_pos_embed(grid))
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.validate_inputs(features, tokens)
-        x = self.normalize(features.levels)[..., -self.config.d_vision:]
-        q,k = self.queries_and_keys(v, features.grid)
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, v = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)[..., -self.config.d_vision :]
+        q, k = self.queries_and_keys(v, features.grid)
         return self.out_proj(self.resample.attend(q, k, self.ln_v(x)))
 
-    def fold(self,
-        grid:int|None=None,  # Patches per side; `None` takes the config's
-    )->"FoldedMQT":
+    def fold(
+        self,
+        grid: int | None = None,  # Patches per side; `None` takes the config's
+    ) -> "FoldedMQT":
         "A copy for inference on one grid, with all attention weights computed in advance."
         return FoldedMQT(self, self.config.grid if grid is None else grid)
 
 # %% ../../nbs/14_mqt.ipynb #90fefeed
 class FoldedMQT(Compressor):
     "What `MQT.fold()` returns: the same function with stored attention weights, for one grid (@eq-fold-mqt)."
+
     Config = MQTConfig
 
     @torch.no_grad()
-    def __init__(self,
-        mqt:MQT,  # Not changed
-        grid:int,  # Patches per side
+    def __init__(
+        self,
+        mqt: MQT,  # Not changed
+        grid: int,  # Patches per side
     ):
         super().__init__(mqt.config)
         self.folded_grid = grid
-        for name,tensor in self._merge(mqt).items():
+        for name, tensor in self._merge(mqt).items():
             self.register_buffer(name, tensor.to(mqt.out_proj.weight.dtype).contiguous())
-        q,k = mqt.queries_and_keys(mqt.config.queries, grid)
+        q, k = mqt.queries_and_keys(mqt.config.queries, grid)
         self.register_buffer("attention_weights", mqt.resample.attend.attention_weights(q, k)[0].contiguous())
         if mqt.config.standardize:
             self.feature_mean.copy_(mqt.feature_mean)
@@ -214,7 +236,7 @@ class FoldedMQT(Compressor):
         self.requires_grad_(False).eval()
 
     @staticmethod
-    def _merge(mqt:MQT)->dict[str, Tensor]:
+    def _merge(mqt: MQT) -> dict[str, Tensor]:
         "The two factors of $M^h$ and the constant $m$, in float64."
         attend = mqt.resample.attend
         value = attend.qkv.weight.chunk(3)[2].double()
@@ -229,29 +251,33 @@ class FoldedMQT(Compressor):
         )
 
     @torch.no_grad()
-    def forward(self,
-        features:FeaturesLike,  # As for `MQT`
+    def forward(
+        self,
+        features: FeaturesLike,  # As for `MQT`
         *,
-        tokens:int|None=None,  # Budget $V$
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.validate_inputs(features, tokens)
+        tokens: int | None = None,  # Budget $V$
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, v = self.validate_inputs(features, tokens)
         g = self.folded_grid
         if features.grid != g:
-            raise ValueError(f"these attention weights are for a {g}×{g} grid, not "
-                             f"{features.grid}×{features.grid}; fold(grid={features.grid}) makes others.")
+            raise ValueError(
+                f"these attention weights are for a {g}×{g} grid, not "
+                f"{features.grid}×{features.grid}; fold(grid={features.grid}) makes others."
+            )
         c = self.config.d_vision
         x = F.layer_norm(self.normalize(features.levels)[..., -c:], (c,), eps=1e-6)
         return F.linear(self._attend(x, v), self.out_weight, self.out_bias)
 
-    def _attend(self,
-        x:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens after LayerNorm
-        v:int,  # Budget $V$
-    )->Float[Tensor, "b v {self.config.d_vision}"]:
+    def _attend(
+        self,
+        x: Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens after LayerNorm
+        v: int,  # Budget $V$
+    ) -> Float[Tensor, "b v {self.config.d_vision}"]:
         "Average and project, in the cheaper order."
-        n,c = x.shape[1:]
+        n, c = x.shape[1:]
         weights = self.attention_weights[:, :v]
-        if v*(len(weights)*n + c) < n*(v + c):  # few tokens: average first
+        if v * (len(weights) * n + c) < n * (v + c):  # few tokens: average first
             means = torch.einsum("hvn,bnc->bvhc", weights, x)
             return torch.einsum("bvhc,hdc->bvhd", means, self.value_weight).flatten(2)
         values = torch.einsum("bnc,hdc->bnhd", x, self.value_weight)

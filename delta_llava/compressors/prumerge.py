@@ -18,70 +18,71 @@ from ..grid import FeaturesLike, VisionFeatures
 
 # %% ../../nbs/17_prumerge.ipynb #3a473720
 def count_outliers(
-    attention:Float[Tensor, "b n"],  # Attention of CLS to each patch, $a$
-    batch_statistics:bool=False,  # One pair of quartiles, and one number of patches, for the whole batch
-)->tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:  # Outliers of each image, $K$, and the ratio $⌊N/K⌋$
+    attention: Float[Tensor, "b n"],  # Attention of CLS to each patch, $a$
+    batch_statistics: bool = False,  # One pair of quartiles, and one number of patches, for the whole batch
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:  # Outliers of each image, $K$, and the ratio $⌊N/K⌋$
     "How many patches of each image are outliers by the interquartile rule (@eq-iqr), at least one."
-    b,n = attention.shape
+    b, n = attention.shape
     pool = attention.flatten()[None] if batch_statistics else attention
-    quartiles = torch.tensor([.25, .75], device=pool.device, dtype=pool.dtype)
-    q1,q3 = pool.quantile(quartiles, dim=1, keepdim=True)
-    found = (pool > q3 + 1.5*(q3 - q1)).sum(1).expand(b)
+    quartiles = torch.tensor([0.25, 0.75], device=pool.device, dtype=pool.dtype)
+    q1, q3 = pool.quantile(quartiles, dim=1, keepdim=True)
+    found = (pool > q3 + 1.5 * (q3 - q1)).sum(1).expand(b)
     images = b if batch_statistics else 1
-    return (found // images).clamp_min(1), images*n // found.clamp_min(images)
+    return (found // images).clamp_min(1), images * n // found.clamp_min(images)
 
 # %% ../../nbs/17_prumerge.ipynb #b19b635c
 def spaced_patches(
-    n:int,  # Patches $N$
-    n_kept:int,  # Patches to keep, $V-1$
-    device:torch.device|None=None,  # Of the result
-)->Int[Tensor, " p"]:  # Ascending indices
+    n: int,  # Patches $N$
+    n_kept: int,  # Patches to keep, $V-1$
+    device: torch.device | None = None,  # Of the result
+) -> Int[Tensor, " p"]:  # Ascending indices
     "Evenly spaced patches of PruMerge+ for a fixed budget, about half of `n_kept` (@eq-spaced)."
-    step = n // (n_kept//2) if n_kept > 1 else n
-    return torch.arange(step//2, n-1, step, device=device)[:n_kept-1]
+    step = n // (n_kept // 2) if n_kept > 1 else n
+    return torch.arange(step // 2, n - 1, step, device=device)[: n_kept - 1]
 
 # %% ../../nbs/17_prumerge.ipynb #21552ad1
 def select_fixed(
-    attention:Float[Tensor, "b n"],  # Attention of CLS to each patch
-    n_kept:int,  # Patches to keep, $V-1$
-    plus:bool=False,  # Half of them evenly spaced
-)->Int[Tensor, "b n"]:  # Kept patches first (largest attention, then spaced), then the rest
+    attention: Float[Tensor, "b n"],  # Attention of CLS to each patch
+    n_kept: int,  # Patches to keep, $V-1$
+    plus: bool = False,  # Half of them evenly spaced
+) -> Int[Tensor, "b n"]:  # Kept patches first (largest attention, then spaced), then the rest
     "The order of the patches for a fixed budget."
-    b,n = attention.shape
+    b, n = attention.shape
     if plus:
         spaced = spaced_patches(n, n_kept, attention.device).expand(b, -1)
     else:
         spaced = attention.new_empty(b, 0, dtype=torch.long)
     ranked = attention.argsort(dim=1, descending=True, stable=True)
-    kept = torch.cat([ranked[:, :n_kept - spaced.shape[1]], spaced], dim=1)
+    kept = torch.cat([ranked[:, : n_kept - spaced.shape[1]], spaced], dim=1)
     rest = torch.arange(n, device=kept.device).expand(b, n).scatter(1, kept, -1).sort(dim=1).values
     return torch.cat([kept, rest[:, n_kept:]], dim=1)  # for a patch that is kept twice, another one is lost
 
+
 def select_adaptive(
-    attention:Float[Tensor, "b n"],  # Attention of CLS to each patch
-    plus:bool=False,  # Evenly spaced patches as well
-    batch_statistics:bool=False,  # Quartiles of the whole batch
-)->tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:  # Kept patches first, then the rest; how many are kept
+    attention: Float[Tensor, "b n"],  # Attention of CLS to each patch
+    plus: bool = False,  # Evenly spaced patches as well
+    batch_statistics: bool = False,  # Quartiles of the whole batch
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:  # Kept patches first, then the rest; how many are kept
     "The order of the patches where each image has its own number."
     n = attention.shape[1]
     index = torch.arange(n, device=attention.device)
-    n_outliers,ratio = count_outliers(attention, batch_statistics)
+    n_outliers, ratio = count_outliers(attention, batch_statistics)
     rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     outlier = rank < n_outliers[:, None]
-    spaced = (index % (ratio//3)[:, None] == 0) & (index < n-1) & plus
+    spaced = (index % (ratio // 3)[:, None] == 0) & (index < n - 1) & plus
     # sort keys: outliers by rank (below n), spaced patches by index (below 2n), the rest by index
     key = torch.where(outlier, rank, torch.where(spaced, index, index + n) + n)
     return key.argsort(dim=1), (outlier | spaced).sum(1)
 
 # %% ../../nbs/17_prumerge.ipynb #319921d8
 def merge_matrix(
-    attention:Float[Tensor, "b n"],  # Attention of CLS to each patch, $a$
-    keys:Float[Tensor, "b n c"],  # Keys of the patches
-    order:Int[Tensor, "b n"],  # Patches, the kept ones first
-    n_kept:Int[Tensor, " b"],  # How many are kept in each image
-    max_kept:int,  # The largest of these numbers
-    neighbors:int=32,  # Patches that are merged into each kept one
-)->Float[Tensor, "b v n"]:  # $M$, with `max_kept + 1` rows; those after the last token of an image are 0
+    attention: Float[Tensor, "b n"],  # Attention of CLS to each patch, $a$
+    keys: Float[Tensor, "b n c"],  # Keys of the patches
+    order: Int[Tensor, "b n"],  # Patches, the kept ones first
+    n_kept: Int[Tensor, " b"],  # How many are kept in each image
+    max_kept: int,  # The largest of these numbers
+    neighbors: int = 32,  # Patches that are merged into each kept one
+) -> Float[Tensor, "b v n"]:  # $M$, with `max_kept + 1` rows; those after the last token of an image are 0
     "The matrix that turns patches into tokens (@eq-merge)."
     n = attention.shape[1]
     a = attention.gather(1, order)
@@ -89,12 +90,12 @@ def merge_matrix(
     k = k.gather(1, order[..., None].expand_as(k))
     itself = torch.eye(max_kept, n, device=a.device)
     similarity = (k[:, :max_kept] @ k.mT).masked_fill(itself.bool(), -torch.inf)
-    nearest = similarity.topk(min(neighbors, n-1), dim=2).indices
+    nearest = similarity.topk(min(neighbors, n - 1), dim=2).indices
     is_neighbor = torch.zeros_like(similarity).scatter(2, nearest, 1)
-    token = torch.arange(max_kept+1, device=a.device)[:, None]
+    token = torch.arange(max_kept + 1, device=a.device)[:, None]
     position = torch.arange(n, device=a.device)  # in the order of selection
     count = n_kept[:, None, None]
-    kept_rows = F.pad(itself + is_neighbor*a[:, None], (0, 0, 0, 1)) * (token < count)
+    kept_rows = F.pad(itself + is_neighbor * a[:, None], (0, 0, 0, 1)) * (token < count)
     rest_row = a[:, None] * ((token == count) & (position >= count))
     rows = kept_rows + rest_row
     return torch.zeros_like(rows).scatter_add(2, order[:, None].expand_as(rows), rows)
@@ -103,87 +104,97 @@ def merge_matrix(
 @dataclass(frozen=True, kw_only=True)
 class PruMergeConfig(MLPConfig):
     "Sizes and switches of PruMerge; the default keeps an eighth of CLIP ViT-L/14-336's patches."
-    tokens:int=73  # Default budget $V$: $V-1$ patches and one token for the rest
-    plus:bool=False  # PruMerge+: evenly spaced patches as well
-    adaptive:bool=False  # Without a budget in the call, each image has its own number of tokens
-    batch_statistics:bool=False  # Quartiles over the whole batch, as in the authors' code
-    neighbors:int=32  # Patches that are merged into each kept one
+
+    tokens: int = 73  # Default budget $V$: $V-1$ patches and one token for the rest
+    plus: bool = False  # PruMerge+: evenly spaced patches as well
+    adaptive: bool = False  # Without a budget in the call, each image has its own number of tokens
+    batch_statistics: bool = False  # Quartiles over the whole batch, as in the authors' code
+    neighbors: int = 32  # Patches that are merged into each kept one
 
     def __post_init__(self):
         super().__post_init__()
         self._check_positive("neighbors")
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "Any number: at least one patch, and one token for the rest."
-        return list(range(2, grid*grid + 1))
+        return list(range(2, grid * grid + 1))
 
     @classmethod
-    def from_dict(cls,
-        d:dict,  # What `to_dict` gave; earlier versions wrote `neighbours`
-    )->"PruMergeConfig":
+    def from_dict(
+        cls,
+        d: dict,  # What `to_dict` gave; earlier versions wrote `neighbours`
+    ) -> "PruMergeConfig":
         "The config that `to_dict` wrote."
-        return super().from_dict({"neighbors" if k == "neighbours" else k: v for k,v in d.items()})
+        return super().from_dict({"neighbors" if k == "neighbours" else k: v for k, v in d.items()})
 
 # %% ../../nbs/17_prumerge.ipynb #1e573069
 class PruMerge(MLP):
     "LLaVA's MLP on the patches with the most CLS attention, the others merged into them (@eq-merge)."
+
     Config = PruMergeConfig
     spatial = False
     requires = ("attention",)
 
-    def __init__(self,
-        config:PruMergeConfig|None=None,  # Sizes and switches; `None` takes the reference's
+    def __init__(
+        self,
+        config: PruMergeConfig | None = None,  # Sizes and switches; `None` takes the reference's
         **fields,  # Fields of `PruMergeConfig` instead of a config
     ):
         super().__init__(config, **fields)
 
-    def _select(self,
-        features:VisionFeatures,  # With `cls_attention` and `keys`
-        v:int|None,  # Budget $V$; `None` takes each image's own number
-    )->tuple[Int[Tensor, "b n"], Int[Tensor, " b"], int]:  # Order, number of kept ones, largest number
+    def _select(
+        self,
+        features: VisionFeatures,  # With `cls_attention` and `keys`
+        v: int | None,  # Budget $V$; `None` takes each image's own number
+    ) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"], int]:  # Order, number of kept ones, largest number
         "The order of the patches, kept ones first."
         if features.cls_attention is None or features.keys is None:
             raise ValueError(
                 "PruMerge reads the tower's CLS attention and keys, and these features have none; "
-                "make them with `vision_features(tower, pixels, levels, attention=True)`.")
+                "make them with `vision_features(tower, pixels, levels, attention=True)`."
+            )
         attention = features.cls_attention.float()
         if v is None:
-            order,n_kept = select_adaptive(attention, self.config.plus, self.config.batch_statistics)
+            order, n_kept = select_adaptive(attention, self.config.plus, self.config.batch_statistics)
             return order, n_kept, int(n_kept.max())
-        order = select_fixed(attention, v-1, self.config.plus)
-        return order, torch.full_like(order[:, 0], v-1), v-1
+        order = select_fixed(attention, v - 1, self.config.plus)
+        return order, torch.full_like(order[:, 0], v - 1), v - 1
 
-    def _budget(self, tokens:int|None, v:int)->int|None:
+    def _budget(self, tokens: int | None, v: int) -> int | None:
         "The budget of a call; `None` if each image has its own."
         return None if tokens is None and self.config.adaptive else v
 
-    def select(self,
-        features:FeaturesLike,  # With `cls_attention` and `keys`
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's, or each image's own
-    )->tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:  # Patches; `False` for padding
+    def select(
+        self,
+        features: FeaturesLike,  # With `cls_attention` and `keys`
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's, or each image's own
+    ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:  # Patches; `False` for padding
         "The kept patches of each image, in the order of their tokens."
-        features,v = self.validate_inputs(features, tokens)
-        order,n_kept,max_kept = self._select(features, self._budget(tokens, v))
+        features, v = self.validate_inputs(features, tokens)
+        order, n_kept, max_kept = self._select(features, self._budget(tokens, v))
         return order[:, :max_kept], torch.arange(max_kept, device=order.device) < n_kept[:, None]
 
-    def forward_with_mask(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last, with `cls_attention` and `keys`
+    def forward_with_mask(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last, with `cls_attention` and `keys`
         *,
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's, or each image's own
-    )->tuple[Float[Tensor, "b v d"], Bool[Tensor, "b v"]]:  # Tokens, padded with 0; `False` for padding
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's, or each image's own
+    ) -> tuple[Float[Tensor, "b v d"], Bool[Tensor, "b v"]]:  # Tokens, padded with 0; `False` for padding
         "The visual tokens, and which of them are not padding: all, unless the number is adaptive."
-        features,v = self.validate_inputs(features, tokens)
-        order,n_kept,max_kept = self._select(features, self._budget(tokens, v))
-        x = self.normalize(features.levels)[..., -self.config.d_vision:]
-        matrix = merge_matrix(features.cls_attention.float(), features.keys, order, n_kept, max_kept,
-                              self.config.neighbors)
-        mask = torch.arange(max_kept+1, device=x.device) <= n_kept[:, None]
+        features, v = self.validate_inputs(features, tokens)
+        order, n_kept, max_kept = self._select(features, self._budget(tokens, v))
+        x = self.normalize(features.levels)[..., -self.config.d_vision :]
+        matrix = merge_matrix(
+            features.cls_attention.float(), features.keys, order, n_kept, max_kept, self.config.neighbors
+        )
+        mask = torch.arange(max_kept + 1, device=x.device) <= n_kept[:, None]
         return self.mlp(matrix.to(x.dtype) @ x) * mask[..., None], mask
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last, with `cls_attention` and `keys`
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last, with `cls_attention` and `keys`
         *,
-        tokens:int|None=None,  # Budget $V$; `None` takes the config's, or each image's own
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Kept patches in their order, then the token for the rest
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's, or each image's own
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Kept patches in their order, then the token for the rest
         return self.forward_with_mask(features, tokens=tokens)[0]

@@ -22,55 +22,65 @@ from ..projector import WindowAttention
 @dataclass(frozen=True, kw_only=True)
 class QueCCConfig(TokenPackerConfig):
     "Sizes of QueCC; the defaults are the reference's for 144 tokens."
-    d_text:int|None=None  # Width of the question embedding; `None`: that of the LLM, $d$
+
+    d_text: int | None = None  # Width of the question embedding; `None`: that of the LLM, $d$
 
     def __post_init__(self):
-        possible = [g*g for g in range(1, self.grid+1) if self.grid % g == 0]
+        possible = [g * g for g in range(1, self.grid + 1) if self.grid % g == 0]
         if possible and self.tokens not in possible:  # an impossible grid is refused below
             raise ValueError(
                 f"tokens={self.tokens!r} is not a square whose side divides the {self.grid}×{self.grid} grid,"
-                f" as the kernel of QueCCConfig requires; use one of {possible}.")
+                f" as the kernel of QueCCConfig requires; use one of {possible}."
+            )
         super().__post_init__()
         if self.d_text is not None:
             self._check_positive("d_text")
 
     @property
-    def kernel(self)->int:
+    def kernel(self) -> int:
         "Patches per side of a cell, $k$: the kernel size of the convolution that downsamples the queries."
         return self.grid // math.isqrt(self.tokens)
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "The number of cells that the kernel makes of a grid, if it divides it."
-        return [] if grid % self.kernel else [(grid//self.kernel)**2]
+        return [] if grid % self.kernel else [(grid // self.kernel) ** 2]
 
-    def check_budget(self, tokens:int, grid:int)->int:
+    def check_budget(self, tokens: int, grid: int) -> int:
         "As in every compressor; a grid that the kernel does not divide has no budget."
         if grid % self.kernel:
             raise ValueError(
                 f"a kernel of {self.kernel}×{self.kernel} patches does not divide a {grid}×{grid} grid; use "
-                f"images of the size that gives the {self.grid}×{self.grid} grid it was built for.")
+                f"images of the size that gives the {self.grid}×{self.grid} grid it was built for."
+            )
         return super().check_budget(tokens, grid)
 
 # %% ../../nbs/15_quecc.ipynb #e6be96a2
 class QueCC(Compressor):
     "Queries that depend on the question, each attending to the patches of its own cell (@eq-quecc)."
+
     Config = QueCCConfig
     requires = ("text",)
     state_dict_map = {  # our prefix -> the reference's
-        "q.": "0.q_proj.", "k.": "0.k_proj.", "v.": "0.v_proj.",
-        "text.": "0.text_projection.", "shrink.": "0.q_downsample.",
-        "attend.qkv.": "0.clip_attn.in_proj_", "attend.out.": "0.clip_attn.out_proj.",
-        "mlp.0.": "1.", "mlp.2.": "3.",
+        "q.": "0.q_proj.",
+        "k.": "0.k_proj.",
+        "v.": "0.v_proj.",
+        "text.": "0.text_projection.",
+        "shrink.": "0.q_downsample.",
+        "attend.qkv.": "0.clip_attn.in_proj_",
+        "attend.out.": "0.clip_attn.out_proj.",
+        "mlp.0.": "1.",
+        "mlp.2.": "3.",
     }
     prefix = "model.mm_projector."  # of the projector in the reference's checkpoint
 
-    def __init__(self,
-        config:QueCCConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: QueCCConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `QueCCConfig` instead of a config
     ):
         super().__init__(config, **fields)
         config = self.config
-        c,k = config.d_vision,config.kernel
+        c, k = config.d_vision, config.kernel
         self.d_text = config.d_llm if config.d_text is None else config.d_text
         self.text = nn.Sequential(nn.Linear(self.d_text, c), nn.LayerNorm(c, eps=1e-6))
         self.q = normed_mlp(c, c)
@@ -90,14 +100,15 @@ class QueCC(Compressor):
         nn.init.zeros_(self.attend.out.bias)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "The first layers of keys and values, and the last layer of the MLP."
         return [self.k[0], self.v[0]], self.mlp[-1]
 
-    def project_text(self,
-        text:Tensor|None,  # Question embeddings `[b, 1, d_text]`
-        like:Tensor,  # Features of the same images: gives batch size, dtype and device
-    )->Float[Tensor, "b 1 {self.config.d_vision}"]:  # What is added to each patch
+    def project_text(
+        self,
+        text: Tensor | None,  # Question embeddings `[b, 1, d_text]`
+        like: Tensor,  # Features of the same images: gives batch size, dtype and device
+    ) -> Float[Tensor, "b 1 {self.config.d_vision}"]:  # What is added to each patch
         "Check the question embedding and project it to the width of the vision tower."
         want = (len(like), 1, self.d_text)
         if text is None or text.shape != want:
@@ -105,31 +116,35 @@ class QueCC(Compressor):
                 f"text={None if text is None else tuple(text.shape)}: QueCC reads the question, so it needs"
                 f" a question embedding {want} = [batch, 1, d_text]. It is the LLM's last hidden state of"
                 " the question's last token: under torch.no_grad(),"
-                " decoder(input_ids).last_hidden_state[:, -1:] for questions padded on the left.")
+                " decoder(input_ids).last_hidden_state[:, -1:] for questions padded on the left."
+            )
         return self.text(text.to(like))
 
-    def queries(self,
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
-        text:Tensor|None,  # Question embeddings `[b, 1, d_text]`
-    )->Float[Tensor, "b v {self.config.d_vision}"]:  # One query for each visual token
+    def queries(
+        self,
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
+        text: Tensor | None,  # Question embeddings `[b, 1, d_text]`
+    ) -> Float[Tensor, "b v {self.config.d_vision}"]:  # One query for each visual token
         "Add the question to each patch, and downsample by a learned kernel (@eq-quecc)."
         x = self.q(level + self.project_text(text, level))
         return from_grid(self.shrink(to_grid(x)))
 
-    def compress(self,
-        levels:Float[Tensor, "b n {self.config.d_levels}"],  # All levels on channels: for keys and values
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # The query level
-        text:Tensor|None,  # Question embeddings `[b, 1, d_text]`
-    )->Float[Tensor, "b v {self.config.d_vision}"]:  # Output of the attention
+    def compress(
+        self,
+        levels: Float[Tensor, "b n {self.config.d_levels}"],  # All levels on channels: for keys and values
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # The query level
+        text: Tensor | None,  # Question embeddings `[b, 1, d_text]`
+    ) -> Float[Tensor, "b v {self.config.d_vision}"]:  # Output of the attention
         "QueCC without its MLP, for features that were checked and standardized."
         return self.attend(self.queries(level, text), self.k(levels), self.v(levels))
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$: the one it was built for, or `None`
-        text:Tensor|None=None,  # Question embeddings `[b, 1, d_text]`, computed without gradient
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,_ = self.validate_inputs(features, tokens)
+        tokens: int | None = None,  # Budget $V$: the one it was built for, or `None`
+        text: Tensor | None = None,  # Question embeddings `[b, 1, d_text]`, computed without gradient
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, _ = self.validate_inputs(features, tokens)
         x = self.normalize(features.levels)
-        return self.mlp(self.compress(x, x[..., -self.config.d_vision:], text))
+        return self.mlp(self.compress(x, x[..., -self.config.d_vision :], text))

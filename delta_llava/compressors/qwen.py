@@ -22,59 +22,70 @@ from ..grid import FeaturesLike
 @dataclass(frozen=True, kw_only=True)
 class QwenConfig(CompressorConfig):
     "Sizes of Qwen-VL's resampler."
-    tokens:int=256  # The budget $V$, which is the number of queries: a square
-    heads:int|None=None  # Heads of the attention; `None` takes one for each 128 channels of the LLM
-    post:bool=True  # LayerNorm and linear layer that follow the resampler in Qwen's vision tower
+
+    tokens: int = 256  # The budget $V$, which is the number of queries: a square
+    heads: int | None = None  # Heads of the attention; `None` takes one for each 128 channels of the LLM
+    post: bool = True  # LayerNorm and linear layer that follow the resampler in Qwen's vision tower
 
     def __post_init__(self):
         super().__post_init__()
         self._check_positive("tokens")
-        if (g := math.isqrt(self.tokens))**2 != self.tokens:
-            raise ValueError(f"tokens={self.tokens} must be a square, such as {g*g} or {(g+1)**2}: "
-                             "Qwen's queries have positions on a square grid.")
+        if (g := math.isqrt(self.tokens)) ** 2 != self.tokens:
+            raise ValueError(
+                f"tokens={self.tokens} must be a square, such as {g * g} or {(g + 1) ** 2}: "
+                "Qwen's queries have positions on a square grid."
+            )
         if self.d_llm % 4:
             raise ValueError(
-                f"d_llm={self.d_llm} must be a multiple of 4: sine and cosine of row and column.")
+                f"d_llm={self.d_llm} must be a multiple of 4: sine and cosine of row and column."
+            )
         if self.heads is not None:
             self._check_positive("heads")
             if self.d_llm % self.heads:
                 divisors = [h for h in range(1, 65) if self.d_llm % h == 0]
                 raise ValueError(
-                    f"heads={self.heads} must divide d_llm={self.d_llm}; use one of {divisors}, or None.")
+                    f"heads={self.heads} must divide d_llm={self.d_llm}; use one of {divisors}, or None."
+                )
 
-    def budgets(self, grid:int)->list[int]:
+    def budgets(self, grid: int) -> list[int]:
         "The number of queries, on any grid."
         return [self.tokens]
 
     @property
-    def n_heads(self)->int:
+    def n_heads(self) -> int:
         "The config's heads, or the reference's `d_llm // 128`, lowered until it divides `d_llm`."
         if self.heads is not None:
             return self.heads
-        wanted = max(1, self.d_llm//128)
+        wanted = max(1, self.d_llm // 128)
         return next(h for h in range(wanted, 0, -1) if self.d_llm % h == 0)
 
 # %% ../../nbs/19_qwen.ipynb #53a8f439
 class QwenResampler(Compressor):
     "Qwen-VL's resampler: learned queries over patches with content and position (@eq-qwen)."
+
     Config = QwenConfig
     spatial = False
     state_dict_map = {  # our prefix -> the reference's
-        "resample.attend.qkv.": "attn_pool.attn.in_proj_", "resample.attend.out.": "attn_pool.attn.out_proj.",
-        "resample.query": "attn_pool.query", "resample.pos_embed": "attn_pool.pos_embed",
-        "kv_proj.": "attn_pool.kv_proj.", "ln_q.": "attn_pool.ln_q.", "ln_kv.": "attn_pool.ln_kv.",
+        "resample.attend.qkv.": "attn_pool.attn.in_proj_",
+        "resample.attend.out.": "attn_pool.attn.out_proj.",
+        "resample.query": "attn_pool.query",
+        "resample.pos_embed": "attn_pool.pos_embed",
+        "kv_proj.": "attn_pool.kv_proj.",
+        "ln_q.": "attn_pool.ln_q.",
+        "ln_kv.": "attn_pool.ln_kv.",
         "out_proj.weight": "proj.T",
     }
     legacy_state_dict_map = {"out_proj.weight": "proj.weight.T"}  # our name -> that of earlier versions
     prefix = "transformer.visual."  # of the vision tower in the reference's checkpoint
 
-    def __init__(self,
-        config:QwenConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: QwenConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `QwenConfig` instead of a config
     ):
         super().__init__(config, **fields)
         config = self.config
-        c,d = config.d_vision,config.d_llm
+        c, d = config.d_vision, config.d_llm
         self.kv_proj = nn.Identity() if c == d else nn.Linear(c, d, bias=False)
         self.resample = Resampler(config.tokens, d, config.n_heads)
         self.ln_q = nn.LayerNorm(d, eps=1e-6)
@@ -93,34 +104,36 @@ class QwenResampler(Compressor):
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         if isinstance(self.kv_proj, nn.Linear):
-            nn.init.trunc_normal_(self.kv_proj.weight, std=.02)
+            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
         if self.config.post:
-            nn.init.normal_(self.out_proj.weight, std=self.config.d_llm**-.5)
+            nn.init.normal_(self.out_proj.weight, std=self.config.d_llm**-0.5)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "No layer reads the patches without a LayerNorm after it; `out_proj` writes the visual tokens."
         if not self.config.post:
             raise ValueError("post=False leaves no last linear layer to initialize; use post=True.")
         return [], self.out_proj
 
-    def queries_keys_values(self,
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
-        grid:int,  # Patches per side
-    )->tuple[Tensor, Tensor, Tensor]:  # Queries `[1, v, d]`, keys and values `[b, n, d]`
+    def queries_keys_values(
+        self,
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
+        grid: int,  # Patches per side
+    ) -> tuple[Tensor, Tensor, Tensor]:  # Queries `[1, v, d]`, keys and values `[b, n, d]`
         "The inputs of the attention (@eq-qwen)."
         r = self.resample
         queries = self.ln_q(r.query) + r.pos_embed
         values = self.ln_kv(self.kv_proj(level))
         return queries[None], values + r.patch_pos_embed(grid), values
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$: the number of queries, or `None`
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,_ = self.validate_inputs(features, tokens)
-        x = self.normalize(features.levels)[..., -self.config.d_vision:]
+        tokens: int | None = None,  # Budget $V$: the number of queries, or `None`
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, _ = self.validate_inputs(features, tokens)
+        x = self.normalize(features.levels)[..., -self.config.d_vision :]
         y = self.resample.attend(*self.queries_keys_values(x, features.grid))
         return self.out_proj(self.ln_post(y)) if self.config.post else y

@@ -20,9 +20,9 @@ from ..projector import WindowAttention
 
 # %% ../../nbs/13_tokenpacker.ipynb #21c4a9ed
 def normed_mlp(
-    d_in:int,  # Channels in
-    d_out:int,  # Channels out
-)->nn.Sequential:
+    d_in: int,  # Channels in
+    d_out: int,  # Channels out
+) -> nn.Sequential:
     "Two linear layers with GELU between them, then LayerNorm (@eq-packer-qkv)."
     return nn.Sequential(*build_mlp(d_in, d_out), nn.LayerNorm(d_out, eps=1e-6))
 
@@ -30,7 +30,8 @@ def normed_mlp(
 @dataclass(frozen=True, kw_only=True)
 class TokenPackerConfig(CompressorConfig):
     "Sizes of TokenPacker; the defaults are the reference's."
-    heads:int=8  # Heads of the attention inside each cell
+
+    heads: int = 8  # Heads of the attention inside each cell
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,22 +39,29 @@ class TokenPackerConfig(CompressorConfig):
         if self.d_vision % self.heads:
             divisors = [h for h in range(1, 33) if self.d_vision % h == 0]
             raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}.")
+                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}."
+            )
 
 # %% ../../nbs/13_tokenpacker.ipynb #7bc856c0
 class TokenPacker(Compressor):
     "Queries from the downsampled image, each attending to the patches of its own cell (@eq-packer)."
+
     Config = TokenPackerConfig
     state_dict_map = {  # our prefix -> the reference's
-        "q.0.": "q_proj_1.", "q.1.": "ln_q_1.",
-        "k.3.": "ln_k_1.", "k.": "k_proj_1.",
-        "v.3.": "ln_v_1.", "v.": "v_proj_1.",
-        "attend.qkv.": "clip_attn.in_proj_", "attend.out.": "clip_attn.out_proj.",
+        "q.0.": "q_proj_1.",
+        "q.1.": "ln_q_1.",
+        "k.3.": "ln_k_1.",
+        "k.": "k_proj_1.",
+        "v.3.": "ln_v_1.",
+        "v.": "v_proj_1.",
+        "attend.qkv.": "clip_attn.in_proj_",
+        "attend.out.": "clip_attn.out_proj.",
     }
     prefix = "model.mm_projector."  # of the projector in the reference's checkpoint
 
-    def __init__(self,
-        config:TokenPackerConfig|None=None,  # Sizes; `None` takes the reference's
+    def __init__(
+        self,
+        config: TokenPackerConfig | None = None,  # Sizes; `None` takes the reference's
         **fields,  # Fields of `TokenPackerConfig` instead of a config
     ):
         super().__init__(config, **fields)
@@ -73,36 +81,39 @@ class TokenPacker(Compressor):
             if isinstance(layer, nn.LayerNorm):
                 layer.reset_parameters()
             elif isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=.02)
+                nn.init.trunc_normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self.reset_statistics()
 
-    def input_output_layers(self)->tuple[list[nn.Module], nn.Linear]:
+    def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "The first layers of keys and values, and the last layer of the MLP."
         return [self.k[0], self.v[0]], self.mlp[-1]
 
-    def queries(self,
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
-        g:int,  # Visual tokens per side
-    )->Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # One query for each visual token
+    def queries(
+        self,
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # Patch tokens of the query level
+        g: int,  # Visual tokens per side
+    ) -> Float[Tensor, "b {g**2} {self.config.d_vision}"]:  # One query for each visual token
         "Downsample the query level in float32, then project it (@eq-packer-qkv)."
         return self.q(interpolate(level.float(), g).to(level.dtype))
 
-    def project(self,
-        levels:Float[Tensor, "b n {self.config.d_levels}"],  # All levels on channels: for keys and values
-        level:Float[Tensor, "b n {self.config.d_vision}"],  # The query level
-        g:int,  # Visual tokens per side
-    )->Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
+    def project(
+        self,
+        levels: Float[Tensor, "b n {self.config.d_levels}"],  # All levels on channels: for keys and values
+        level: Float[Tensor, "b n {self.config.d_vision}"],  # The query level
+        g: int,  # Visual tokens per side
+    ) -> Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
         "All of @eq-packer, for features that were checked and standardized."
         return self.mlp(self.attend(self.queries(level, g), self.k(levels), self.v(levels)))
 
-    def forward(self,
-        features:FeaturesLike,  # `[b, n, l·C]`, query level last
+    def forward(
+        self,
+        features: FeaturesLike,  # `[b, n, l·C]`, query level last
         *,
-        tokens:int|None=None,  # Budget $V$, a square; `None` takes the config's
-        text:Tensor|None=None,  # Not used
-    )->Float[Tensor, "b v d"]:  # Visual tokens for the LLM
-        features,v = self.validate_inputs(features, tokens)
+        tokens: int | None = None,  # Budget $V$, a square; `None` takes the config's
+        text: Tensor | None = None,  # Not used
+    ) -> Float[Tensor, "b v d"]:  # Visual tokens for the LLM
+        features, v = self.validate_inputs(features, tokens)
         x = self.normalize(features.levels)
-        return self.project(x, x[..., -self.config.d_vision:], math.isqrt(v))
+        return self.project(x, x[..., -self.config.d_vision :], math.isqrt(v))

@@ -93,8 +93,8 @@ class Train(Quickstart):
         *_, log = train_run(config)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         print(
-            f"{self.compressor} at {self.tokens} visual tokens: caption loss {losses[0]:.2f} → {losses[-1]:.2f}"
-            f" in {self.max_steps} steps. Next: {program_name()} chat --output-dir {output_dir} --image …"
+            f"{self.compressor} at {self.tokens} visual tokens: caption loss {losses[0]:.2f} → "
+            f"{losses[-1]:.2f} in {self.max_steps} steps. Next: {program_name()} chat --output-dir {output_dir} --image …"
         )
 
 # %% ../nbs/52_cli.ipynb #ebd33321
@@ -278,7 +278,7 @@ class Doctor:
 # %% ../nbs/52_cli.ipynb #2592a55a
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    "Write offline tasks for lmms-eval: questions on planted scenes, modeled on POPE, GQA, captioning and choice."
+    "Write offline tasks for lmms-eval: questions on planted scenes, like POPE, GQA, captions and choice."
 
     folder: tyro.conf.Positional[Path] = Path("runs/scenes")  # Gets questions, images and task files
     n: int = 50  # Scenes

@@ -64,7 +64,7 @@ def upsample(
 def minmax(
     cams: Float[Tensor, "*b h w"],  # Maps over a grid or over pixels
 ) -> Float[Tensor, "*b h w"]:  # Each map stretched to 0..1
-    "Each map between its own minimum and maximum, as in the authors' figures; meaningless for a constant map."
+    "Each map between its minimum and maximum, as in the authors' figures; meaningless if it is constant."
     low = cams.amin((-2, -1), keepdim=True)
     high = cams.amax((-2, -1), keepdim=True)
     return (cams - low) / (high - low + 1e-8)
@@ -511,7 +511,7 @@ def attention_map(
         layers = model(**_without_labels(inputs), **options).attentions
     if len({a.shape[-1] for a in layers}) > 1:
         raise ValueError(
-            "this LLM drops visual tokens between layers, so its layers attend to different ones; use answer_cam."
+            "this LLM drops visual tokens between layers, so layers attend to different ones; use answer_cam."
         )
     mean = sum(a.float().mean(1) for a in layers) / len(layers)  # (b, t, t)
     predicting = words.roll(-1, dims=-1).float()  # position t-1 predicts token t
@@ -577,8 +577,8 @@ def _check_spatial(projector):
     "Error if the visual tokens have no position in the image."
     if not projector.spatial:
         raise ValueError(
-            f"the tokens of {type(projector).__name__} have no position in the image, so a map over them cannot "
-            "be drawn on it; use a projector whose tokens form a grid."
+            f"the tokens of {type(projector).__name__} have no position in the image, so a map over them "
+            "cannot be drawn on it; use a projector whose tokens form a grid."
         )
 
 
@@ -645,7 +645,7 @@ def draw_answer(
     first = next(iter(results.values()))
     if any((r.answer, r.words) != (first.answer, first.words) for r in results.values()):
         raise ValueError(
-            "results hold different answers or words; give word_cams the same answer and phrases at each budget."
+            "results hold different answers or words; give word_cams the same ones at each budget."
         )
     image, boxes = first.image, boxes or {}
     maps = {v: relative(r.cams.detach().cpu().float()) for v, r in results.items()}

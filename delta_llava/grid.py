@@ -106,7 +106,7 @@ class VisionFeatures:
     @classmethod
     def of(
         cls,
-        x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, their `levels`, or one hidden state per level
+        x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, `levels`, or one hidden state per level
         grid: int
         | tuple[int, int]
         | None = None,  # Patches per side, or rows and columns; `None` takes a square

@@ -178,7 +178,7 @@ class PromptMixin:
         self,
         conversation: str | list[dict],  # A question, LLaVA's turns, or `role`/`content` messages
         images: int = 1,  # Images of a plain question that does not write `<image>` itself
-        add_generation_prompt: bool = True,  # End where the next answer begins; `False` for a whole conversation
+        add_generation_prompt: bool = True,  # End where the next answer begins; `False`: no prompt
     ) -> str:  # With one `<image>` for each image
         "The conversation as one string, as the chat template writes it."
         return self.apply_chat_template(

@@ -312,7 +312,7 @@ def check_placeholders(
         return
     raise ValueError(
         f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} "
-        f"visual tokens = {images * tokens} are to be placed; give processor and model the same images and the "
+        f"visual tokens = {images * tokens} are to be placed; give processor and model the same images and "
         "same tokens=…."
     )
 

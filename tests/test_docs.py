@@ -136,7 +136,8 @@ def test_no_links_inside_code(tmp_path):
                         new_output(
                             "display_data",
                             {
-                                "text/markdown": f"### f\n\n```python\ndef f(\n    a, # {linked}\n)\n```\n\n{linked}"
+                                "text/markdown": "### f\n\n```python\ndef f(\n    a, # "
+                                f"{linked}\n)\n```\n\n{linked}"
                             },
                         )
                     ],

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, process_time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class StageTimer(StoppingCriteria):
     ):
         self.cuda = device.type == "cuda"
         self.clock = cpu_clock()
-        self.marks = []  # (stage that ends here, CUDA event or seconds)
+        self.marks: list[tuple[str, Any]] = []  # stage that ends here, and a CUDA event or seconds
         if self.cuda:
             torch.cuda.synchronize(device)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TESTED', 'PARTS', 'AdapterError', 'installed', 'adapter_error', 'moving_part', 'cache_argument', 'cache_of',
            'check_dynamic_cache', 'causal_mask', 'is_packed', 'checkpointing_runs_hooks', 'rotary_function',
-           'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys', 'is_lora_layer',
-           'forget_adapters', 'check_overrides']
+           'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys', 'add_adapters',
+           'is_lora_layer', 'forget_adapters', 'check_overrides']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import re
@@ -76,6 +76,7 @@ PARTS = {  # name: (module that holds it, reason)
     "make_flat_list_of_images": ("transformers.image_utils", "the processor takes images in any nesting"),
     "MultiModalData": ("transformers.processing_utils", "serving engines ask for numbers of placeholders"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
+    "inject_adapter_in_model": ("peft", "LoRA layers are added without a check of versions"),
     "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are added to dequantized weights"),
     "ModelManifest": ("lmms_eval.models.registry_v2", "the plug-in registers itself with lmms-eval"),
     "GenerationResult": ("lmms_eval.api.instance", "the plug-in answers requests of lmms-eval"),
@@ -162,7 +163,7 @@ def is_packed(
 
 @cache
 def checkpointing_runs_hooks() -> bool:
-    "Whether gradient checkpointing recomputes a layer together with its hooks (before transformers 5.22)."
+    "Whether gradient checkpointing recomputes a layer together with its hooks (transformers 5.20 does)."
     return "__call__" in vars(moving_part("GradientCheckpointingLayer"))
 
 
@@ -241,6 +242,15 @@ def rename_keys(
     return {renamed(name): weight for name, weight in state.items()}
 
 # %% ../nbs/09_adapter.ipynb #9c7a3f65
+def add_adapters(
+    model:nn.Module,  # A transformers model
+    config,  # `LoraConfig` of PEFT
+)->None:
+    "Put low-rank updates on layers of a model; only they learn then."
+    model._hf_peft_config_loaded = True
+    moving_part("inject_adapter_in_model")(config, model, "default")
+
+
 def is_lora_layer(
     module:nn.Module,  # Any layer
 )->bool:

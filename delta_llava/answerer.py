@@ -71,6 +71,7 @@ def content_text(
         return content
     return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in content)
 
+# %% ../nbs/27_answerer.ipynb #3fbd372a
 class RequestEncoder:
     "Requests to token ids, pixels and questions: everything before the model."
     def __init__(self,

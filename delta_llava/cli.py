@@ -365,7 +365,10 @@ class Evaluate:
                 raise ValueError(f"{where} is not writable; it gets the record or the held-out images.")
         return out
 
-    def score(self, out: Path):
+    def score(
+        self,
+        out: Path,  # Gets the record
+    ):
         "Score the folders, write the record, print a table and what is missing."
         from .evaluate import score_rows_table, unavailable_benchmarks
         from .quickstart import evaluate_run
@@ -378,7 +381,7 @@ class Evaluate:
         budgets = self.tokens or sorted({row["tokens"] for row in rows}, reverse=True)
         print(f"\nThe record, with all captions: {out}\n\n{unavailable_benchmarks(self.folders[0], budgets)}")
 
-
+# %% ../nbs/52_cli.ipynb #72eefbe0
 def check_one_run(
     folders: Sequence[Path],  # Of trained models
 ) -> None:

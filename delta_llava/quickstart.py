@@ -24,6 +24,7 @@ from . import evaluate
 from .answerer import Answerer
 from .collator import Collator
 from .compressors.base import compressor_class, compressor_config
+from .compressors.fastv import end_of_prompt
 from .conversations import load_conversations
 from .flops import model_config
 from .gradcam import answer_cam, draw_cams, mark_phrases, pointing_game, word_cams
@@ -117,11 +118,12 @@ def pointing_game_accuracy(
         paths = [row["image"] for row in part]
         collator = Collator(processor=processor, tokens=tokens, features=part_features, paths=paths)
         batch = {k: v if isinstance(v, int) else v.to(model.device) for k,v in collator(part).items()}
+        batch["prompt_end"] = end_of_prompt(batch["labels"], batch["attention_mask"])
         marks = mark_phrases(batch["input_ids"], [o["name"] for o in targets], processor.tokenizer)
         cams = answer_cam(model, batch, marks[None])[0].cpu()
         boxes = torch.tensor([o["box"] for o in targets], dtype=torch.float)
         games.append(pointing_game(cams, boxes, open_image(part[0]["image"]).size[::-1]))
-    names = dict(pointing_accuracy="hit", pointing_chance="chance", energy="energy", box_area="area")
+    names = dict(pointing_accuracy="hit", pointing_chance="chance", energy="energy", box_area="box_area")
     return {score: torch.cat([getattr(g, key) for g in games]).mean().item() for score,key in names.items()}
 
 # %% ../nbs/50_quickstart.ipynb #60ab2041
@@ -273,7 +275,8 @@ def _draw_gradcam(model, processor, config:Quickstart, row:dict)->dict[str, str]
     cams = {}
     for tokens in config.evaluation_budgets:
         if tokens > 1:
-            found = word_cams(model, processor, image, QUESTION, [target["name"]], caption, tokens=tokens)
+            found = word_cams(model, processor, image, QUESTION, [target["name"]], answer=caption,
+                              tokens=tokens)
             cams[tokens] = found.cams[0]
     draw_cams(image, cams, boxes=[target["box"]]).savefig(config.output_dir/"gradcam.png", dpi=120)
     return dict(word=target["name"], reference=caption)

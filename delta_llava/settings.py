@@ -212,6 +212,7 @@ def _check_settings(config):
         raise ValueError(f"tokens={config.tokens} must be one of eval_budgets={config.eval_budgets}; "
                          "set both, e.g. tokens=4, eval_budgets=(4, 16).")
 
+# %% ../nbs/07_settings.ipynb #aa543376
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(Pretrain):
     "Train a projector on captions of planted scenes, test it on held-out scenes, write a report."

@@ -557,7 +557,7 @@ class DeltaLlavaForConditionalGeneration(
         question_mask:Tensor|None=None,  # `[b, q]` 0 on padding
         prompt_end:Tensor|None=None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
         **kwargs,  # To the LLM
-    )->DeltaLlavaOutput:
+    )->DeltaLlavaOutput|tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."
         return_dict = kwargs.pop("return_dict", None)
         images = self._image_outputs(

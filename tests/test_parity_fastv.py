@@ -549,7 +549,7 @@ def test_gradient_checkpointing_changes_nothing():
     want_in, want_p = losses(lm, ids, mask, "dropped")
     lm.train()
     lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if checkpointing_runs_hooks():  # versions before 5.22
+    if checkpointing_runs_hooks():  # such as 5.20
         with pytest.raises(ValueError, match="switch gradient checkpointing off"):
             losses(lm, ids, mask, "dropped")
         return

@@ -7,18 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_vlm import byte_tokenizer, tiny
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from delta_llava.answerer import Answerer
+from delta_llava.processor import build_processor
 from delta_llava.quickstart import (
     HELD_OUT_SETS,
     QUESTION,
     Quickstart,
+    draw_figures,
     evaluate_run,
+    evaluate_sets,
     held_out_images,
     meets_target,
     read_quickstart,
     run_quickstart,
     training_images,
+    write_report,
 )
 from delta_llava.runs import load, read_run
 from delta_llava.tower import open_image
@@ -26,6 +32,8 @@ from delta_llava.train import run_stage
 
 TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2, train_budgets=(16,),
                   eval_budgets=(4, 16))
+SCORES = {"matched_loss", "mismatched_loss", "p", "forced_choice_accuracy",
+          "pointing_accuracy", "pointing_chance", "energy", "box_area"}
 BENCHMARKS = Path(__file__).parent.parent/"benchmarks"
 
 
@@ -65,10 +73,7 @@ def test_two_runs_give_the_same_numbers(runs):
     scores = first["result"]["scores"]
     assert scores.keys() == HELD_OUT_SETS.keys()
     for budgets in scores.values():
-        assert budgets.keys() == {"4", "16"}
-        for s in budgets.values():
-            assert s.keys() == {"matched_loss", "mismatched_loss", "p", "forced_choice_accuracy",
-                                "pointing_accuracy", "pointing_chance", "energy", "box_area"}
+        assert budgets.keys() == {"4", "16"} and all(s.keys() == SCORES for s in budgets.values())
     assert (one/"projector.safetensors").read_bytes() == (two/"projector.safetensors").read_bytes()
     settings = json.loads(json.dumps(asdict(replace(TINY, output_dir=one)), default=str))
     assert first["kind"] == "quickstart" and first["seeds"] == [0]
@@ -154,6 +159,26 @@ def test_full_grid(tmp_path):
 
 
 # ---------------------------------------------------------------- parts
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_evaluation_and_report_of_a_tiny_model(tmp_path):
+    "Random weights: every score, every figure and the page, without a training."
+    config = replace(TINY, output_dir=tmp_path)
+    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=16, template="v1")
+    model, name = tiny("clip_b32_224").eval(), "heldout_artist, several objects"
+    sets = {name: held_out_images(config, tmp_path)[name]}
+    scores = evaluate_sets(model, processor, sets, config.evaluation_budgets, progress=False, captions=True)
+    for budgets in scores.values():
+        for s in budgets.values():
+            assert SCORES <= s.keys() and len(s["captions"]) == len(s["references"]) == 2
+            assert 0 <= s["pointing_accuracy"] <= 1 and 0 < s["box_area"] < 1
+    shown = draw_figures(model, processor, config, sets, [dict(step=1, loss=2.), dict(step=2, loss=1.)])
+    run = dict(result=dict(scores=scores), settings=asdict(config), seconds=1.)
+    run |= dict(hardware="<cpu>", command="a & b")
+    page = write_report(config, run, shown).read_text()
+    assert "&lt;cpu&gt;" in page and "a &amp; b" in page and page.count("<tr") == 1 + 2
+    assert "0 of 1 held-out sets reach the target" in page
 
 
 def test_held_out_images_differ_from_training_images(tmp_path):

@@ -32,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from delta_llava.adapter import cache_argument
+from delta_llava.adapter import add_adapters, cache_argument, is_lora_layer
 from delta_llava.assets import load_llm
 from delta_llava.config import ProjectorConfig, dinov2_s14
 from delta_llava.processor import build_processor
@@ -703,12 +703,13 @@ def test_adapters_of_peft(tmp_path):
     model = tiny(projector=projector_config(drop_path=0.0)).train()
     names = [f"language_model.{n}" for n, m in model.language_model.named_modules() if n.endswith("q_proj")]
     before = model(prompt(4), images(), tokens=4, labels=prompt(4)).loss
-    model.add_adapter(LoraConfig(r=2, target_modules=names))
+    add_adapters(model, LoraConfig(r=2, target_modules=names))
     out = model(prompt(4), images(), tokens=4, labels=prompt(4))
     assert_close(out.loss, before)  # LoRA starts at zero
     out.loss.backward()
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(learns) == 2 * len(names) and all("lora_" in n for n in learns)
+    assert any(is_lora_layer(m) for m in model.modules()) and model.peft_config
     model.eval().generate(prompt(4), pixel_values=images(), tokens=4, **GREEDY)
 
 

@@ -253,7 +253,7 @@ def match_rows(
     "Rows repeated as beam search and sampling repeat those of the prompts."
     return x if len(x) == rows or rows % len(x) else x.repeat_interleave(rows//len(x), dim=0)
 
-
+# %% ../../nbs/18_fastv.ipynb #2e259c76
 class PruningHooks:
     "The hooks of one `fastv_context`."
     def __init__(self,
@@ -372,7 +372,7 @@ class PruningHooks:
         mask = adapter.causal_mask(self.decoder.config, x, shown, past, self.layer)
         self.changes = dict(attention_mask=mask)
 
-
+# %% ../../nbs/18_fastv.ipynb #7681b967
 def check_pass(
     decoder:nn.Module,  # In which a pass begins
     mask:Tensor|None,  # Its attention mask

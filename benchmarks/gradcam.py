@@ -1,33 +1,33 @@
-"""Does Grad-CAM tell the truth? Maps of trained projectors on planted scenes, against attention, destroyed
-models, the centre of the picture, and chance.
+"""Grad-CAM of trained projectors on planted scenes, compared with attention, with models whose weights are
+shuffled, with the center of the image, and with chance.
 
-    python benchmarks/gradcam.py                                             # trains what is not
-           there; writes runs/gradcam.json
-    python benchmarks/gradcam.py --compressors delta --seeds 0 --pictures 16  # a look
+    python benchmarks/gradcam.py  # trains what is missing; writes runs/gradcam.json
+    python benchmarks/gradcam.py --compressors delta --seeds 0 --images 16  # a first look
 
-The word is the name of one thing in the true caption (the first thing in the first picture, the second
-in the second, and so on), given the true words before it. Every method makes one map for it:
+The word is the name of one object in the true caption (the first object in the first image, the second in
+the second, and so on), given the true words before it. Every method makes one map for it:
 
 - `gradcam`, and `attention` of the LLM;
-- `shuffled projector`, `shuffled LLM`: Grad-CAM of the same model after the weights of that part were
-  put in random order (sanity check);
-- `other image`: the Grad-CAM that the same model made for the word of another picture, which knows where
-  things mostly stand;
-- `centre`: the same for all, highest in the middle of the picture, where a large thing nearly always is;
-- `box`: the true box. No method can know it; it shows what the erasing curves can give at all;
-- `chance`: an even map.
+- `shuffled projector`, `shuffled LLM`: Grad-CAM of the same model with the weights of that part in random
+  order (sanity check);
+- `other image`: the same model's Grad-CAM for the word of another image, which shows where objects are
+  usually placed;
+- `center`: one map for all images, highest in the middle, where a large object nearly always is;
+- `box`: the true box, an upper bound: it shows how far deletion and insertion can come;
+- `chance`: a uniform map.
 
-Scores: the pointing game's hit and the energy in the box, and, if there are several things, the energy
-in the box of *another* one (`other`; its even share is `other_area`); deletion and insertion by
-`deletion_insertion`, at the recipe's main budget, in nats above the same curve in a random order of the
-same cells; and the rank correlation with `gradcam`. `empty` counts the maps that are zero everywhere.
-The interval is the 95 % bootstrap over the pictures; a picture's values are averaged over seeds first,
-since all models see the same pictures. `gradcam minus` is the difference to Grad-CAM on the same
-pictures, with its own interval.
+Scores: the pointing game's hit and the energy in the box; with several objects also the energy in the box of
+another one (`other`, beside `other_area`, the energy of a uniform map there); deletion and insertion by
+`deletion_insertion`, at the main budget of the training, in nats above the same curve for a random order of
+the same cells; the rank correlation with `gradcam`; `empty`, the share of maps that are zero everywhere.
+Intervals are 95 % bootstrap intervals over the images. An image's values are averaged over seeds first,
+because all models are evaluated on the same images. `gradcam minus` is Grad-CAM's score minus that of the
+method, on the same images, with its own interval.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,13 +35,15 @@ import numpy as np
 import torch
 import tyro
 from scipy.stats import bootstrap, spearmanr
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from delta_llava.compare import possible
-from delta_llava.config import dinov2_s14
 from delta_llava.collator import Collator
+from delta_llava.compare import supports_budget
+from delta_llava.config import dinov2_s14
 from delta_llava.evaluate import derangement
 from delta_llava.gradcam import (
+    PointingGame,
     answer_cam,
     attention_map,
     deletion_insertion,
@@ -50,274 +52,319 @@ from delta_llava.gradcam import (
     pointing_game,
     shuffled_weights,
 )
-from delta_llava.quickstart import Quickstart, fit, held_out_images
-from delta_llava.runs import load
+from delta_llava.quickstart import held_out_images, read_quickstart
+from delta_llava.runs import commit, load, write_record
+from delta_llava.settings import Quickstart
 from delta_llava.tower import vision_features
-from delta_llava.runs import commit, write_record
+from delta_llava.train import train_run
 
 METHODS = (
     "gradcam",
     "attention",
     "shuffled projector",
     "shuffled LLM",
-    "other picture",
-    "centre",
+    "other image",
+    "center",
     "box",
     "chance",
 )
-ERASED = (
-    "gradcam",
-    "attention",
-    "shuffled projector",
-    "box",
-    "chance",
-)  # The methods with curves: those are slow
+CURVE_METHODS = ("gradcam", "attention", "shuffled projector", "box", "chance")  # curves are slow
+COMPARED_SCORES = ("hit", "energy", "deletion", "insertion")  # in `gradcam minus`
 
 
-def centre(v):
+# --- maps -----------------------------------------------------------------------------------------
+
+
+def center_map(v):
     "A map of `v` cells that is highest in the middle."
     h, w = infer_grid(v)
-    y, x = torch.meshgrid(
-        torch.linspace(-1, 1, 2 * h + 1)[1::2], torch.linspace(-1, 1, 2 * w + 1)[1::2], indexing="ij"
-    )
-    return torch.exp(-2 * (x**2 + y**2)).flatten().round(decimals=5)  # equal cells stay equal
+    y = torch.linspace(-1, 1, 2 * h + 1)[1::2]
+    x = torch.linspace(-1, 1, 2 * w + 1)[1::2]
+    square_distance = y[:, None] ** 2 + x**2
+    return torch.exp(-2 * square_distance).flatten().round(decimals=5)  # rounded: equal cells stay equal
 
 
-def covered(boxes, v, size):
+def box_map(boxes, v, size):
     "The share of each cell that the box covers."
     cells = torch.eye(v)
     energy = torch.stack([pointing_game(cells, box.expand(v, 4), size).energy for box in boxes])
     return energy / energy.amax(-1, keepdim=True)
 
 
-def maps(model, batch, marks, things, size, seed):
+def method_maps(model, batch, marks, boxes, size, seed):
     "A map of each method for each row."
-    cam = lambda: answer_cam(model, batch, marks[None])[0].cpu()
-    found = {"gradcam": cam(), "attention": attention_map(model, batch, marks[None])[0].cpu()}
-    for name, part in (("projector", model.multi_modal_projector), ("LLM", model.get_decoder().layers)):
-        with shuffled_weights(part, seed):
-            found[f"shuffled {name}"] = cam()
-    b, v = found["gradcam"].shape
-    return found | {
-        "other picture": found["gradcam"][derangement(b, seed)],
-        "centre": centre(v).expand(b, v),
-        "box": covered(things, v, size),
-        "chance": torch.ones(b, v),
-    }
+
+    def cams():
+        return answer_cam(model, batch, marks[None])[0].cpu()
+
+    maps = {"gradcam": cams(), "attention": attention_map(model, batch, marks[None])[0].cpu()}
+    with shuffled_weights(model.multi_modal_projector, seed):
+        maps["shuffled projector"] = cams()
+    with shuffled_weights(model.get_decoder().layers, seed):
+        maps["shuffled LLM"] = cams()
+    b, v = maps["gradcam"].shape
+    maps["other image"] = maps["gradcam"][derangement(b, seed)]
+    maps["center"] = center_map(v).expand(b, v)
+    maps["box"] = box_map(boxes, v, size)
+    maps["chance"] = torch.ones(b, v)
+    return maps
 
 
-def interval(values, seed=0):
-    "Mean and its 95 % interval by the bootstrap."
-    values = np.asarray(values, float)
-    if np.ptp(values) < 1e-9:
-        return [round(float(values.mean()), 4)] * 3
-    ends = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return [round(float(x), 4) for x in (values.mean(), *ends)]
+# --- scores of one batch --------------------------------------------------------------------------
 
 
 @dataclass
-class Truth:
-    compressors: tuple[str, ...] = (
-        "delta",
-        "m3",
-        "tokenpacker",
-    )  # Those whose tokens have a place in the picture
-    seeds: tuple[int, ...] = (0, 1)  # Of scenes, start and order
+class Targets:
+    "What is scored in each row of a batch: the word, its object's box, and the box of another object."
+
+    names: list[str]
+    boxes: Tensor  # px of the image as the vision tower receives it
+    other_boxes: Tensor  # the same as `boxes` where the image has one object
+    has_other: list[bool]
+
+
+def choose_targets(rows, first, scale):
+    "The object whose name is mapped, another one for each new image."
+    chosen, others = [], []
+    for i, row in enumerate(rows, start=first):
+        objects = row["objects"]
+        chosen.append(objects[i % len(objects)])
+        others.append(objects[(i + 1) % len(objects)])
+
+    def boxes(objects):
+        return torch.tensor([o["box"] for o in objects]).float() * scale
+
+    has_other = [a != b for a, b in zip(chosen, others, strict=True)]
+    return Targets([o["name"] for o in chosen], boxes(chosen), boxes(others), has_other)
+
+
+def with_features(model, batch):
+    "The batch with patch tokens instead of pixels, so that the vision tower runs once for all methods."
+    projector = model.multi_modal_projector
+    with torch.no_grad():
+        features = vision_features(
+            model.vision_tower,
+            batch["pixel_values"],
+            model.config.vision_feature_layer,
+            attention="attention" in projector.requires,
+        )
+    rest = {name: value for name, value in batch.items() if name != "pixel_values"}
+    return rest | dict(vision_features=features)
+
+
+def curve_areas(model, batch, marks, maps, n, steps):
+    "Areas under the curves of the first `n` rows, for each method that has curves."
+    if not n:
+        return {}
+    part = {name: value if isinstance(value, int) else value[:n] for name, value in batch.items()}
+    areas = {}
+    for method in CURVE_METHODS:
+        areas[method] = deletion_insertion(model, part, marks[:n], maps[method][:n], steps=steps).areas()
+    return areas
+
+
+def rank_correlation(a, b):
+    "Spearman's correlation of two maps; 0 if one of them is constant."
+    if min(np.ptp(a.numpy()), np.ptp(b.numpy())) == 0:
+        return 0.0
+    return float(spearmanr(a, b).statistic)
+
+
+def row_scores(cam, gradcam, i, game: PointingGame, other: PointingGame, has_other):
+    "The scores of one map, without its curves."
+    scores = dict(hit=game.hit[i].item(), energy=game.energy[i].item(), empty=float(not cam.any()))
+    if has_other:
+        scores |= dict(other=other.energy[i].item(), other_area=other.box_area[i].item())
+    return scores | dict(correlation=rank_correlation(cam, gradcam))
+
+
+def score_batch(model, processor, rows, tokens, config, *, first=0, curve_images=0, steps=4):
+    "Scores of some images, by method; the first `curve_images` of all have curves at the main budget."
+    batch = {}
+    for name, value in Collator(processor=processor, tokens=tokens)(rows).items():
+        batch[name] = value if isinstance(value, int) else value.to(model.device)
+    height, width = batch["pixel_values"].shape[-2:]
+    size = (height, width)
+    targets = choose_targets(rows, first, height / config.image_size)
+    marks = mark_phrases(batch["input_ids"], targets.names, processor.tokenizer)
+    maps = method_maps(model, with_features(model, batch), marks, targets.boxes, size, config.seed)
+    n_curves = max(0, min(curve_images - first, len(rows))) if tokens == config.tokens else 0
+    areas = curve_areas(model, batch, marks, maps, n_curves, steps)
+    scores = [dict() for _ in rows]
+    for method in METHODS:
+        game = pointing_game(maps[method], targets.boxes, size)
+        other = pointing_game(maps[method], targets.other_boxes, size)
+        for i, row in enumerate(scores):
+            cam = maps[method][i]
+            row[method] = row_scores(cam, maps["gradcam"][i], i, game, other, targets.has_other[i])
+            if i < n_curves and method in areas:
+                for name, area in areas[method].items():
+                    row[method][name] = (area[i] - areas["chance"][name][i]).item()
+    return [dict(image=first + i, scores=row) for i, row in enumerate(scores)]
+
+
+# --- means and intervals --------------------------------------------------------------------------
+
+
+def interval(values, seed=0):
+    "Mean and its 95 % bootstrap interval."
+    values = np.asarray(values, float)
+    if np.ptp(values) < 1e-9:
+        return [round(float(values.mean()), 4)] * 3
+    options = dict(n_resamples=2000, method="percentile", rng=np.random.default_rng(seed))
+    ends = bootstrap((values,), np.mean, **options).confidence_interval
+    return [round(float(x), 4) for x in (values.mean(), *ends)]
+
+
+def values_by_image(rows, method):
+    "Each score of a method for each image that has it, averaged over seeds."
+    images = {}
+    for row in rows:
+        images.setdefault(row["image"], []).append(row["scores"][method])
+    numbers = sorted(images)
+    values = {}
+    for score in images[numbers[0]][0]:
+        with_score = [images[i] for i in numbers if score in images[i][0]]
+        values[score] = np.array([np.mean([s[score] for s in seeds]) for seeds in with_score])
+    return values
+
+
+def hit_by_seed(rows, method, seeds):
+    "The mean hit of each seed."
+    means = []
+    for seed in seeds:
+        hits = [row["scores"][method]["hit"] for row in rows if row["seed"] == seed]
+        means.append(round(float(np.mean(hits)), 3))
+    return means
+
+
+def summarize(rows):
+    "All methods of one compressor at one budget on one set, from the rows of all seeds."
+    seeds = sorted({row["seed"] for row in rows})
+    values = {method: values_by_image(rows, method) for method in METHODS}
+    methods = {}
+    for method, scores in values.items():
+        methods[method] = {score: interval(x) for score, x in scores.items()}
+        minus = {}
+        for score in COMPARED_SCORES:
+            if score in scores:
+                minus[score] = interval(values["gradcam"][score] - scores[score])
+        methods[method]["gradcam minus"] = minus
+        methods[method]["hit by seed"] = hit_by_seed(rows, method, seeds)
+    return dict(
+        compressor=rows[0]["compressor"],
+        trained_steps=sorted({row["steps"] for row in rows}),
+        tokens=rows[0]["tokens"],
+        set=rows[0]["set"],
+        images=len({row["image"] for row in rows}),
+        seeds=seeds,
+        methods=methods,
+    )
+
+
+def summarize_all(rows):
+    "One summary for each compressor, budget and set, in the order of the rows."
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault((row["compressor"], row["tokens"], row["set"]), []).append(row)
+    return [summarize(group) for group in groups.values()]
+
+
+def print_summary(summary):
+    "The main scores of each method."
+    print(f"\n{summary['compressor']}, {summary['tokens']} tokens, {summary['set']}")
+    for method, scores in summary["methods"].items():
+        texts = []
+        for score in (*COMPARED_SCORES, "correlation"):
+            if score in scores:
+                mean, low, high = scores[score]
+                texts.append(f"{score} {mean:.2f} [{low:.2f}, {high:.2f}]")
+        print(f"  {method:20}" + "  ".join(texts))
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+@dataclass
+class GradcamBenchmark:
+    compressors: tuple[str, ...] = ("delta", "m3", "tokenpacker")  # Whose tokens have a position in the image
+    seeds: tuple[int, ...] = (0, 1)  # Of scenes, initialization and order
     one_seed: tuple[str, ...] = ()  # Compressors that have the first seed alone
-    budgets: tuple[int, ...] = (9, 16, 36)  # V; a compressor that cannot have one is left out there
+    budgets: tuple[int, ...] = (9, 16, 36)  # V; those that a compressor cannot have are left out for it
     sets: tuple[str, ...] = (
-        "heldout_scenes, one thing",
-        "heldout_scenes, several things",
-    )  # Held-out sets, of `quickstart.SETS`
+        "heldout_scenes, one object",
+        "heldout_scenes, several objects",
+    )  # Held-out sets, of `quickstart.HELD_OUT_SETS`
     images: int = 24  # Of each set
-    erased: int = 12  # Of these, as many have deletion and insertion curves; 0 leaves them out
+    curve_images: int = 12  # Of these, how many have deletion and insertion curves; 0 leaves them out
     steps: int = 4  # Points of a curve
-    batch_size: int = 12  # Pictures in one pass
-    train_steps: int = 300  # Of the quickstart's recipe, for those that have to be trained
+    batch_size: int = 12  # Images in one pass
+    train_steps: int = 300  # Of the quickstart, for compressors that have to be trained
     llm_dtype: str = "bfloat16"  # Of the frozen LLM
-    folder: Path = Path(
-        "runs/gradcam"
-    )  # Holds `COMPRESSOR-SEED/`, each with a trained projector; those that lack are trained
+    output_dir: Path = Path("runs/gradcam")  # Holds a run COMPRESSOR-SEED/ for each; missing ones are trained
     record: Path = Path("runs/gradcam.json")
 
     def __call__(self):
-        if self.erased > self.images:
-            raise ValueError(f"erased={self.erased} must be at most pictures={self.images}.")
-        rows, self.parts = [], []
+        if self.curve_images > self.images:
+            raise ValueError(f"curve_images={self.curve_images} must be at most images={self.images}.")
+        rows: list[dict] = []
+        parts: list[dict] = []
         for name in self.compressors:
-            for seed in self.seeds if name not in self.one_seed else self.seeds[:1]:
-                recipe = Quickstart(seed=seed, steps=self.train_steps, compressor=name, llm_dtype=self.llm_dtype)
-                if not (self.folder / f"{name}-{seed}" / "projector.safetensors").exists():
-                    fit(recipe, self.folder / f"{name}-{seed}")
-                rows += self.score(name, seed)
-        result = [
-            self.cell(name, v, kind, rows)
-            for name in self.compressors
-            for v in self.budgets
-            for kind in self.sets
-            if any(self.of(r, name, v, kind) for r in rows)
-        ]
-        for cell in result:
-            self.say(cell)
-        settings = {k: v for k, v in asdict(self).items() if k not in ("folder", "record", "seeds")}
-        scored = dict(
-            scored_by=sorted({p["commit"] for p in self.parts}), seconds=sum(p["seconds"] for p in self.parts)
-        )
-        print(f"wrote {write_record(self.record, self.seeds, result, **scored, **settings)}")
+            for seed in self.seeds[:1] if name in self.one_seed else self.seeds:
+                self.train_missing(name, seed)
+                self.score_run(name, seed, rows, parts)
+        result = summarize_all(rows)
+        for summary in result:
+            print_summary(summary)
+        settings = {k: v for k, v in asdict(self).items() if k not in ("output_dir", "record", "seeds")}
+        commits = sorted({part["commit"] for part in parts})
+        settings |= dict(scored_by=commits, seconds=sum(part["seconds"] for part in parts))
+        print(f"wrote {write_record(self.record, self.seeds, result, **settings)}")
 
-    def score(self, name, seed):
-        "One row of scores for each picture, budget and method of one trained model; kept in the folder, so that a broken run goes on."
-        folder, found = self.folder / f"{name}-{seed}", []
-        model, processor, recipe = load(folder)
-        held = held_out_images(
-            replace(recipe, test_images=self.images), self.folder / f"held-out-{self.images}"
-        )
-        for kind in self.sets:
-            listed = list(held[kind])
-            for v in (v for v in self.budgets if possible(name, dinov2_s14(recipe.image_size), v)):
-                kept = (
-                    folder
-                    / f"scores-{kind.replace(', ', '-').replace(' ', '_')}-{v}-{self.images}-{self.erased}-{self.steps}.json"
-                )
-                if not kept.exists():
-                    began = time.perf_counter()
-                    batches = [
-                        listed[i : i + self.batch_size] for i in range(0, len(listed), self.batch_size)
-                    ]
-                    part = [
-                        self.batch(model, processor, some, v, n * self.batch_size, recipe)
-                        for n, some in enumerate(tqdm(batches, desc=f"{name}-{seed}, {kind}, {v} tokens"))
-                    ]
-                    kept.write_text(
-                        json.dumps(
-                            dict(
-                                rows=sum(part, []),
-                                commit=commit(),
-                                seconds=round(time.perf_counter() - began),
-                            )
-                        )
-                    )
-                one = json.loads(kept.read_text())
-                self.parts.append({k: one[k] for k in ("commit", "seconds")})
-                found += [
-                    dict(compressor=name, seed=seed, steps=recipe.steps, set=kind, tokens=v, **r)
-                    for r in one["rows"]
-                ]
-        return found
+    def run_dir(self, name, seed):
+        return self.output_dir / f"{name}-{seed}"
 
-    def batch(self, model, processor, rows, v, first, recipe):
-        "The scores of some pictures."
-        chosen = [row["objects"][(first + i) % len(row["objects"])] for i, row in enumerate(rows)]
-        others = [row["objects"][(first + i + 1) % len(row["objects"])] for i, row in enumerate(rows)]
-        batch = {
-            k: x if isinstance(x, int) else x.to(model.device)
-            for k, x in Collator(processor=processor, tokens=v)(rows).items()
-        }
-        marks = mark_phrases(batch["input_ids"], [t["name"] for t in chosen], processor.tokenizer)
-        size = tuple(batch["pixel_values"].shape[-2:])
-        with torch.no_grad():
-            features = vision_features(
-                model.vision_tower,
-                batch["pixel_values"],
-                model.config.vision_feature_layer,
-                attention="attention" in model.multi_modal_projector.requires,
-            )
-        seen = {k: x for k, x in batch.items() if k != "pixel_values"} | dict(
-            vision_features=features
-        )  # the tower sees each picture once
-        things, strangers = (
-            torch.tensor([t["box"] for t in o]).float() * size[0] / recipe.image_size
-            for o in (chosen, others)
-        )
-        erased, scores = (
-            max(0, min(self.erased - first, len(rows))) * (v == recipe.tokens),
-            [dict() for _ in rows],
-        )
-        found = maps(model, seen, marks, things, size, recipe.seed)
-        curves = {m: self.curves(model, batch, marks, found[m], erased) for m in ERASED} if erased else {}
-        for method in METHODS:
-            game, other = (
-                pointing_game(found[method], things, size),
-                pointing_game(found[method], strangers, size),
-            )
-            for i, row in enumerate(scores):
-                row[method] = dict(
-                    hit=game.hit[i].item(),
-                    energy=game.energy[i].item(),
-                    empty=float(not found[method][i].any()),
-                )
-                if chosen[i] != others[i]:
-                    row[method] |= dict(other=other.energy[i].item(), other_area=other.area[i].item())
-                like = (
-                    spearmanr(found[method][i], found["gradcam"][i]).statistic
-                    if all(np.ptp(found[m][i].numpy()) > 0 for m in (method, "gradcam"))
-                    else 0.0
-                )
-                row[method]["correlation"] = float(like)
-                if i < erased and method in curves:
-                    row[method] |= {
-                        k: (c[i] - curves["chance"][k][i]).item() for k, c in curves[method].items()
-                    }
-        return [dict(image=first + i, scores=s) for i, s in enumerate(scores)]
+    def train_missing(self, name, seed):
+        "Train a run that does not exist."
+        folder = self.run_dir(name, seed)
+        if not (folder / "projector.safetensors").exists():
+            sizes = dict(max_steps=self.train_steps, llm_dtype=self.llm_dtype)
+            train_run(Quickstart(output_dir=folder, compressor=name, seed=seed, **sizes))
 
-    def curves(self, model, batch, marks, found, n):
-        "Areas under the curves of the first rows."
-        some = {k: x if isinstance(x, int) else x[:n] for k, x in batch.items()}
-        return deletion_insertion(model, some, marks[:n], found[:n], steps=self.steps).areas()
+    def score_run(self, name, seed, rows, parts):
+        "Append the scores of one trained model: a row for each image, budget and set."
+        folder = self.run_dir(name, seed)
+        model, processor = load(folder)
+        config = read_quickstart(folder)
+        held_out_dir = self.output_dir / f"held-out-{self.images}"
+        held_out = held_out_images(replace(config, test_images=self.images), held_out_dir)
+        sizes = dinov2_s14(config.image_size)
+        for tokens in (v for v in self.budgets if supports_budget(name, sizes, v)):
+            for set_name in self.sets:
+                part = self.score_set(model, processor, list(held_out[set_name]), set_name, tokens, config)
+                parts.append(part)
+                about = dict(compressor=name, seed=seed, steps=config.max_steps, set=set_name, tokens=tokens)
+                rows += [about | row for row in part["rows"]]
 
-    @staticmethod
-    def of(row, name, v, kind):
-        return (row["compressor"], row["tokens"], row["set"]) == (name, v, kind)
-
-    def cell(self, name, v, kind, rows):
-        "Every method at one budget, on one set."
-        mine = [r for r in rows if self.of(r, name, v, kind)]
-        images, seeds = sorted({r["picture"] for r in mine}), sorted({r["seed"] for r in mine})
-        values = {
-            m: self.by_picture([dict(image=r["picture"], **r["scores"][m]) for r in mine]) for m in METHODS
-        }
-        methods = {m: {k: interval(x) for k, x in scores.items()} for m, scores in values.items()}
-        for method, scores in values.items():
-            methods[method]["gradcam minus"] = {
-                k: interval(values["gradcam"][k] - x)
-                for k, x in scores.items()
-                if k in ("hit", "energy", "deletion", "insertion")
-            }
-            methods[method]["hit by seed"] = [
-                round(float(np.mean([r["scores"][method]["hit"] for r in mine if r["seed"] == s])), 3)
-                for s in seeds
-            ]
-        return dict(
-            compressor=name,
-            trained_steps=sorted({r["steps"] for r in mine}),
-            tokens=v,
-            set=kind,
-            images=len(images),
-            seeds=seeds,
-            methods=methods,
-        )
-
-    @staticmethod
-    def by_picture(rows):
-        "Each score, averaged over seeds, of each picture that has it."
-        images = {p: [r for r in rows if r["picture"] == p] for p in sorted({r["picture"] for r in rows})}
-        return {
-            k: np.array([np.mean([r[k] for r in some]) for some in images.values() if k in some[0]])
-            for k in images[min(images)][0]
-            if k != "picture"
-        }
-
-    def say(self, cell):
-        tqdm.write(f"\n{cell['compressor']}, {cell['tokens']} tokens, {cell['set']}")
-        for method, s in cell["methods"].items():
-            shown = {k: s[k] for k in ("hit", "energy", "deletion", "insertion", "correlation") if k in s}
-            tqdm.write(
-                f"  {method:20}"
-                + "  ".join(f"{k} {m:.2f} [{low:.2f}, {high:.2f}]" for k, (m, low, high) in shown.items())
-            )
+    def score_set(self, model, processor, rows: Sequence[dict], set_name, tokens, config):
+        "Scores of one set at one budget; kept in the run's folder, so that a stopped benchmark goes on."
+        label = set_name.replace(", ", "-").replace(" ", "_")
+        name = f"scores-{label}-{tokens}-{self.images}-{self.curve_images}-{self.steps}.json"
+        path = config.output_dir / name
+        if path.exists():
+            return json.loads(path.read_text())
+        start = time.perf_counter()
+        found = []
+        description = f"{config.output_dir.name}, {set_name}, {tokens} tokens"
+        for first in tqdm(range(0, len(rows), self.batch_size), desc=description):
+            part = rows[first : first + self.batch_size]
+            counts = dict(first=first, curve_images=self.curve_images, steps=self.steps)
+            found += score_batch(model, processor, part, tokens, config, **counts)
+        seconds = round(time.perf_counter() - start)
+        content = dict(rows=found, commit=commit(), seconds=seconds)
+        path.write_text(json.dumps(content))
+        return content
 
 
 if __name__ == "__main__":
-    tyro.cli(Truth)()
+    tyro.cli(GradcamBenchmark)()

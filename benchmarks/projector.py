@@ -1,8 +1,7 @@
-"""Time the Delta projector side by side with the algorithm it computes, with TokenPacker, and with the
-least that any exact algorithm must do:
+"""Time the Delta projector beside the authors' algorithm, TokenPacker, and a lower bound:
 
-  straightforward  the authors' algorithm step by step: ΔW formed at every call,
-                   nn.MultiheadAttention with its weights, positions resized at every call
+  straightforward  the authors' algorithm step by step: ΔW is formed at every call,
+                   nn.MultiheadAttention returns its weights, positions are resized at every call
   tokenpacker      TokenPacker's algorithm, likewise
   module           DeltaProjector
   folded           DeltaProjector.fold()
@@ -13,13 +12,14 @@ least that any exact algorithm must do:
     python benchmarks/projector.py --device cuda --batch 1 8 64 --dtype bfloat16 --record
            runs/benchmark_projector_gpu.json
 
-That all but TokenPacker compute the same, gradients included, is checked before anything is timed. Every
-round times each once, in an order that rotates, and a ratio is taken within its round, so that other
-work on the machine hits both sides. glibc keeps what is freed, as the allocator of a GPU does: else most
-of what is timed at batch 8 is the kernel clearing pages. Printed: the median ratio and the middle half
-of the rounds. Training is forward and backward to every parameter, without DropPath; its memory is what
-autograd keeps. On a CPU with `--threads 1` the clock is the time of the process, in which other work
-takes part only through caches and clock rates; otherwise the wall's.
+Before anything is timed, it is checked that all but TokenPacker compute the same, gradients included.
+Each round times each of them once, in an order that rotates, and each ratio is taken within one round,
+so that other load on the machine affects both of its terms. glibc is told to keep freed memory, as the
+allocator of a GPU does; otherwise most of the time at batch 8 is the kernel clearing pages. Reported are
+the median ratio and its quartiles over rounds. Training is forward and backward to every parameter,
+without DropPath; its memory is what autograd saves. On a CPU with `--threads 1` the clock is the CPU time
+of the process, which other programs affect only through caches and clock rates; otherwise it is
+wall-clock time.
 """
 
 import ctypes
@@ -43,96 +43,110 @@ from delta_llava.config import ProjectorConfig
 from delta_llava.grid import sincos_2d
 from delta_llava.launch import SavedBytes
 from delta_llava.projector import DeltaProjector, WindowAttention
-from delta_llava.speed import median_and_quartiles
 from delta_llava.runs import write_record
+from delta_llava.speed import median_and_quartiles
+
+# ---------------------------------------------------------------- the authors' algorithm
 
 
 class PlainAttention(nn.Module):
-    "Attention inside each window as the authors and TokenPacker compute it: every window a sequence of nn.MultiheadAttention, which also returns its weights."
+    """Attention inside each window as the authors and TokenPacker compute it: every window is a sequence of
+    nn.MultiheadAttention, which also returns its weights."""
 
     def __init__(self, attend: WindowAttention):
         super().__init__()
         self.attention = nn.MultiheadAttention(attend.channels, attend.heads)
-        for name, p in dict(in_proj_weight=attend.qkv.weight, in_proj_bias=attend.qkv.bias).items():
-            setattr(self.attention, name, p)
-        self.attention.out_proj.weight, self.attention.out_proj.bias = attend.out.weight, attend.out.bias
+        self.attention.in_proj_weight = attend.qkv.weight
+        self.attention.in_proj_bias = attend.qkv.bias
+        self.attention.out_proj.weight = attend.out.weight
+        self.attention.out_proj.bias = attend.out.bias
 
     def forward(self, q, k, v):
-        g, s = math.isqrt(q.shape[1]), math.isqrt(k.shape[1] // q.shape[1])
-        k, v = (
-            rearrange(y, "b (row i col j) c -> (i j) (row col b) c", row=g, col=g, i=s, j=s) for y in (k, v)
-        )
-        y, _ = self.attention(rearrange(q, "b v c -> 1 (v b) c"), k, v, need_weights=True)
-        return rearrange(y, "1 (v b) c -> b v c", b=q.shape[0])
+        batch, n_windows, _ = q.shape
+        grid = math.isqrt(n_windows)
+        side = math.isqrt(k.shape[1] // n_windows)
+
+        def windows(x):
+            pattern = "b (row i col j) c -> (i j) (row col b) c"
+            return rearrange(x, pattern, row=grid, col=grid, i=side, j=side)
+
+        queries = rearrange(q, "b v c -> 1 (v b) c")
+        y, _ = self.attention(queries, windows(k), windows(v), need_weights=True)
+        return rearrange(y, "1 (v b) c -> b v c", b=batch)
+
+
+def pointwise(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    "A linear layer as a 1×1 convolution over images [b, c, row, col]."
+    return F.conv2d(x, layer.weight[..., None, None], layer.bias)
+
+
+def resized(image: torch.Tensor, side: int, mode: str) -> torch.Tensor:
+    "Images [b, c, row, col] at another side."
+    return F.interpolate(image, size=(side, side), mode=mode, align_corners=False)
 
 
 class Straightforward(nn.Module):
-    "The default projector without any thought of speed, on the weights of a `DeltaProjector`."
+    "The default projector without any optimization, on the weights of a `DeltaProjector`."
 
     def __init__(self, projector: DeltaProjector):
         super().__init__()
-        self.p, self.attention = projector, PlainAttention(projector.attend)
-        self.table = sincos_2d(projector.config.grid, projector.config.d_vision)
+        self.projector = projector
+        self.attention = PlainAttention(projector.attend)
+        self.pos_embed = sincos_2d(projector.config.grid, projector.config.d_vision)
 
     def delta(self, part, x):
-        return part.norm(F.gelu(F.linear(x, part.base.weight + (part.U @ part.V).T)))
+        "Low-rank projection with ΔW formed (§4.2, Eq. 4)."
+        weight = part.base.weight + (part.U @ part.V).T
+        return part.norm(F.gelu(F.linear(x, weight)))
 
-    def self_attention(self, m, t):
-        x = m.norm(t)
-        q, k, v = (
-            rearrange(F.linear(x, w, b), "b n (h d) -> b h n d", d=m.head_dim)
-            for w, b in zip(m.qkv.weight.chunk(3), m.qkv.bias.chunk(3))
-        )
-        scores = q @ k.transpose(-1, -2) * m.head_dim**-0.5
-        if not scores.isfinite().all():
-            raise ValueError(
-                "non-finite attention scores"
-            )  # the host waits for the device here, as in the reference
+    def self_attention(self, block, x):
+        "The mixing attention of the reference."
+        x = block.norm(x)
+        weights = block.qkv.weight.chunk(3)
+        biases = block.qkv.bias.chunk(3)
+        heads = []
+        for weight, bias in zip(weights, biases, strict=True):
+            heads.append(rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", d=block.head_dim))
+        q, k, v = heads
+        scores = q @ k.transpose(-1, -2) * block.head_dim**-0.5
+        if not scores.isfinite().all():  # the host waits for the device here, as in the reference
+            raise ValueError("non-finite attention scores")
         scores = scores - scores.amax(-1, keepdim=True)
-        return m.out(rearrange(scores.softmax(-1) @ v, "b h n d -> b n (h d)"))
+        return block.out(rearrange(scores.softmax(-1) @ v, "b h n d -> b n (h d)"))
 
     def mix(self, x):
-        "The block on images [b, c, row, col], with 1×1 convolutions."
-        block, g = self.p.mix, x.shape[-1]
-        point = lambda layer, y: F.conv2d(y, layer.weight[..., None, None], layer.bias)
-        t = rearrange(point(block.attn_branch, x), "b c row col -> b (row col) c")
-        t = t + self.self_attention(block.emhsa, block.norm(t))
-        t = rearrange(t, "b (row col) c -> b c row col", row=g).contiguous()
-        p = point(block.conv_branch, t)
-        y = block.mhca.norm(block.mhca.conv(p).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        p = p + point(block.mhca.out, F.relu(y))
-        y = torch.cat([t, p], 1)
-        return y + point(block.mlp[2], F.relu(point(block.mlp[0], y)))
+        "The mixing block on images [b, c, row, col], with 1×1 convolutions."
+        block = self.projector.mix
+        tokens = rearrange(pointwise(block.attn_branch, x), "b c row col -> b (row col) c")
+        tokens = tokens + self.self_attention(block.emhsa, block.norm(tokens))
+        attended = rearrange(tokens, "b (row col) c -> b c row col", row=x.shape[-1]).contiguous()
+        convolved = pointwise(block.conv_branch, attended)
+        y = block.mhca.conv(convolved).permute(0, 2, 3, 1)
+        y = block.mhca.norm(y).permute(0, 3, 1, 2)
+        convolved = convolved + pointwise(block.mhca.out, F.relu(y))
+        y = torch.cat([attended, convolved], 1)
+        return y + pointwise(block.mlp[2], F.relu(pointwise(block.mlp[0], y)))
 
     def forward(self, x, tokens):
-        config, b = self.p.config, x.shape[0]
-        g = math.isqrt(tokens)
-        image = lambda y: rearrange(y, "b (row col) c -> b c row col", row=config.grid)
-        k, v = self.delta(self.p.k, x), self.delta(self.p.v, x)
-        q = (
-            self.mix(
-                F.interpolate(
-                    image(x[..., -config.d_vision :]).contiguous(),
-                    size=(g, g),
-                    mode="bilinear",
-                    align_corners=False,
-                )
-            )
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        place = (
-            F.interpolate(
-                image(self.table[None].to(x.device)), size=(g, g), mode="bicubic", align_corners=False
-            )
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        q = self.delta(self.p.q, q + place.to(x.dtype))
-        return self.p.mlp(self.attention(q, k, v))
+        config = self.projector.config
+        side = math.isqrt(tokens)
+
+        def image(y):
+            return rearrange(y, "b (row col) c -> b c row col", row=config.grid)
+
+        k = self.delta(self.projector.k, x)
+        v = self.delta(self.projector.v, x)
+        query_level = image(x[..., -config.d_vision :]).contiguous()
+        q = self.mix(resized(query_level, side, "bilinear")).flatten(2).transpose(1, 2)
+        pos_embed = resized(image(self.pos_embed[None].to(x.device)), side, "bicubic")
+        pos_embed = pos_embed.flatten(2).transpose(1, 2).to(x.dtype)
+        q = self.delta(self.projector.q, q + pos_embed)
+        return self.projector.mlp(self.attention(q, k, v))
 
 
-PRODUCTS = {
+# ---------------------------------------------------------------- the lower bound
+
+MATRIX_PRODUCTS = {
     torch.ops.aten.mm,
     torch.ops.aten.addmm,
     torch.ops.aten.bmm,
@@ -141,25 +155,29 @@ PRODUCTS = {
 }
 
 
-class Products(TorchDispatchMode):
-    "Remember every matrix product that is asked for, with its tensors; `replay` does them again."
+class MatrixProducts(TorchDispatchMode):
+    "Record every matrix product that is computed, with its tensors; `replay` computes them again."
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        if f.overloadpacket in PRODUCTS or "scaled_dot_product" in f.name():
-            self.calls.append((f, args, kwargs or {}))
-        return f(*args, **kwargs or {})
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket in MATRIX_PRODUCTS or "scaled_dot_product" in function.name():
+            self.calls.append((function, args, kwargs))
+        return function(*args, **kwargs)
 
     def replay(self):
-        for f, args, kwargs in self.calls:
-            f(*args, **kwargs)
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
 
 
-def keep_memory():
-    "Freed memory stays with the process, whatever its size; where there is no glibc, nothing changes."
+# ---------------------------------------------------------------- timing
+
+
+def keep_freed_memory():
+    "The process keeps freed memory of any size. Without glibc nothing changes."
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -167,13 +185,66 @@ def keep_memory():
         libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def summary(values) -> dict[str, float]:
+    "Median and quartiles."
+    median, low, high = median_and_quartiles(values)
+    return dict(median=median, low=low, high=high)
+
+
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    "Time of every other call over that of `base`, within each round."
+    found = {}
+    for name, values in times.items():
+        if name != base:
+            pairs = zip(values, times[base], strict=True)
+            found[name] = summary([value / reference for value, reference in pairs])
+    return found
+
+
+def check_close(outputs: dict[str, torch.Tensor], tolerance: dict[str, float]):
+    "Error if an output is not that of the straightforward algorithm."
+    for name, output in outputs.items():
+        torch.testing.assert_close(
+            output,
+            outputs["straightforward"],
+            **tolerance,
+            msg=lambda message, name=name: f"{name} has another output: {message}",
+        )
+
+
+def some_gradients(projector: DeltaProjector) -> list[torch.Tensor]:
+    "Gradients of one parameter of each kind."
+    parameters = (projector.k.U, projector.q.base.weight, projector.mlp[0].weight)
+    return [parameter.grad.clone() for parameter in parameters]
+
+
+def check_gradients(expected: list[torch.Tensor], gradients: list[torch.Tensor]):
+    "Error if gradients differ."
+    for reference, gradient in zip(expected, gradients, strict=True):
+        atol = 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(
+            gradient,
+            reference,
+            rtol=1e-3,
+            atol=atol,
+            msg=lambda message: f"the module has other gradients: {message}",
+        )
+
+
+def train_once(module: nn.Module, call):
+    "Forward, and backward to every parameter."
+    for parameter in module.parameters():
+        parameter.grad = None
+    call().square().sum().backward()
+
+
 @dataclass
 class ProjectorTimes:
-    batch: tuple[int, ...] = (1, 8)  # Pictures at a time
+    batch: tuple[int, ...] = (1, 8)  # Images at a time
     dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    tokens: tuple[int, ...] = (576, 144, 64, 36, 16, 4, 1)  # Budgets V that cut the 24×24 grid evenly
+    tokens: tuple[int, ...] = (576, 144, 64, 36, 16, 4, 1)  # Budgets V whose sides divide 24
     rounds: int = 9  # Paired rounds
-    d_vision: int = 1024  # Width of the tower
+    d_vision: int = 1024  # Width of the vision tower
     d_llm: int = 4096  # Width of the LLM
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = torch.get_num_threads()  # On a CPU
@@ -182,132 +253,152 @@ class ProjectorTimes:
 
     def __post_init__(self):
         if self.rounds < 2:
-            raise ValueError(f"rounds={self.rounds} must be at least 2: there is no spread of one.")
-        if bad := [t for t in self.tokens if t < 1 or math.isqrt(t) ** 2 != t or 24 % math.isqrt(t)]:
-            raise ValueError(
-                f"tokens={bad}: the straightforward algorithm takes 576, 144, 64, 36, 16, 9, 4 or 1."
-            )
+            raise ValueError(f"rounds={self.rounds} must be at least 2, or there are no quartiles.")
+        sides = {side**2 for side in range(1, 25) if 24 % side == 0}
+        if bad := [tokens for tokens in self.tokens if tokens not in sides]:
+            allowed = sorted(sides, reverse=True)
+            raise ValueError(f"tokens={bad}: the straightforward algorithm takes only {allowed}.")
         torch.set_num_threads(self.threads)
-        keep_memory()
-        self.clock = time.process_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
+        keep_freed_memory()
+        self.clock = time.perf_counter
+        if self.device == "cpu" and self.threads == 1:
+            self.clock = time.process_time
 
-    def wait(self):
+    # ------------------------------------------------------------ rounds
+
+    def synchronize(self):
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def seconds(self, f):
-        self.wait()
+    def seconds(self, call) -> float:
+        self.synchronize()
         start = self.clock()
-        f()
-        self.wait()
+        call()
+        self.synchronize()
         return self.clock() - start
 
-    def rotate(self, calls):
+    def time_rounds(self, calls) -> dict[str, list[float]]:
         "Milliseconds of each call in each round."
-        names, found = list(calls), {n: [] for n in calls}
+        names = list(calls)
+        milliseconds = {name: [] for name in names}
         for i in range(self.rounds):
-            for n in names[i % len(names) :] + names[: i % len(names)]:
-                found[n].append(1e3 * self.seconds(calls[n]))
-        return found
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                milliseconds[name].append(1e3 * self.seconds(calls[name]))
+        return milliseconds
 
-    def time_cell(self, batch, dtype, tokens):
-        "One cell of the table: times and ratios, forward and training."
+    # ------------------------------------------------------------ one cell of the table
+
+    def build(self, batch, dtype, tokens):
+        "The three projectors with equal sizes, and random patch tokens."
         torch.manual_seed(self.seed)
         config = ProjectorConfig(d_vision=self.d_vision, d_llm=self.d_llm)
-        cast = lambda m: m.to(self.device, getattr(torch, dtype)).eval()
-        module, packer = (
-            cast(DeltaProjector(config)),
-            cast(build_compressor("tokenpacker", compressor_config("tokenpacker", config, tokens=tokens))),
-        )
+        module = DeltaProjector(config)
+        packer = build_compressor("tokenpacker", compressor_config("tokenpacker", config, tokens=tokens))
+        for projector in (module, packer):
+            projector.to(self.device, dtype).eval()
         packer.attend = PlainAttention(packer.attend)
-        x = torch.randn(batch, config.grid**2, config.d_levels).to(self.device, getattr(torch, dtype))
-        straight, folded = Straightforward(module).eval(), module.fold()
-        calls = dict(
-            straightforward=lambda: straight(x, tokens),
-            tokenpacker=lambda: packer(x, tokens=tokens),
-            module=lambda: module(x, tokens=tokens),
-            folded=lambda: folded(x, tokens=tokens),
-        )
-        close = dict(rtol=0, atol=1e-4) if dtype == "float32" else dict(rtol=0.05, atol=0.1)
+        features = torch.randn(batch, config.grid**2, config.d_levels).to(self.device, dtype)
+        modules = dict(straightforward=Straightforward(module).eval(), tokenpacker=packer, module=module)
+        return modules, features
+
+    def time_forward(self, calls, tolerance):
+        "Milliseconds of the forward pass, after a comparison of the outputs."
         with torch.no_grad():
-            outs = {n: f().float() for n, f in calls.items() if n != "tokenpacker"}  # warms up, too
-            for n, out in outs.items():
-                torch.testing.assert_close(
-                    out, outs["straightforward"], **close, msg=lambda m: f"{n} computes something else: {m}"
-                )
-            with Products() as floor:
-                folded(x, tokens=tokens)
-            forward = self.rotate(calls | dict(floor=floor.replay))
-        train, kept = self.training(
-            dict(straightforward=straight, tokenpacker=packer, module=module),
-            calls,
-            close if dtype == "float32" else None,
-        )
-        middle = lambda values: dict(zip(("median", "low", "high"), median_and_quartiles(values)))
-        against = lambda times, name: {
-            other: middle([a / b for a, b in zip(times[other], times[name])])
-            for other in times
-            if other != name
-        }
+            outputs = {name: call().float() for name, call in calls.items() if name != "tokenpacker"}
+            check_close(outputs, tolerance)
+            with MatrixProducts() as products:
+                calls["folded"]()
+            return self.time_rounds(calls | dict(floor=products.replay))
+
+    def time_training(self, modules, calls, compare):
+        "Milliseconds of forward and backward, and MiB that autograd saves."
+        saved_mib = {}
+        gradients = {}
+        for name, module in modules.items():
+            with SavedBytes(module) as saved:
+                calls[name]()
+            saved_mib[name] = round(saved.total / 2**20, 1)
+            train_once(module, calls[name])
+            if name != "tokenpacker":
+                gradients[name] = some_gradients(modules["module"])
+        if compare:
+            check_gradients(gradients["straightforward"], gradients["module"])
+
+        def training_call(name):
+            return lambda: train_once(modules[name], calls[name])
+
+        return self.time_rounds({name: training_call(name) for name in modules}), saved_mib
+
+    def time_cell(self, batch, dtype, tokens):
+        "Times and ratios of one batch size, precision and budget, for forward pass and training."
+        modules, features = self.build(batch, getattr(torch, dtype), tokens)
+        folded = modules["module"].fold()
+
+        def forward_call(projector):
+            return lambda: projector(features, tokens=tokens)
+
+        calls = {name: forward_call(module) for name, module in modules.items()}
+        calls["folded"] = forward_call(folded)
+        is_float32 = dtype == "float32"
+        tolerance = dict(rtol=0, atol=1e-4) if is_float32 else dict(rtol=0.05, atol=0.1)
+        forward = self.time_forward(calls, tolerance)
+        training, saved_mib = self.time_training(modules, calls, compare=is_float32)
         return dict(
             batch=batch,
             dtype=dtype,
             tokens=tokens,
-            forward_ms={n: middle(t) for n, t in forward.items()},
-            forward_over_module=against(forward, "module"),
-            forward_over_folded=against(forward, "folded"),
-            folded_over_floor=middle([a / b for a, b in zip(forward["folded"], forward["floor"])]),
-            training_ms={n: middle(t) for n, t in train.items()},
-            training_over_module=against(train, "module"),
-            kept_mib=kept,
+            forward_ms={name: summary(values) for name, values in forward.items()},
+            forward_over_module=ratios(forward, "module"),
+            forward_over_folded=ratios(forward, "folded"),
+            folded_over_floor=ratios(forward, "floor")["folded"],
+            training_ms={name: summary(values) for name, values in training.items()},
+            training_over_module=ratios(training, "module"),
+            kept_mib=saved_mib,
         )
 
-    def training(self, modules, calls, close):
-        "The same for forward and backward; and what autograd keeps, MiB."
-
-        def once(name):
-            for p in modules[name].parameters():
-                p.grad = None
-            calls[name]().square().sum().backward()
-
-        kept, grads = {}, {}
-        for name, m in modules.items():
-            with SavedBytes(m) as saved:
-                calls[name]()
-            kept[name] = round(saved.total / 2**20, 1)
-            once(name)
-            if name != "tokenpacker":
-                grads[name] = [
-                    p.grad.clone()
-                    for p in (
-                        modules["module"].k.U,
-                        modules["module"].q.base.weight,
-                        modules["module"].mlp[0].weight,
-                    )
-                ]
-        if close:
-            for a, b in zip(grads["straightforward"], grads["module"]):
-                torch.testing.assert_close(
-                    b, a, rtol=1e-3, atol=1e-3 * a.abs().max().item(), msg=lambda m: f"other gradients: {m}"
-                )
-        return self.rotate({n: lambda n=n: once(n) for n in modules}), kept
+    # ------------------------------------------------------------ all cells
 
     def __call__(self):
-        show = lambda r: f"{r['median']:5.2f} [{r['low']:.2f}–{r['high']:.2f}]"
+        cells = [(b, d, t) for b in self.batch for d in self.dtype for t in self.tokens]
         rows = []
-        for batch, dtype, tokens in tqdm(
-            [(b, d, t) for b in self.batch for d in self.dtype for t in self.tokens]
-        ):
-            rows.append(row := self.time_cell(batch, dtype, tokens))
-            f, t = row["forward_over_module"], row["training_over_module"]
-            tqdm.write(
-                f"{batch:3} {dtype:8} V={tokens:3}  forward: straightforward ÷ module {show(f['straightforward'])}, ÷ folded {show(row['forward_over_folded']['straightforward'])}, tokenpacker ÷ module {show(f['tokenpacker'])}, "
-                f"folded ÷ floor {show(row['folded_over_floor'])};  training: straightforward ÷ module {show(t['straightforward'])}, tokenpacker {show(t['tokenpacker'])}, kept {row['kept_mib']}"
-            )
+        for batch, dtype, tokens in tqdm(cells):
+            row = self.time_cell(batch, dtype, tokens)
+            tqdm.write(report(row))
+            rows.append(row)
         clock = "CPU time of the process" if self.clock is time.process_time else "wall"
-        print(
-            f"wrote {write_record(self.record, [self.seed], rows, device=self.device, threads=self.threads, clock=clock, rounds=self.rounds, d_vision=self.d_vision, d_llm=self.d_llm)}"
+        write_record(
+            self.record,
+            [self.seed],
+            rows,
+            device=self.device,
+            threads=self.threads,
+            clock=clock,
+            rounds=self.rounds,
+            d_vision=self.d_vision,
+            d_llm=self.d_llm,
         )
+        print(f"wrote {self.record}")
+
+
+def report(row) -> str:
+    "One cell of the table as a line."
+
+    def show(ratio):
+        return f"{ratio['median']:5.2f} [{ratio['low']:.2f}–{ratio['high']:.2f}]"
+
+    forward = row["forward_over_module"]
+    training = row["training_over_module"]
+    folded = row["forward_over_folded"]["straightforward"]
+    parts = [
+        f"{row['batch']:3} {row['dtype']:8} V={row['tokens']:3}",
+        f"forward: straightforward ÷ module {show(forward['straightforward'])}, ÷ folded {show(folded)}, "
+        f"tokenpacker ÷ module {show(forward['tokenpacker'])}, "
+        f"folded ÷ floor {show(row['folded_over_floor'])}",
+        f"training: straightforward ÷ module {show(training['straightforward'])}, "
+        f"tokenpacker ÷ module {show(training['tokenpacker'])}, saved MiB {row['kept_mib']}",
+    ]
+    return ";  ".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Seconds of tower, projector, prefill and decode, each apart, and tokens/s against visual tokens (the
-paper's Fig. 3), budgets interleaved in one run; 576 is LLaVA's MLP, all others Delta.
+"""Seconds of vision tower, projector, prefill and decode, and tokens/s against visual tokens (the
+paper's Fig. 3). 576 tokens are LLaVA's MLP, all other budgets are Delta.
 
-    python benchmarks/speed.py                          # DINOv2-S/14 at 336 px and SmolLM2-135M on
+    python benchmarks/speed.py --device cpu             # DINOv2-S/14 at 336 px and SmolLM2-135M on
            one thread of a CPU; writes runs/speed.json
     python benchmarks/speed.py --full                   # one large GPU: CLIP-L/14-336 and
            Vicuna-7B, random weights, bfloat16, batch 1 and 32; writes runs/speed_full.json
 
-With `--full` every budget is timed with a growing cache and eager steps, as the paper's script does, and
-with a static cache and compiled steps in CUDA graphs: what is left of the gain of few tokens when the
-framework's overhead is gone. What and how is measured is in `delta_llava.speed`.
+With `--full` every budget is timed with a dynamic cache and eager steps, as in the authors' script, and
+with a static cache and compiled steps in CUDA graphs. The second one shows how much faster few tokens are
+without the framework's overhead. `delta_llava.speed` describes how each stage is measured.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import tyro
 
-from delta_llava.speed import Sweep, speed_report
 from delta_llava.runs import write_record
+from delta_llava.settings import SpeedSettings
+from delta_llava.speed import resolve_device, run_sweep, speed_report
 
 FULL = dict(
     tower="hub:openai/clip-vit-large-patch14-336",
@@ -31,31 +32,36 @@ FULL = dict(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedSweep(Sweep):
-    full: bool = False  # The paper's shapes on one large GPU, as above; what is given beside it is kept
-    record: Path | None = None  # Without it runs/speed.json, or with `full` runs/speed_full.json
+class RecordedSweep(SpeedSettings):
+    full: bool = False  # The paper's shapes on one large GPU; settings given beside it are kept
+    record: Path | None = None  # Without it runs/speed.json, or with --full runs/speed_full.json
+
+    def settings(self) -> SpeedSettings:
+        "The settings of the sweep, with those of `full` in place of defaults."
+        values = {field.name: getattr(self, field.name) for field in fields(SpeedSettings)}
+        if self.full:
+            for name, value in FULL.items():
+                if values[name] == getattr(SpeedSettings, name):
+                    values[name] = value
+        return SpeedSettings(**values)
 
     def __call__(self):
-        told = {f.name: getattr(self, f.name) for f in fields(Sweep)}
-        if self.full:
-            told |= {k: v for k, v in FULL.items() if told[k] == getattr(Sweep, k)}
-        sweep = Sweep(**told)
-        limit, rows = sweep()
+        settings = self.settings()
+        device, rows = run_sweep(settings)
         print(speed_report(rows))
-        clock = (
-            "CUDA events"
-            if sweep.device != "cpu"
-            else "CPU time of the process, one thread"
-            if sweep.threads == 1
-            else "wall"
-        )
-        settings = {k: v for k, v in asdict(sweep).items() if k not in ("seed", "device")} | dict(
-            tower=sweep.setup(sweep.tokens[0]).tower, llm=sweep.setup(sweep.tokens[0]).llm
-        )
-        record = self.record or Path("runs") / f"speed{'_full' if self.full else ''}.json"
-        print(
-            f"wrote {write_record(record, [sweep.seed], rows, clock=clock, device=limit.name, peak=limit.peak, bandwidth=limit.bandwidth, **settings)}"
-        )
+        recorded = asdict(settings)
+        seed = recorded.pop("seed")
+        recorded |= dict(device=device.name, peak=device.peak, bandwidth=device.bandwidth)
+        path = self.record or Path("runs") / ("speed_full.json" if self.full else "speed.json")
+        write_record(path, [seed], rows, clock=clock_name(settings), **recorded)
+        print(f"wrote {path}")
+
+
+def clock_name(settings: SpeedSettings) -> str:
+    "The clock that the timer reads, in words."
+    if resolve_device(settings.device).type == "cuda":
+        return "CUDA events"
+    return "CPU time of the process, one thread" if settings.threads == 1 else "wall"
 
 
 if __name__ == "__main__":

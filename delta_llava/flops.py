@@ -46,6 +46,7 @@ from .compressors.fastv import attention_row
 from .config import CompressorConfig, ProjectorConfig
 from .grid import VisionFeatures
 from .mixing import split_channels
+from .settings import Cost as CostSettings
 from .tower import truncated_config, vision_features
 from .vlm import DeltaLlavaConfig
 
@@ -464,22 +465,10 @@ class Cost:
 
 # %% ../nbs/26_flops.ipynb #afc74f74
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    "What is run: the parts of a model, an image, a prompt and an answer."
-    tower:str="openai/clip-vit-large-patch14-336"  # Vision tower, a hub name or a folder
-    llm:str="lmsys/vicuna-7b-v1.5"  # LLM, a hub name or a folder
-    compressor:str="delta"  # Which projector, by its name in the registry
-    tokens:int=144  # Budget V
-    text:int|float=68.5  # Text tokens of the prompt, T; a mean need not be an integer
-    answer:int|float=29  # Tokens of the answer, G
-    question:int|float|None=None  # Text tokens of the question alone, for QueCC; without it all of the prompt's
-    image_size:int|None=None  # Side of the image, px; without it the tower's own
-
+class Setup(CostSettings):
+    "What is run: settings whose parts and budget exist."
     def __post_init__(self):
-        for name in ("text", "answer", "question", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+        super().__post_init__()
         self.config  # noqa: B018  an impossible budget or part is an error here
 
     @property

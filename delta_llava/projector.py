@@ -150,7 +150,8 @@ def build_mixing_block(
         return None
     return NTB(
         config.d_vision, config.d_vision, config.head_dim, config.mix_ratio, config.mlp_ratio,
-        config.drop_path, pool=config.kv_pool, emhsa=config.mixing != "no_emhsa", mhca=config.mixing != "no_mhca")
+        config.drop_path, pool=config.kv_pool,
+        emhsa=config.mixing != "no_emhsa", mhca=config.mixing != "no_mhca")
 
 def build_output_mlp(
     config:ProjectorConfig,  # Widths, and which kind of MLP

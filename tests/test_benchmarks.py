@@ -7,259 +7,156 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_stage import write_parts
-from tiny_vlm import byte_tokenizer, tiny
-from transformers import CLIPImageProcessorPil
+from tiny_stage import write_models
 
-from delta_llava.conversations import load_conversations
-from delta_llava.scenes import write_scenes
-from delta_llava.processor import build_processor
-from delta_llava.quickstart import Quickstart
+from delta_llava.settings import SpeedSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+def load_benchmark(name):
+    "Names of a benchmark, without running it."
+    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    write_models(tmp_path)
+    return dict(tower=str(tmp_path / "tower"), llm=str(tmp_path / "llm"), image_size=56)
+
+
+# ---------------------------------------------------------------- packing.py
+
+
 def test_counted_tokens_are_those_of_the_batches():
-    packing = runpy.run_path(str(BENCHMARKS / "packing.py"))
+    packing = load_benchmark("packing")
     lengths = np.random.default_rng(0).integers(2, 60, 400)
-    found, collators = packing["count"](lengths, 8, 3, 100)["tokens"], packing["collators"](100)
-    for way, grouped, packed in (
-        ("padded", False, False),
-        ("packed", False, True),
-        ("grouped", True, False),
-        ("grouped, packed", True, True),
-    ):
+    counts = packing["count"](lengths, 8, 3, 100)["tokens"]
+    collators = packing["collators"](100)
+    for grouped in (False, True):
         batches = list(packing["in_batches"](lengths.tolist(), 8, grouped, 3))
         assert sorted(sum(batches, [])) == list(range(400))
-        collate = collators["packed" if packed else "padded"]
-        assert found[way] == sum(
-            collate([dict(id=i, image=None, conversations=int(lengths[i])) for i in b])["input_ids"].numel()
-            for b in batches
-        )
-    assert (
-        found["rows"] == lengths.sum() < found["packed"] < found["padded"]
-        and found["grouped"] < found["padded"]
-    )
+        for way in ("padded", "packed"):
+            total = 0
+            for batch in batches:
+                rows = [dict(id=i, image=None, conversations=int(lengths[i])) for i in batch]
+                total += collators[way](rows)["input_ids"].numel()
+            names = {"padded": "grouped", "packed": "grouped, packed"} if grouped else {}
+            assert counts[names.get(way, way)] == total
+    assert counts["rows"] == lengths.sum() < counts["packed"] < counts["padded"]
+    assert counts["grouped"] < counts["padded"]
 
 
 def test_assumed_lengths_have_the_parts_of_the_mix():
-    packing = runpy.run_path(str(BENCHMARKS / "packing.py"))
-    text, image, part = packing["assumed"](40_000, 0)
-    assert (
-        sum(n for n, _, _ in packing["PARTS"].values()) == 624
-    )  # thousands: all rows but those of text alone
-    assert (
-        abs((~image).mean() - packing["TEXT_ONLY"] / packing["ROWS"]) < 0.005
-        and text.min() > packing["PROMPT"]
-    )
-    for name, (n, median, _) in packing["PARTS"].items():
-        assert abs((part == name).sum() - 40_000 * image.mean() * n / 624) < 5 * (40_000 * n / 624) ** 0.5
+    packing = load_benchmark("packing")
+    text, has_image, part = packing["assumed"](40_000, 0)
+    parts = packing["PARTS"]
+    total = sum(thousands for thousands, _, _ in parts.values())
+    assert total == 624  # all rows but those of text alone
+    assert abs((~has_image).mean() - packing["TEXT_ONLY"] / packing["ROWS"]) < 0.005
+    assert text.min() > packing["PROMPT"]
+    for name, (thousands, median, _) in parts.items():
+        expected = 40_000 * has_image.mean() * thousands / total
+        five_sigma = 5 * (40_000 * thousands / total) ** 0.5
+        assert abs((part == name).sum() - expected) < five_sigma
         assert abs(np.median(text[part == name]) - packing["PROMPT"] - median) < 0.1 * median
+
+
+# ---------------------------------------------------------------- stage.py
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
-def test_stage_steps_run_on_tiny_parts(tmp_path, full):
-    parts = write_parts(tmp_path)
-    StageSteps = runpy.run_path(str(BENCHMARKS / "stage.py"))["StageSteps"]
-    StageSteps(
-        tokens=(16, 4, 1),
-        tower=str(parts / "tower"),
-        llm=str(parts / "llm"),
-        image_size=56,
-        batch_size=2,
-        repeats=2,
-        full=full,
-        record=tmp_path / "record.json",
-    )()
-    rows = json.loads((tmp_path / "record.json").read_text())["result"]
-    assert [(r["stage"], r["tokens"], r["projector"]) for r in rows] == [
-        (k, v, "mlp" if v == 16 else "delta") for k in ("pretrain", "finetune") for v in (16, 4, 1)
-    ]
-    assert all(r["ratio"][0] == 1 for r in rows if r["tokens"] == 16) and all(
-        min(r["seconds"]) > 0 and r["of_ceiling"] > 0 for r in rows
-    )
-    assert all(rows[i + 1]["flops"] > rows[i + 2]["flops"] for i in (0, 3))  # Delta at 4 tokens and at 1
+def test_stage_steps_run_on_tiny_parts(tmp_path, parts, full):
+    record = tmp_path / "record.json"
+    StageSteps = load_benchmark("stage")["StageSteps"]
+    StageSteps(tokens=(16, 4, 1), batch_size=2, repeats=2, full=full, record=record, **parts)()
+    rows = json.loads(record.read_text())["result"]
+    expected = []
+    for stage in ("pretrain", "finetune"):
+        expected += [(stage, 16, "mlp"), (stage, 4, "delta"), (stage, 1, "delta")]
+    assert [(row["stage"], row["tokens"], row["projector"]) for row in rows] == expected
+    for row in rows:
+        assert min(row["seconds"]) > 0 and row["of_ceiling"] > 0
+        assert row["tokens"] != 16 or row["ratio"][0] == 1
+    for first in (0, 3):  # Delta at 4 tokens needs more operations than at 1
+        assert rows[first + 1]["flops"] > rows[first + 2]["flops"]
 
 
-def test_maps_of_no_method():
-    truth = runpy.run_path(str(BENCHMARKS / "gradcam.py"))
-    assert (
-        truth["centre"](9).argmax() == 4
-        and len(truth["centre"](36).unique()) == 6
-        and (truth["centre"](36) == truth["centre"](36).max()).sum() == 4
-    )
-    cells = truth["covered"](torch.tensor([[25.0, 0.0, 100.0, 60.0]]), 16, (100, 100)).view(4, 4)
-    torch.testing.assert_close(
-        cells, torch.tensor([1.0, 1.0, 0.4, 0.0])[:, None] * torch.tensor([0.0, 1.0, 1.0, 1.0])
-    )
-    mean, low, high = truth["interval"](np.random.default_rng(0).normal(3, 1, 400))
-    assert low < 3 < high and abs(high - low - 4 * 0.05) < 0.05 and truth["interval"]([0.5, 0.5]) == [0.5] * 3
-
-
-def test_scores_of_a_map_that_knows_the_box(tmp_path):
-    "Random weights: the true box wins the pointing game, an even map scores chance, and no score is lost on the way to the table."
-    module = runpy.run_path(str(BENCHMARKS / "gradcam.py"))
-    model, processor = (
-        tiny("clip_b32_224"),
-        build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=16, template="v1"),
-    )
-    rows = list(
-        load_conversations(
-            write_scenes(
-                tmp_path,
-                6,
-                "heldout_scenes",
-                0,
-                (2, 3),
-                168,
-                tasks=("caption",),
-                paraphrase=False,
-                min_side=56,
-            )
-        )
-    )
-    truth, before = module["Truth"](images=6, erased=4), {k: v.clone() for k, v in model.state_dict().items()}
-    found = sum((truth.batch(model, processor, rows[i : i + 3], 16, i, Quickstart()) for i in (0, 3)), [])
-    assert all(
-        torch.equal(v, before[k]) for k, v in model.state_dict().items()
-    )  # the shuffled parts are whole again
-    assert [r["picture"] for r in found] == list(range(6)) and [
-        "deletion" in r["scores"]["box"] for r in found
-    ] == [True] * 4 + [False] * 2
-    for r in found:
-        even, box = r["scores"]["chance"], r["scores"]["box"]
-        assert (
-            even.get("deletion", 0) == even.get("insertion", 0) == even["correlation"] == 0
-            and box["energy"] > even["energy"] > 0
-        )
-        assert abs(even["other"] - even["other_area"]) < 1e-6 and box["other"] < box["energy"]
-        assert abs(r["scores"]["gradcam"]["correlation"] - (not r["scores"]["gradcam"]["empty"])) < 1e-6
-    cell = truth.cell(
-        "delta",
-        16,
-        "heldout_scenes, several things",
-        [
-            dict(compressor="delta", seed=s, steps=300, set="heldout_scenes, several things", tokens=16, **r)
-            for r in found
-            for s in (0, 1)
-        ],
-    )
-    assert (
-        cell["pictures"] == 6 and cell["seeds"] == [0, 1] and list(cell["methods"]) == list(module["METHODS"])
-    )
-    energy = [r["scores"]["attention"]["energy"] for r in found]
-    assert (
-        abs(cell["methods"]["attention"]["energy"][0] - np.mean(energy)) < 1e-3
-        and cell["methods"]["box"]["hit"][0] > 0.5
-    )
-    minus = cell["methods"]["attention"]["gradcam minus"]["energy"]
-    assert (
-        abs(minus[0] - np.mean([r["scores"]["gradcam"]["energy"] for r in found]) + np.mean(energy)) < 1e-3
-        and minus[1] <= minus[0] <= minus[2]
-    )
-    assert (
-        cell["methods"]["gradcam"]["gradcam minus"]["hit"] == [0] * 3
-        and "deletion" not in cell["methods"]["centre"]
-        and cell["trained_steps"] == [300]
-    )
-    json.dumps(cell, allow_nan=False)
+# ---------------------------------------------------------------- speed.py
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
-def test_speed_is_recorded(tmp_path, full):
-    "With `full`, what is given beside it is kept, and the rest is the paper's."
-    parts, speed = write_parts(tmp_path), runpy.run_path(str(BENCHMARKS / "speed.py"))
-    speed["RecordedSweep"](
-        tokens=(16, 4),
-        tower=str(parts / "tower"),
-        llm=str(parts / "llm"),
-        image_size=56,
-        text=6,
-        answer=4,
-        repeats=3,
-        full=full,
-        batch=(2,),
-        record=tmp_path / "record.json",
-        device="cpu",
-    )()
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert [(r["cache"], r["tokens"], r["compressor"], r["batch"]) for r in record["result"]] == [
-        (c, V, by, 2)
-        for c in (("dynamic", "static") if full else ("dynamic",))
-        for V, by in ((16, "mlp"), (4, "delta"))
-    ]
-    assert (record["dtype"], record["random_weights"], record["warm_up"], record["llm"]) == (
-        ("bfloat16", True, 2) if full else ("float32", False, 1)
-    ) + (str(parts / "llm"),)
-    assert (
-        record["clock"] == "CPU time of the process, one thread"
-        and record["peak"] > 0
-        and record["bandwidth"] > 0
-        and record["answer"] == 4
-    )
+def test_speed_is_recorded(tmp_path, parts, full):
+    "With `full`, settings given beside it are kept, and the others are the paper's."
+    path = tmp_path / "record.json"
+    RecordedSweep = load_benchmark("speed")["RecordedSweep"]
+    options = dict(tokens=(16, 4), text=6, answer=4, repeats=3, batch=(2,), device="cpu")
+    RecordedSweep(full=full, record=path, **options, **parts)()
+    record = json.loads(path.read_text())
+    expected = []
+    for cache in ("dynamic", "static") if full else ("dynamic",):
+        expected += [(cache, 16, "mlp", 2), (cache, 4, "delta", 2)]
+    rows = [(row["cache"], row["tokens"], row["compressor"], row["batch"]) for row in record["result"]]
+    assert rows == expected
+    settings = tuple(record[name] for name in ("dtype", "random_weights", "warm_up"))
+    assert settings == (("bfloat16", True, 2) if full else ("float32", False, 1))
+    assert record["llm"] == parts["llm"] and record["answer"] == 4
+    assert record["peak"] > 0 and record["bandwidth"] > 0
+    assert record["clock"] == "CPU time of the process, one thread"
 
 
-def test_captions_are_trained_and_scored_once_with_one_recipe(tmp_path, monkeypatch):
-    module = runpy.run_path(str(BENCHMARKS / "captions.py"))
-    scope, trained, scored = module["Captions"].cell.__globals__, [], []
+def test_full_changes_defaults_only():
+    RecordedSweep = load_benchmark("speed")["RecordedSweep"]
+    settings = RecordedSweep(full=True, batch=(4,)).settings()
+    assert settings.batch == (4,) and settings.dtype == "bfloat16" and settings.random_weights
+    assert RecordedSweep().settings() == SpeedSettings()
 
-    def train(folder, **recipe):
-        trained.append(folder.name)
-        folder.mkdir(parents=True)
-        (folder / "record.json").write_text(
-            json.dumps(dict(recipe=recipe, commit="c", seconds=1.0, result=dict(losses=[3.0, 2.0])))
-        )
-        return lambda: None
 
-    def score(folder):
-        scored.append(folder.name)
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        name, seed = folder.name.split("-")
-        about = dict.fromkeys(module["KEPT"], 0.5) | dict(seed=int(seed), compressor=name, set="one")
-        return [
-            about | dict(tokens=t, said=["A fox."] * 5, true=["A key."] * 5)
-            for t in json.loads((folder / "record.json").read_text())["recipe"]["test_budgets"]
-        ]
+# ---------------------------------------------------------------- projector.py
 
-    monkeypatch.setitem(scope, "Train", train)
-    monkeypatch.setitem(scope, "score_captions", score)
-    captions = module["Captions"](seeds=(0, 1), folder=tmp_path / "c", record=tmp_path / "r.json")
-    with pytest.raises(KeyboardInterrupt):
-        captions()
-    captions()
-    assert trained == [f"{name}-{seed}" for seed in (0, 1) for name in ("delta", "fastv")] and scored == [
-        "delta-0",
-        "fastv-0",
-        "fastv-0",
-        "delta-1",
-        "fastv-1",
-    ]
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert [(r["seed"], r["compressor"], r["tokens"]) for r in record["result"]] == [
-        (s, n, t)
-        for s in (0, 1)
-        for n, budgets in (("delta", (16, 4, 1)), ("fastv", (64, 16, 4, 1)))
-        for t in budgets
-    ]
-    assert (
-        record["patches"] == 64
-        and record["seeds"] == [0, 1]
-        and len(record["result"][0]["said"]) == 3
-        and record["fastv_layer"] == 2
-        and len(record["trainings"]) == 4
-    )
-    recipes = captions.recipes()
-    assert {(r.compressor, r.train_budgets, r.tokens) for r in recipes} == {
-        ("delta", (16, 4, 1), 16),
-        ("fastv", (64,), 64),
-    }
-    same = lambda r: {
-        k: v
-        for k, v in vars(r).items()
-        if k not in ("compressor", "tokens", "train_budgets", "test_budgets", "seed")
-    }
-    assert all(same(r) == same(recipes[0]) for r in recipes)  # the rest is shared
-    with pytest.raises(ValueError, match="training of another recipe"):
-        module["Captions"](seeds=(0,), steps=9, folder=tmp_path / "c", record=tmp_path / "r.json")()
+
+def test_the_compared_projectors_agree_and_ratios_are_recorded(tmp_path):
+    "Outputs and gradients are compared by the benchmark itself, which stops if they differ."
+    path = tmp_path / "record.json"
+    ProjectorTimes = load_benchmark("projector")["ProjectorTimes"]
+    sizes = dict(batch=(1,), dtype=("float32",), tokens=(4,), d_vision=128, d_llm=64)
+    threads = torch.get_num_threads()
+    ProjectorTimes(**sizes, rounds=2, device="cpu", threads=1, record=path)()
+    torch.set_num_threads(threads)
+    record = json.loads(path.read_text())
+    (row,) = record["result"]
+    assert record["clock"] == "CPU time of the process"
+    assert list(row["forward_ms"]) == ["straightforward", "tokenpacker", "module", "folded", "floor"]
+    assert list(row["training_ms"]) == ["straightforward", "tokenpacker", "module"]
+    assert row["kept_mib"].keys() == row["training_ms"].keys()
+    assert set(row["forward_over_module"]) == set(row["forward_ms"]) - {"module"}
+    assert set(row["forward_over_folded"]) == set(row["forward_ms"]) - {"folded"}
+    assert set(row["training_over_module"]) == {"straightforward", "tokenpacker"}
+    with pytest.raises(ValueError, match=r"tokens=\[25\]"):
+        ProjectorTimes(tokens=(25, 4))
+
+
+def test_an_output_that_differs_stops_the_projector_benchmark():
+    check_close = load_benchmark("projector")["check_close"]
+    outputs = dict(straightforward=torch.zeros(3), module=torch.ones(3))
+    with pytest.raises(AssertionError, match="module has another output"):
+        check_close(outputs, dict(rtol=0, atol=1e-4))
+
+
+# ---------------------------------------------------------------- cli.py
+
+
+def test_calls_of_the_command_line_are_timed(tmp_path, capsys):
+    module = load_benchmark("cli")
+    assert module["cpu_seconds"](("-c", "sum(range(10**6))"), 0) > 0
+    with pytest.raises(RuntimeError, match="ended with status 3, not 0"):
+        module["cpu_seconds"](("-c", "raise SystemExit(3)"), 0)
+    path = tmp_path / "cli.json"
+    times = module["CommandLineTimes"](repeats=2, record=path)
+    scope = times.__call__.__func__.__globals__
+    scope["CALLS"] = {"empty": (("-c", ""), 0)}
+    times()
+    (row,) = json.loads(path.read_text())["result"]
+    assert row["call"] == "empty" and row["cpu_seconds"] > 0
+    assert "| empty" in capsys.readouterr().out

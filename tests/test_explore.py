@@ -1,11 +1,10 @@
-"""The explorer: what it remembers, what it offers, what it says; all without a browser, which
-tests/test_jupyterlab.py has.
-"""
+"The explorer without a browser; tests/test_jupyterlab.py has one."
 
 import base64
 import io
 from datetime import UTC, datetime
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
@@ -15,11 +14,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 from delta_llava import explore as module
 from delta_llava.compressors.base import compressor_config
 from delta_llava.config import ProjectorConfig
-from delta_llava.explore import TOP, Explorer, Query, draw_maps, explore, png
+from delta_llava.explore import COLOR_MAX, Explorer, Query, draw_maps, explore, figure_to_png
 from delta_llava.processor import build_processor
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
-QUESTION, ANSWER = "What?", "A red fox."
+QUESTION = "What?"
+ANSWER = "A red fox."
 
 
 def tiny(compressor, tokens=16):
@@ -45,9 +45,8 @@ def tiny(compressor, tokens=16):
     for p in model.get_decoder().parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    return model, build_processor(
-        CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56), tokenizer, tokens, template="v1"
-    )
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)
+    return model, build_processor(image_processor, tokenizer, tokens, template="v1")
 
 
 @pytest.fixture(scope="module")
@@ -66,53 +65,63 @@ def images():
 @pytest.fixture
 def calls(monkeypatch):
     "Every call of the model."
-    seen, ask = [], module.word_cams
-    monkeypatch.setattr(
-        module, "word_cams", lambda *args, **kwargs: seen.append((args, kwargs)) or ask(*args, **kwargs)
-    )
-    return seen
+    recorded = []
+    word_cams = module.word_cams
+
+    def record(*args, **kwargs):
+        recorded.append((args, kwargs))
+        return word_cams(*args, **kwargs)
+
+    monkeypatch.setattr(module, "word_cams", record)
+    return recorded
 
 
 @pytest.fixture
-def panel(models, images, calls, monkeypatch):
-    panel = explore(models, images, QUESTION)  # random weights may answer without a word
-    panel.answer.value = ANSWER
-    assert said(panel.status) == "" and panel.result.answer == ANSWER
+def panel(models, images, calls):
+    panel = explore(models, images, QUESTION)  # random weights may generate an answer without a word
+    panel.controls.answer.value = ANSWER
+    assert status(panel) == ""
+    assert panel.result.answer == ANSWER
     calls.clear()
     return panel
 
 
-def said(line):
-    return line.value.partition(">")[2].rpartition("<")[0]
+def status(panel):
+    "The text of the status line, without its HTML."
+    return panel.outputs.status.value.partition(">")[2].rpartition("<")[0]
 
 
-def png_of(picture):
-    picture.convert("RGB").save(out := io.BytesIO(), "PNG")
-    return out.getvalue()
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 # --- without widgets ------------------------------------------------------------------------------
 
 
-def test_budgets_are_those_that_work(models, images):
+def test_every_offered_budget_works(models, images):
     explorer = Explorer(models, images)
-    assert explorer.budgets("delta") == [4, 9, 16] and explorer.budgets("m3") == [4, 16]
+    assert explorer.budgets("delta") == [4, 9, 16]
+    assert explorer.budgets("m3") == [4, 16]
     for name in explorer.models:
-        for t in explorer.budgets(name):
-            assert explorer.ask(Query("up", QUESTION, name, t, ANSWER)).cams.shape == (3, t)
+        for tokens in explorer.budgets(name):
+            assert explorer.answer(Query("up", QUESTION, name, tokens, ANSWER)).cams.shape == (3, tokens)
 
 
-def test_a_compressor_without_places_is_set_aside(models, images):
+def test_non_spatial_compressors_are_left_out(models, images):
     explorer = Explorer(models, images)
-    assert [*explorer.models] == ["delta", "m3"] and explorer.set_aside == ["mqt"]
+    assert [*explorer.models] == ["delta", "m3"]
+    assert explorer.non_spatial == ["mqt"]
     with pytest.raises(ValueError, match=r"\['mqt'\] holds no compressor"):
         Explorer({"mqt": models["mqt"]}, images)
 
 
-def test_the_same_question_is_asked_once(models, images, calls):
-    explorer, query = Explorer(models, images), Query("up", QUESTION, "delta", 4, ANSWER)
-    first = explorer.ask(query)
-    assert explorer.ask(Query("up", f" {QUESTION} ", "delta", 4, ANSWER + " ")) is first and len(calls) == 1
+def test_equal_queries_are_computed_once(models, images, calls):
+    explorer = Explorer(models, images)
+    first = explorer.answer(Query("up", QUESTION, "delta", 4, ANSWER))
+    assert explorer.answer(Query("up", f" {QUESTION} ", "delta", 4, ANSWER + " ")) is first
+    assert len(calls) == 1
     others = [
         Query("round", QUESTION, "delta", 4, ANSWER),
         Query("up", "Who?", "delta", 4, ANSWER),
@@ -121,158 +130,162 @@ def test_the_same_question_is_asked_once(models, images, calls):
         Query("up", QUESTION, "delta", 4, "A fox."),
     ]
     for i, other in enumerate(others):
-        assert explorer.ask(other) is not first and len(calls) == 2 + i
+        assert explorer.answer(other) is not first
+        assert len(calls) == 2 + i
 
 
-def test_another_picture_of_the_same_name_is_asked_anew(models, images):
-    explorer, query = Explorer(models, images), Query("up", QUESTION, "delta", 16, ANSWER)
-    before = explorer.ask(query)
-    explorer.add("up", png_of(images["round"]))
-    assert (explorer.ask(query).cams - before.cams).abs().max() > 0
-    assert explorer.ask(query) is explorer.ask(
-        Query("round", QUESTION, "delta", 16, ANSWER)
-    )  # the bytes count, not the name
+def test_the_cache_compares_pixels_and_not_names(models, images):
+    explorer = Explorer(models, images)
+    query = Query("up", QUESTION, "delta", 16, ANSWER)
+    before = explorer.answer(query)
+    explorer.add_image("up", png_bytes(images["round"]))
+    after = explorer.answer(query)
+    assert (after.cams - before.cams).abs().max() > 0
+    assert after is explorer.answer(Query("round", QUESTION, "delta", 16, ANSWER))
 
 
-@pytest.mark.parametrize("content, why", [(b"", "no picture"), (b"words", "no picture"), (None, "truncated")])
-def test_a_file_that_is_no_picture(models, images, content, why):
-    content = png_of(Image.effect_noise((99, 99), 50))[:3000] if content is None else content
-    with pytest.raises(ValueError, match=f"^mine.png cannot be used: .*{why}.*Readable are JPEG"):
-        Explorer(models, images).add("mine.png", content)
+@pytest.mark.parametrize(
+    "content, reason", [(b"", "not an image"), (b"words", "not an image"), (None, "truncated")]
+)
+def test_a_file_that_is_not_an_image(models, images, content, reason):
+    if content is None:
+        content = png_bytes(Image.effect_noise((99, 99), 50))[:3000]
+    with pytest.raises(ValueError, match=f"^mine.png cannot be used: .*{reason}.*Supported formats: JPEG"):
+        Explorer(models, images).add_image("mine.png", content)
 
 
-def test_one_colour_scale_whatever_is_drawn():
-    "A word of even share has the same colour beside any other; a map of zeros has another one."
-    import matplotlib.pyplot as plt
+def first_colors(fig, row=0):
+    "Color of the first cell: in the grid of tokens, and in the overlay."
+    shown = (fig.axes[3 * row + 1].images[0], fig.axes[3 * row + 2].images[1])
+    return [im.to_rgba(im.get_array(), alpha=1)[0, 0].tolist() for im in shown]
 
-    picture, even, peak, before = (
-        Image.new("RGB", (56, 56)),
-        torch.ones(16),
-        torch.eye(16)[3],
-        plt.get_fignums(),
-    )
-    figures = [
-        draw_maps(picture, maps)
-        for maps in ({"even": even}, {"even": 7 * even, "peak": peak}, {"zero": 0 * even})
-    ]
 
-    def colour(fig, row=0):
-        return [
-            image.to_rgba(image.get_array(), alpha=1)[0, 0].tolist()
-            for image in (fig.axes[3 * row + 1].images[0], fig.axes[3 * row + 2].images[1])
-        ]
-
-    assert colour(figures[0]) == colour(figures[1]) and colour(figures[0]) != colour(figures[2])
-    assert figures[1].axes[4].images[0].get_clim() == (0, TOP)
-    images = {png(fig) for fig in figures}
-    assert len(images) == 3 and plt.get_fignums() == before  # none is left open
+def test_the_color_scale_is_fixed():
+    "A uniform map has the same color whatever is drawn beside it; a map of zeros has another one."
+    image = Image.new("RGB", (56, 56))
+    uniform = torch.ones(16)
+    peak = torch.eye(16)[3]
+    open_figures = plt.get_fignums()
+    alone = draw_maps(image, {"uniform": uniform})
+    beside_peak = draw_maps(image, {"uniform": 7 * uniform, "peak": peak})
+    zero = draw_maps(image, {"zero": 0 * uniform})
+    assert first_colors(alone) == first_colors(beside_peak) != first_colors(zero)
+    for ax, i in ((4, 0), (5, 1)):
+        assert beside_peak.axes[ax].images[i].get_clim() == (0, COLOR_MAX)
+    assert len({figure_to_png(fig) for fig in (alone, beside_peak, zero)}) == 3
+    assert plt.get_fignums() == open_figures  # none is left open
 
 
 # --- with widgets ---------------------------------------------------------------------------------
 
 
-def test_a_click_on_a_word_asks_nothing(panel, calls):
-    images = {}
+def test_a_click_on_a_word_does_not_run_the_model(panel, calls):
+    figures = set()
     for i in (2, 1, 0, 2):
-        panel.words.index = i
-        images.setdefault(panel.shown.value, i)
-    assert len(images) == 3 and not calls and [text for text, _ in panel.words.options] == ["A", "red", "fox"]
+        panel.outputs.words.index = i
+        figures.add(panel.outputs.figure.value)
+    assert len(figures) == 3
+    assert not calls
+    assert [text for text, _ in panel.outputs.words.options] == ["A", "red", "fox"]
 
 
 def test_the_slider_asks_and_keeps_the_word(panel, calls):
-    panel.words.index = 1
-    before = panel.shown.value
-    panel.tokens.value = 4
-    assert len(calls) == 1 and calls[0][1]["tokens"] == 4 and panel.result.cams.shape == (3, 4)
-    assert panel.words.label == "red" and panel.shown.value != before
-    panel.tokens.value = 16
-    assert panel.shown.value == before and len(calls) == 1
+    panel.outputs.words.index = 1
+    before = panel.outputs.figure.value
+    panel.controls.tokens.value = 4
+    ((_, options),) = calls
+    assert options["tokens"] == 4
+    assert panel.result.cams.shape == (3, 4)
+    assert panel.outputs.words.label == "red"
+    assert panel.outputs.figure.value != before
+    panel.controls.tokens.value = 16
+    assert panel.outputs.figure.value == before
+    assert len(calls) == 1
 
 
-def test_another_compressor_brings_its_budgets(panel, calls):
-    panel.tokens.value = 9
-    panel.compressor.value = "m3"
-    assert panel.tokens.options == (4, 16) and panel.tokens.value == 4
-    assert calls[-1][0][0] is panel.explorer.models["m3"][0] and len(calls) == 2
-    assert "mqt" not in panel.compressor.options and any(
-        "No map for mqt" in getattr(child, "value", "")
-        for child in panel.box.children[0].children
-        if isinstance(child.value, str)
-    )
+def test_another_compressor_has_its_own_budgets(panel, calls):
+    panel.controls.tokens.value = 9
+    panel.controls.compressor.value = "m3"
+    assert panel.controls.tokens.options == (4, 16)
+    assert panel.controls.tokens.value == 4
+    model = calls[-1][0][0]
+    assert model is panel.explorer.models["m3"][0]
+    assert len(calls) == 2
+
+
+def test_non_spatial_compressors_are_named(panel):
+    left, _ = panel.widget.children
+    assert "mqt" not in panel.controls.compressor.options
+    assert any("No maps for mqt" in str(getattr(child, "value", "")) for child in left.children)
+
+
+def upload(panel, name, content):
+    "What the browser sends for a chosen file."
+    file = dict(name=name, type="", size=len(content), content=memoryview(content))
+    panel.controls.upload.value = [file | dict(last_modified=datetime.now(UTC))]
 
 
 def test_an_upload_is_shown(panel, calls):
-    def upload(name, content):
-        panel.upload.value = [
-            dict(
-                name=name,
-                type="",
-                size=len(content),
-                content=memoryview(content),
-                last_modified=datetime.now(UTC),
-            )
-        ]
-
-    upload("mine.png", png_of(Image.effect_noise((56, 56), 90)))
-    assert panel.picture.value == "mine.png" and len(calls) == 1 and panel.shown.value
-    upload("notes.txt", b"words")
-    assert (
-        "notes.txt cannot be used" in said(panel.status)
-        and panel.picture.value == "mine.png"
-        and len(calls) == 1
-    )
-    panel.picture.value = "round"
-    assert said(panel.status) == "" and panel.shown.value
+    upload(panel, "mine.png", png_bytes(Image.effect_noise((56, 56), 90)))
+    assert panel.controls.image.value == "mine.png"
+    assert len(calls) == 1
+    assert panel.outputs.figure.value
+    upload(panel, "notes.txt", b"words")
+    assert "notes.txt cannot be used" in status(panel)
+    assert panel.controls.image.value == "mine.png"
+    assert len(calls) == 1
+    panel.controls.image.value = "round"
+    assert status(panel) == ""
+    assert panel.outputs.figure.value
 
 
-def test_an_error_is_said_and_nothing_old_stays(panel, monkeypatch):
-    panel.question.value = "  "
-    assert (
-        said(panel.status).startswith("The question is empty")
-        and not panel.shown.value
-        and panel.words.options == ()
-    )
+def test_an_error_is_shown_without_an_old_result(panel, monkeypatch):
+    panel.controls.question.value = "  "
+    assert status(panel).startswith("The question is empty")
+    assert not panel.outputs.figure.value
+    assert panel.outputs.words.options == ()
     assert "image/png" not in panel._repr_mimebundle_()
-    panel.question.value = "Who?"
-    assert said(panel.status) == "" and panel.shown.value
+    panel.controls.question.value = "Who?"
+    assert status(panel) == ""
+    assert panel.outputs.figure.value
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of <memory>")
 
     monkeypatch.setattr(module, "word_cams", broken)
-    panel.tokens.value = 4
-    assert said(panel.status) == "RuntimeError: out of &lt;memory&gt;" and not any(
-        knob.disabled for knob in panel.knobs
-    )
+    panel.controls.tokens.value = 4
+    assert status(panel) == "RuntimeError: out of &lt;memory&gt;"
+    assert not any(widget.disabled for widget in vars(panel.controls).values())
 
 
-def test_knobs_rest_while_the_model_computes(panel, monkeypatch):
-    ask, seen = module.word_cams, []
+def test_widgets_are_disabled_while_the_model_computes(panel, monkeypatch):
+    word_cams = module.word_cams
+    observed = []
 
-    def watch(*args, **kwargs):
-        seen.append((said(panel.status), all(knob.disabled for knob in (*panel.knobs, panel.words))))
-        return ask(*args, **kwargs)
+    def observe(*args, **kwargs):
+        widgets = (*vars(panel.controls).values(), panel.outputs.words)
+        observed.append((status(panel), all(widget.disabled for widget in widgets)))
+        return word_cams(*args, **kwargs)
 
-    monkeypatch.setattr(module, "word_cams", watch)
-    panel.tokens.value = 9
-    assert seen == [("computing …", True)] and not panel.words.disabled
+    monkeypatch.setattr(module, "word_cams", observe)
+    panel.controls.tokens.value = 9
+    assert observed == [("computing …", True)]
+    assert not panel.outputs.words.disabled
 
 
-def test_a_map_of_zeros_is_named(panel):
+def test_a_map_of_zeros_is_reported(panel):
     panel.result.cams[2] = 0
-    panel.words.index = 2
-    assert said(panel.status) == "No visual token speaks for “fox”: its map is zero everywhere."
+    panel.outputs.words.index = 2
+    assert status(panel) == "No visual token increases the score of “fox”: its map is zero everywhere."
 
 
-def test_answers_are_text(panel):
-    panel.answer.value = "A <b>fox</b>."
-    assert panel.said.value == "<b>A &lt;b&gt;fox&lt;/b&gt;.</b>"
+def test_answers_are_escaped(panel):
+    panel.controls.answer.value = "A <b>fox</b>."
+    assert panel.outputs.answer.value == "<b>A &lt;b&gt;fox&lt;/b&gt;.</b>"
 
 
-def test_where_there_are_no_widgets_the_picture_stays(panel):
-    shown = panel._repr_mimebundle_()
-    assert (
-        "application/vnd.jupyter.widget-view+json" in shown
-        and base64.b64decode(shown["image/png"]) == panel.shown.value
-    )
-    assert bytes(panel.shown.value).startswith(b"\x89PNG")
+def test_the_figure_is_shown_where_there_are_no_widgets(panel):
+    bundle = panel._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert base64.b64decode(bundle["image/png"]) == panel.outputs.figure.value
+    assert bytes(panel.outputs.figure.value).startswith(b"\x89PNG")

@@ -1,14 +1,17 @@
-"Grad-CAM: the authors' fixture, the planted answers, and that nothing is left behind."
+"Grad-CAM: the authors' fixture, maps that are known in advance, the model afterwards, and the benchmark."
 
 import json
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_vlm import byte_tokenizer, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.testing import assert_close
@@ -21,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from delta_llava.config import ProjectorConfig
 from delta_llava.collator import Collator
+from delta_llava.config import ProjectorConfig
+from delta_llava.conversations import load_conversations
 from delta_llava.gradcam import (
     Word,
     answer_cam,
@@ -33,6 +37,8 @@ from delta_llava.gradcam import (
     draw_answer,
     draw_cams,
     find_phrase,
+    find_projector,
+    frozen_eval,
     grad_cam,
     infer_grid,
     leaf_output,
@@ -42,12 +48,13 @@ from delta_llava.gradcam import (
     pointing_game,
     relative,
     shuffled_weights,
-    frozen_eval,
     upsample,
     word_cams,
     words_of,
 )
 from delta_llava.processor import build_processor
+from delta_llava.scenes import write_scenes
+from delta_llava.settings import Quickstart
 from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
@@ -75,25 +82,24 @@ def stored(request):
 
 
 def differences(case, tensors, scale=1.0):
-    "Largest absolute difference to each stored result, from our functions on the stored tokens and gradients."
+    "Largest absolute difference to each stored result, given the stored tokens and gradients."
     name, grid = case["name"], tuple(case["grid"])
     cam = grad_cam(scale * tensors[f"in.{name}.feats"], tensors[f"in.{name}.grads"])
     ours = {"cam_tokens": cam, "norm": minmax(cam.reshape(grid))}
-    for key in (
-        k.removeprefix(f"out.{name}.") for k in tensors if k.startswith(f"out.{name}.") and "_30x42" in k
-    ):
-        ours[key] = minmax(
-            upsample(cam[0], (30, 42), key.split("_")[0])
-        )  # the stored pictures were stretched after up-sampling
-    assert set(ours) == {k.removeprefix(f"out.{name}.") for k in tensors if k.startswith(f"out.{name}.")}
-    return {k: (v - tensors[f"out.{name}.{k}"]).abs().max().item() for k, v in ours.items()}
+    prefix = f"out.{name}."
+    stored = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for key in stored:
+        if "_30x42" in key:
+            mode = key.split("_")[0]
+            ours[key] = minmax(upsample(cam[0], (30, 42), mode))  # the authors stretch after up-sampling
+    assert set(ours) == set(stored)
+    return {k: (v - stored[k]).abs().max().item() for k, v in ours.items()}
 
 
 def test_parity(case, stored):
     found = differences(case, stored[1])
-    if (
-        case["grid"] == [1, 1]
-    ):  # a constant map: its smoothed picture is rounding noise stretched to 0..1, and differs between machines
+    if case["grid"] == [1, 1]:
+        # min-max stretches the rounding noise of a constant map to 0..1, which differs between machines
         noise = found.pop("bilinear_30x42")
         cam = grad_cam(stored[1][f"in.{case['name']}.feats"], stored[1][f"in.{case['name']}.grads"])
         assert_close(upsample(cam[0], (30, 42), "bilinear"), cam.expand(30, 42), rtol=1e-6, atol=0)
@@ -155,7 +161,7 @@ def model():
 
 
 def by_hand(model, inputs, score):
-    "Grad-CAM written out: tower and projector first, then the language model on a leaf, then @eq-gradcam with einsum."
+    "Grad-CAM in plain form: vision tower and projector, the LLM on a leaf, @eq-gradcam as an einsum."
     model.eval()
     with torch.no_grad():
         A = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
@@ -171,13 +177,16 @@ def by_hand(model, inputs, score):
 
 
 def test_first_answer_token_as_the_authors_do(model):
-    "They run the prompt alone and take the last position's logit of the first generated token; ours reads prompt and answer in one pass."
+    """They run the prompt alone and take the last position's logit of the first generated token.
+
+    We use one pass over prompt and answer.
+    """
     inputs = sample()
     prompt = {k: v[:, :20] if v.ndim == 2 else v for k, v in inputs.items()}
     first = inputs["input_ids"][0, 20]
-    theirs = by_hand(model, prompt, lambda logits: logits[0, -1, first])
-    assert theirs.max() > 1e-3
-    assert_close(answer_cam(model, inputs, mark(inputs["input_ids"], 20))[0], theirs)
+    expected = by_hand(model, prompt, lambda logits: logits[0, -1, first])
+    assert expected.max() > 1e-3
+    assert_close(answer_cam(model, inputs, mark(inputs["input_ids"], 20))[0], expected)
 
 
 @pytest.mark.parametrize("log_prob", [False, True])
@@ -196,12 +205,12 @@ def test_word_of_several_tokens(model, log_prob):
 
 
 def test_scores_differ(model):
-    "Logits and log-probabilities are two different questions."
+    "Logits and log-probabilities give different maps."
     inputs = sample()
     words = mark(inputs["input_ids"], 21, 22)
-    assert (
-        answer_cam(model, inputs, words) - answer_cam(model, inputs, words, log_prob=True)
-    ).abs().max() > 1e-3
+    logits = answer_cam(model, inputs, words)
+    log_probs = answer_cam(model, inputs, words, log_prob=True)
+    assert (logits - log_probs).abs().max() > 1e-3
 
 
 def test_words_in_one_pass_equal_words_alone(model):
@@ -209,7 +218,7 @@ def test_words_in_one_pass_equal_words_alone(model):
     words = torch.cat([mark(inputs["input_ids"], *p) for p in ((20,), (21, 22), (23,))])
     together = answer_cam(model, inputs, words)
     assert together.shape == (3, 1, 16)
-    for word, cam in zip(words, together):
+    for word, cam in zip(words, together, strict=True):
         assert_close(answer_cam(model, inputs, word[None])[0], cam)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
@@ -217,13 +226,11 @@ def test_words_in_one_pass_equal_words_alone(model):
 def test_rows_together_equal_rows_alone(model):
     "A left-padded batch, each row with its own word."
     inputs = sample(2)
-    pad = dict(
-        input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.zeros(1, 2, dtype=torch.long)
-    )
     short = {k: v[1:, :-2] if v.ndim == 2 else v[1:] for k, v in inputs.items()}
-    padded = {
-        k: torch.cat([v[:1], torch.cat([pad[k], short[k]], 1)]) if k in pad else v for k, v in inputs.items()
-    }
+    padded = dict(inputs)
+    for name in ("input_ids", "attention_mask"):
+        second = torch.nn.functional.pad(short[name], (2, 0))
+        padded[name] = torch.cat([inputs[name][:1], second])
     words = torch.cat([mark(inputs["input_ids"][:1], 20), mark(inputs["input_ids"][:1], 22, 23)], 1)
     cams = answer_cam(model, padded, words)[0]
     first = {k: v[:1] for k, v in inputs.items()}
@@ -234,7 +241,7 @@ def test_rows_together_equal_rows_alone(model):
 
 
 def test_later_words_do_not_matter(model):
-    "Causal attention: a word's map is the same whether or not the answer goes on."
+    "Attention is causal: a word's map does not depend on later words."
     inputs = sample()
     cut = {k: v[:, :22] if v.ndim == 2 else v for k, v in inputs.items()}
     assert_close(
@@ -252,15 +259,15 @@ def test_labels_are_ignored(model):
 
 
 def test_bfloat16():
-    model, inputs = tiny_llava(), sample()
+    model = tiny_llava()
+    inputs = sample()
     words = mark(inputs["input_ids"], 21)
     full = answer_cam(model, inputs, words)
-    half = answer_cam(model.bfloat16(), inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}, words)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    half = answer_cam(model.bfloat16(), inputs, words)
     assert half.dtype == torch.float32
     assert torch.corrcoef(torch.cat([full[0], half[0]]))[0, 1] > 0.98
-    assert_close(
-        library_cam(model, inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}, words[0]), half[0]
-    )
+    assert_close(library_cam(model, inputs, words[0]), half[0])
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "language_model"])
@@ -286,17 +293,17 @@ def test_equals_pytorch_grad_cam(model, positions):
 
 
 def test_library_keeps_a_one_token_map():
-    "The library's own result would be min-max stretched to 0; the bridge returns what was before."
+    "The library's own result is min-max stretched to 0; `library_cam` returns the map before that step."
     model = tiny_llava()
-    model.multi_modal_projector = nn.Sequential(model.multi_modal_projector, Mean())
+    append_to_projector(model, Mean())
     ids = torch.tensor([[1, IMAGE, 20, 21, 22]])
-    for seed in range(4):  # a negative map is 0 by its ReLU: one of these is not
+    for seed in range(4):  # the ReLU makes a negative map 0: at least one of these is positive
         inputs = dict(input_ids=ids, pixel_values=sample(seed=seed)["pixel_values"])
         ours = answer_cam(model, inputs, mark(ids, 4))[0]
         assert_close(ours, library_cam(model, inputs, mark(ids, 4)[0]))
         if ours.item() > 0:
             return
-    pytest.fail("no picture gave a positive map")
+    pytest.fail("no image gave a positive map")
 
 
 class Mean(nn.Module):
@@ -304,7 +311,12 @@ class Mean(nn.Module):
         return x.mean(1, keepdim=True)
 
 
-# --- nothing is left behind -----------------------------------------------------------------------
+def append_to_projector(model, layer):
+    "Put a layer behind the projector of a stock LLaVA."
+    model.model.multi_modal_projector = nn.Sequential(find_projector(model), layer)
+
+
+# --- the model is the same afterwards -------------------------------------------------------------
 
 
 def hooks(model):
@@ -313,47 +325,50 @@ def hooks(model):
     )
 
 
-@pytest.mark.parametrize(
-    "look", [answer_cam, lambda m, i, w: library_cam(m, i, w[0])], ids=["ours", "library"]
-)
-def test_no_trace(look):
-    model, inputs = tiny_llava(), sample()
+def one_word_library_cam(model, inputs, words):
+    "The library's map with the signature of `answer_cam`."
+    return library_cam(model, inputs, words[0])
+
+
+def flags(model):
+    "Number of hooks, modes of the modules, and which parameters are trainable."
+    modes = [m.training for m in model.modules()]
+    return hooks(model), modes, [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("make_cam", [answer_cam, one_word_library_cam], ids=["ours", "library"])
+def test_model_is_unchanged(make_cam):
+    model = tiny_llava()
+    inputs = sample()
     words = mark(inputs["input_ids"], 21)
-    model(**inputs)  # transformers puts hooks of its own on the first pass
-    model.vision_tower.eval().requires_grad_(False)  # a model in the middle of stage 1
+    model(**inputs)  # transformers adds hooks of its own in the first pass
+    model.model.vision_tower.eval().requires_grad_(False)  # as in stage 1
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    before = (
-        hooks(model),
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-    )
-    look(model, inputs, words)
-    assert (
-        hooks(model),
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-    ) == before
+    before = flags(model)
+    make_cam(model, inputs, words)
+    assert flags(model) == before
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["lm_head.weight"]
     assert model.lm_head.weight.grad.eq(1).all()
 
 
-@pytest.mark.parametrize(
-    "look", [answer_cam, lambda m, i, w: library_cam(m, i, w[0])], ids=["ours", "library"]
-)
-def test_no_trace_after_an_error(look):
-    model, inputs = tiny_llava(), sample()
+@pytest.mark.parametrize("make_cam", [answer_cam, one_word_library_cam], ids=["ours", "library"])
+def test_model_is_unchanged_after_an_error(make_cam):
+    model = tiny_llava()
+    inputs = sample()
     model(**inputs)
-    before = hooks(model)
+    before = flags(model)
+    wrong = inputs | {"pixel_values": torch.randn(2, 3, 32, 32)}
     with pytest.raises(ValueError) as error:
-        look(model, inputs | {"pixel_values": torch.randn(2, 3, 32, 32)}, mark(inputs["input_ids"], 21))
-    assert error.tb  # it keeps the frames alive, so that nothing is released by mere garbage collection
-    assert hooks(model) == before and model.training and all(p.requires_grad for p in model.parameters())
+        make_cam(model, wrong, mark(inputs["input_ids"], 21))
+    assert error.tb  # keeps the frames alive, so that garbage collection cannot remove a hook
+    assert flags(model) == before
 
 
 def test_dropout_is_off():
-    "Two maps of one word are equal even if the model is training with dropout."
-    model, inputs = tiny_llava(), sample()
-    model.multi_modal_projector = nn.Sequential(model.multi_modal_projector, nn.Dropout(0.5))
+    "Two maps of one word are equal also for a model with dropout in training mode."
+    model = tiny_llava()
+    inputs = sample()
+    append_to_projector(model, nn.Dropout(0.5))
     words = mark(inputs["input_ids"], 21)
     assert_close(answer_cam(model, inputs, words), answer_cam(model, inputs, words), rtol=0, atol=0)
 
@@ -362,15 +377,15 @@ def test_works_without_gradient_mode(model):
     inputs = sample()
     words = mark(inputs["input_ids"], 21)
     with torch.no_grad():
-        quiet = answer_cam(model, inputs, words)
-    assert_close(quiet, answer_cam(model, inputs, words))
+        without_grad = answer_cam(model, inputs, words)
+    assert_close(without_grad, answer_cam(model, inputs, words))
 
 
-# --- planted answers, pictures, scores ------------------------------------------------------------
+# --- maps that are known in advance, drawing, scores ----------------------------------------------
 
 
 class Reader(nn.Module):
-    "Word 5+k reads channel k of the mean visual token."
+    "A model in which the score of word 5+k is channel k of the mean visual token."
 
     def __init__(self):
         super().__init__()
@@ -385,11 +400,11 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("v", [4, 12, 16, 144])
 def test_planted(v):
-    "Channel k speaks at token k only, so word k's map is token k, of the height that was planted."
+    "Channel k is positive at token k+1 only, so the map of word k has its one value there."
     features = torch.zeros(2, v, 3)
     for k in range(3):
         features[:, k + 1, k] = k + 1.0
-    features[:, 0] = -1.0  # speaks against every word
+    features[:, 0] = -1.0  # lowers every score
     ids = torch.tensor([[1, 5, 6, 7]]).expand(2, 4)
     words = torch.eye(4, dtype=torch.bool)[1:, None].expand(3, 2, 4)
     cams = answer_cam(Reader(), dict(input_ids=ids, features=features), words)
@@ -399,7 +414,7 @@ def test_planted(v):
     assert_close(cams, expected)
 
 
-def test_what_answer_cam_refuses(model):
+def test_errors_of_answer_cam(model):
     inputs = sample()
     ids = inputs["input_ids"]
     with pytest.raises(ValueError, match="empty word"):
@@ -408,28 +423,31 @@ def test_what_answer_cam_refuses(model):
         answer_cam(model, inputs, mark(ids, 0))
     with pytest.raises(ValueError, match="words mark"):
         answer_cam(model, inputs, mark(ids[:, 1:], 20))
-    blind = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    no_image = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with pytest.raises(ValueError, match="ran 0 times"):
-        answer_cam(model, blind, mark(ids, 20))
+        answer_cam(model, no_image, mark(ids, 20))
 
 
 def test_gradients_stop_at_the_leaf():
-    "Also for a module that is being trained: its parameters get nothing."
+    "The module's parameters get no gradient, also if they are trainable."
     layer = nn.Linear(3, 2)
-    with leaf_output(layer) as caught:
+    with leaf_output(layer) as outputs:
         layer(torch.ones(1, 3)).square().sum().backward()
-    assert layer.weight.grad is None and caught[0].is_leaf
-    assert_close(caught[0].grad, 2 * caught[0].detach())
+    (output,) = outputs
+    assert layer.weight.grad is None
+    assert output.is_leaf
+    assert_close(output.grad, 2 * output.detach())
 
 
-def test_leaf_output_leaves_on_error():
+def test_hooks_and_flags_after_an_error():
     layer = nn.Linear(2, 2)
     with pytest.raises(RuntimeError), leaf_output(layer):
         raise RuntimeError
     assert not layer._forward_hooks
     with pytest.raises(RuntimeError), frozen_eval(layer):
         raise RuntimeError
-    assert layer.training and layer.weight.requires_grad
+    assert layer.training
+    assert layer.weight.requires_grad
 
 
 def test_nearest_keeps_the_values():
@@ -444,9 +462,8 @@ def test_bilinear_does_not_move_the_peak():
     for seed in range(20):
         torch.manual_seed(seed)
         cam = torch.rand(16)
-        row, column = divmod(
-            upsample(cam, (36, 36), "bilinear").argmax().item(), 36
-        )  # 9 px a cell: each centre is a pixel
+        peak = upsample(cam, (36, 36), "bilinear").argmax().item()  # 9 px a cell: each center is a pixel
+        row, column = divmod(peak, 36)
         assert (row // 9) * 4 + column // 9 == cam.argmax()
 
 
@@ -456,37 +473,33 @@ def test_relative_has_mean_one():
     assert relative(torch.zeros(2, 9)).eq(0).all()
 
 
-def test_one_colour_scale():
-    import matplotlib
+def drawn_maps(axes):
+    "Every map in these axes: not the images, and not the gray image below an overlay."
+    images = [im for ax in axes for im in ax.images]
+    return [im for im in images if im.get_cmap().name == "viridis" and im.get_array().ndim == 2]
 
-    matplotlib.use("Agg")
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_one_color_scale(raw):
     image = Image.new("RGB", (60, 60), "gray")
     cams = {144: torch.rand(144), 16: torch.rand(16), 1: torch.rand(1), "word": torch.rand(64)}
-    for raw in (False, True):
-        fig = draw_cams(image, cams, raw=raw, boxes=[(1, 2, 30, 40)])
-        maps = [
-            im
-            for ax in fig.axes[:-1]
-            for im in ax.images
-            if im.get_cmap().name == "viridis" and im.get_array().ndim == 2
-        ]
-        top = max((m if raw else relative(m)).max().item() for m in cams.values())
-        assert len(maps) == 8 and {im.get_clim() for im in maps} == {(0, top)}
-        assert fig.axes[-1].get_ylabel()  # the colour bar has a label
-        assert fig.axes[0].get_ylabel() == "144 tokens" and fig.axes[9].get_ylabel() == "word"
-        assert_close(
-            torch.from_numpy(maps[0].get_array().data),
-            (cams[144] if raw else relative(cams[144])).reshape(12, 12),
-        )
-        matplotlib.pyplot.close(fig)
+    fig = draw_cams(image, cams, raw=raw, boxes=[(1, 2, 30, 40)])
+    values = {k: m if raw else relative(m) for k, m in cams.items()}
+    maps = drawn_maps(fig.axes[:-1])
+    assert len(maps) == 8
+    assert {im.get_clim() for im in maps} == {(0, max(m.max().item() for m in values.values()))}
+    assert fig.axes[-1].get_ylabel()  # the color bar has a label
+    assert fig.axes[0].get_ylabel() == "144 tokens"
+    assert fig.axes[9].get_ylabel() == "word"
+    assert_close(torch.from_numpy(maps[0].get_array().data), values[144].reshape(12, 12))
+    plt.close(fig)
 
 
 def test_minmax_reaches_both_ends():
     "Also where the smallest value is not 0, as it is in every stored map."
     low, high = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[-2.0, 0.0], [2.0, 6.0]])
-    assert_close(
-        minmax(torch.stack([low, high])), torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[0.0, 0.25], [0.5, 1.0]]])
-    )
+    expected = torch.tensor([[0.0, 0.25], [0.5, 1.0]])
+    assert_close(minmax(torch.stack([low, high])), torch.stack([expected, expected]))
 
 
 def test_zero_maps_can_be_drawn():
@@ -495,45 +508,54 @@ def test_zero_maps_can_be_drawn():
     assert fig.axes[1].images[0].get_clim() == (0, 1)
 
 
-def monte_carlo(cam, box, size, n=200):
-    "The same four scores by painting the map on n×n points."
+def by_sampling(cam, box, size, n=200):
+    "Energy and box area from the map's values at n×n points."
     h, w = infer_grid(len(cam))
     y, x = ((torch.arange(n) + 0.5) / n * s for s in size)
-    painted = cam.reshape(h, w).repeat_interleave(n // h, 0).repeat_interleave(n // w, 1)
-    inside = ((y >= box[1]) & (y < box[3]))[:, None] & ((x >= box[0]) & (x < box[2]))
-    return (painted * inside).sum() / painted.sum(), inside.float().mean()
+    values = cam.reshape(h, w).repeat_interleave(n // h, 0).repeat_interleave(n // w, 1)
+    inside_y = (y >= box[1]) & (y < box[3])
+    inside_x = (x >= box[0]) & (x < box[2])
+    inside = inside_y[:, None] & inside_x
+    return (values * inside).sum() / values.sum(), inside.float().mean()
+
+
+def centers_inside(box, g, size):
+    "For each cell of a g×g grid whether its center is inside the box."
+    inside = []
+    for y in range(g):
+        for x in range(g):
+            center_x, center_y = (x + 0.5) * size[1] / g, (y + 0.5) * size[0] / g
+            inside.append(bool(box[0] <= center_x < box[2]) and bool(box[1] <= center_y < box[3]))
+    return inside
 
 
 @pytest.mark.parametrize("v", [4, 16, 25, 64, 100])
-def test_pointing_game_against_painting(v):
+def test_pointing_game_against_sampling(v):
     torch.manual_seed(v)
-    cams, size = torch.rand(5, v) ** 4, (200, 400)
+    cams = torch.rand(5, v) ** 4
+    size = (200, 400)
     low = torch.rand(5, 2) * torch.tensor([300.0, 150.0])
     boxes = torch.cat([low, low + 10 + torch.rand(5, 2) * torch.tensor([90.0, 40.0])], 1).round()
     game = pointing_game(cams, boxes, size)
     g = infer_grid(v)[0]
-    n = 40 * g
     for i in range(5):
-        energy, area = monte_carlo(cams[i], boxes[i], size, n)
-        assert abs(game.energy[i] - energy) < 0.01 and abs(game.area[i] - area) < 0.01
-        inside = [
-            bool(boxes[i, 0] <= (k % g + 0.5) * 400 / g < boxes[i, 2])
-            and bool(boxes[i, 1] <= (k // g + 0.5) * 200 / g < boxes[i, 3])
-            for k in range(v)
-        ]
+        energy, box_area = by_sampling(cams[i], boxes[i], size, 40 * g)
+        assert abs(game.energy[i] - energy) < 0.01
+        assert abs(game.box_area[i] - box_area) < 0.01
+        inside = centers_inside(boxes[i], g, size)
         assert game.hit[i] == inside[cams[i].argmax()]
         assert_close(game.chance[i].item(), sum(inside) / v)
 
 
 def test_constant_maps_score_chance():
-    "One token, an even map, a map of zeros: none of them knows a place."
+    "One token, a uniform map and a map of zeros score exactly chance."
     torch.manual_seed(0)
     low = torch.rand(50, 2) * 60
     boxes = torch.cat([low, low + 10 + torch.rand(50, 2) * 30], 1)
     for cams in (torch.rand(50, 1), torch.full((50, 16), 0.3), torch.zeros(50, 64)):
         game = pointing_game(cams, boxes, (100, 100))
         assert_close(game.hit, game.chance)
-        assert_close(game.energy, game.area)
+        assert_close(game.energy, game.box_area)
 
 
 def test_random_peaks_hit_at_chance():
@@ -553,12 +575,13 @@ def test_bad_boxes(box):
 
 
 def test_find_phrase():
-    words = [Word(t, i, i + 1) for i, t in enumerate("A Hot Dog and a hot dog by a dog".split())]
+    texts = "A Hot Dog and a hot dog by a dog".split()
+    words = [Word(text, i, i + 1) for i, text in enumerate(texts)]
     assert find_phrase(words, "hot dog") == Word("hot dog", 5, 7)
     assert find_phrase(words, "DOG").start == 9
     assert find_phrase(words[:3], "hot dog") == Word("Hot Dog", 1, 3)
     for missing in ("cat", "hot cat", ""):
-        with pytest.raises(ValueError, match="was not said"):
+        with pytest.raises(ValueError, match="is not in the answer"):
             find_phrase(words, missing)
 
 
@@ -567,11 +590,10 @@ def test_find_phrase():
 
 def letters():
     "A byte-level tokenizer without merges: one token a byte."
-    vocab = {
-        c: i for i, c in enumerate(["<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces = ["<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tok = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         bos_token="<s>",
@@ -583,8 +605,8 @@ def letters():
 
 def test_words_of_bytes():
     "Characters of two and three bytes, punctuation, apostrophes, special tokens."
-    tok, text = letters(), "<s>Été: isn't a 狐 well-known fox?</s>"
-    ids = tok(text)["input_ids"]
+    tok = letters()
+    ids = tok("<s>Été: isn't a 狐 well-known fox?</s>")["input_ids"]
     words = words_of(ids, tok)
     assert [w.text for w in words] == ["Été", "isn't", "a", "狐", "well-known", "fox"]
     assert [tok.decode(ids[w.start : w.stop]) for w in words] == [w.text for w in words]
@@ -592,7 +614,7 @@ def test_words_of_bytes():
 
 
 def test_words_of_pieces():
-    "Sentence-piece style: the space belongs to the next piece, one piece may hold it all."
+    "SentencePiece style: the space belongs to the next piece, and one piece may be a whole word."
     vocab = {"<unk>": 0, "▁a": 1, "▁un": 2, "us": 3, "ual": 4, "▁dog": 5, ".": 6, "</s>": 7}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.decoder = decoders.Metaspace()
@@ -602,15 +624,14 @@ def test_words_of_pieces():
 
 def test_mark_phrases():
     tok = letters()
-    rows = tok(["what fox? a red fox.", "a hot dog"], padding=True, padding_side="left", return_tensors="pt")[
-        "input_ids"
-    ]
+    texts = ["what fox? a red fox.", "a hot dog"]
+    rows = tok(texts, padding=True, padding_side="left", return_tensors="pt")["input_ids"]
     marks = mark_phrases(rows, ["fox", "Hot Dog"], tok)
-    assert [tok.decode(r[m]) for r, m in zip(rows, marks)] == ["fox", "hot dog"]
+    assert [tok.decode(row[mark]) for row, mark in zip(rows, marks, strict=True)] == ["fox", "hot dog"]
     assert marks[0].nonzero().flatten().tolist() == [16, 17, 18]  # the last fox
 
 
-# --- the whole road -------------------------------------------------------------------------------
+# --- Delta-LLaVA ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -647,28 +668,24 @@ def delta():
     return model, build_processor(CLIPImageProcessorPil(), tok, tokens=16, template="v1")
 
 
-PICTURE = Image.linear_gradient("L").resize((224, 224)).convert("RGB")
+IMAGE_224 = Image.linear_gradient("L").resize((224, 224)).convert("RGB")
+CONVERSATION = [dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")]
 
 
 @pytest.mark.parametrize("tokens", [49, 16, 9, 4, 1])
 def test_delta_at_every_budget(delta, tokens):
-    "The call on pixels equals the low road on patch tokens, and the library's map."
+    "`word_cams` equals `answer_cam` on patch tokens, and the library's map."
     model, processor = delta
-    result = word_cams(model, processor, PICTURE, "What?", answer="A red fox.", tokens=tokens)
-    assert (
-        [w.text for w in result.words] == ["A", "red", "fox"]
-        and result.answer == "A red fox."
-        and result.cams.shape == (3, tokens)
-    )
-    row = processor.encode_conversation(
-        [dict(role="user", content="<image>\nWhat?"), dict(role="assistant", content="A red fox.")], tokens
-    )
+    result = word_cams(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=tokens)
+    assert [w.text for w in result.words] == ["A", "red", "fox"]
+    assert result.answer == "A red fox."
+    assert result.cams.shape == (3, tokens)
+    row = processor.encode_conversation(CONVERSATION, tokens)
     ids = torch.tensor([row["input_ids"]])
-    pixels = processor.image_processor(PICTURE, return_tensors="pt").pixel_values
+    pixels = processor.image_processor(IMAGE_224, return_tensors="pt").pixel_values
+    levels = tuple(model.config.vision_feature_layer)
     with torch.no_grad():
-        features = vision_features(
-            model.vision_tower, pixels, tuple(model.config.vision_feature_layer)
-        ).levels
+        features = vision_features(model.vision_tower, pixels, levels).levels
     fox = mark_phrases(ids, ["fox"], processor.tokenizer)
     assert processor.tokenizer.decode(ids[fox]) == "fox"
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), vision_features=features, tokens=tokens)
@@ -677,276 +694,384 @@ def test_delta_at_every_budget(delta, tokens):
     assert torch.equal(result["fox"], result.cams[2])
 
 
-def test_delta_in_training_leaves_no_trace(delta):
+def test_delta_in_training_mode(delta):
+    "The model is unchanged afterwards, and DropPath is off inside."
     model, processor = delta
     model.train()
-    result = word_cams(model, processor, PICTURE, "What?", answer="A red fox.")
-    assert model.multi_modal_projector.training and not model.vision_tower.training
+    result = word_cams(model, processor, IMAGE_224, "What?", answer="A red fox.")
+    assert model.multi_modal_projector.training
+    assert not model.vision_tower.training
     assert not model.multi_modal_projector._forward_hooks
     assert all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad for p in model.multi_modal_projector.parameters())
-    assert_close(
-        word_cams(model, processor, PICTURE, "What?", answer="A red fox.").cams, result.cams, rtol=0, atol=0
-    )  # DropPath was off
+    again = word_cams(model, processor, IMAGE_224, "What?", answer="A red fox.")
+    assert_close(again.cams, result.cams, rtol=0, atol=0)
+    model.eval()
+
+
+def test_answers_are_generated_in_evaluation_mode(delta):
+    model, processor = delta
+    model.train()
     modes = []
-    handle = model.multi_modal_projector.register_forward_hook(
-        lambda module, args, output: modes.append(module.training)
-    )
+    projector = model.multi_modal_projector
+    handle = projector.register_forward_hook(lambda module, args, output: modes.append(module.training))
     try:
-        word_cams(model, processor, PICTURE, "Tell me.", max_new_tokens=12)
+        word_cams(model, processor, IMAGE_224, "Tell me.", max_new_tokens=12)
     except ValueError:
         pass  # random weights may answer without a letter
     finally:
         handle.remove()
-    assert (
-        modes and not any(modes) and model.training
-    )  # the answer itself was not said in training mode either
+    assert modes
+    assert not any(modes)
+    assert model.training
     model.eval()
 
 
-def test_own_answer(delta):
-    "Without an answer the model's own greedy one is mapped: its first token scores as at the prompt's last position."
-    model, processor = delta
-    for question in (
-        "What?",
-        "Who?",
-        "Why is it?",
-        "Where to?",
-        "Tell me.",
-    ):  # random weights may answer without a letter
-        prompt = processor(
-            PICTURE,
-            processor.apply_chat_template(
-                [dict(role="user", content=f"<image>\n{question}")], add_generation_prompt=True
-            ),
-        )
-        said = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
-        words = words_of(said.tolist(), processor.tokenizer)
+QUESTIONS = ("What?", "Who?", "Why is it?", "Where to?", "Tell me.")
+
+
+def answer_with_words(model, processor):
+    "The first question that random weights answer with a letter: question, inputs, answer ids and words."
+    for question in QUESTIONS:
+        messages = [dict(role="user", content=f"<image>\n{question}")]
+        prompt = processor(IMAGE_224, processor.apply_chat_template(messages, add_generation_prompt=True))
+        output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        ids = output[0, prompt.input_ids.shape[1] :]
+        words = words_of(ids.tolist(), processor.tokenizer)
         if words:
-            break
-    result = word_cams(model, processor, PICTURE, question, max_new_tokens=12)
+            return question, prompt, ids, words
+    return pytest.fail("no question was answered with a letter")
+
+
+def test_own_answer(delta):
+    "Without an answer, the model's own greedy one is mapped."
+    model, processor = delta
+    question, prompt, answer_ids, words = answer_with_words(model, processor)
+    result = word_cams(model, processor, IMAGE_224, question, max_new_tokens=12)
     assert list(result.words) == words
-    assert result.answer == processor.tokenizer.decode(said, skip_special_tokens=True).strip()
-    ids = torch.cat([prompt.input_ids, said[None]], 1)
+    assert result.answer == processor.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+    ids = torch.cat([prompt.input_ids, answer_ids[None]], 1)
     start = prompt.input_ids.shape[1]
-    mine = mark(ids, *range(start + words[0].start, start + words[0].stop))
+    first = mark(ids, *range(start + words[0].start, start + words[0].stop))
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values)
-    assert_close(answer_cam(model, inputs, mine)[0, 0], result.cams[0])
+    assert_close(answer_cam(model, inputs, first)[0, 0], result.cams[0])
 
 
-def test_seen_picture(delta):
-    "The picture that is drawn is the crop that entered the tower."
+def test_denormalize_pixels(delta):
+    "The image that is drawn is the crop that the vision tower received."
     processor = delta[1].image_processor
     wide = Image.effect_noise((448, 224), 60).convert("RGB")
-    seen = denormalize_pixels(processor(wide, return_tensors="pt").pixel_values[0], processor)
-    assert seen.tobytes() == wide.crop((112, 0, 336, 224)).tobytes()
+    shown = denormalize_pixels(processor(wide, return_tensors="pt").pixel_values[0], processor)
+    assert shown.tobytes() == wide.crop((112, 0, 336, 224)).tobytes()
 
 
-def test_what_word_cams_refuses(delta):
+def test_errors_of_word_cams(delta):
     model, processor = delta
-    with pytest.raises(ValueError, match="'cat' was not said"):
-        word_cams(model, processor, PICTURE, "What?", ["cat"], answer="A red fox.")
+    with pytest.raises(ValueError, match="'cat' is not in the answer"):
+        word_cams(model, processor, IMAGE_224, "What?", ["cat"], answer="A red fox.")
     with pytest.raises(ValueError, match="holds no word"):
-        word_cams(model, processor, PICTURE, "What?", answer="...")
-    result = word_cams(model, processor, PICTURE, "What?", ["red fox"], answer="A red fox.")
+        word_cams(model, processor, IMAGE_224, "What?", answer="...")
+    with pytest.raises(ValueError, match="is a string"):
+        word_cams(model, processor, IMAGE_224, "What?", "fox", answer="A red fox.")
+    result = word_cams(model, processor, IMAGE_224, "What?", ["red fox"], answer="A red fox.")
     with pytest.raises(ValueError, match="'fox' has no map"):
         result["fox"]
 
 
-def test_a_word_said_twice(delta):
-    result = word_cams(*delta, PICTURE, "What?", answer="A fox, a fox.")
-    assert torch.equal(result["fox"], result.cams[3]) and not torch.equal(result.cams[1], result.cams[3])
+def test_a_word_that_occurs_twice(delta):
+    result = word_cams(*delta, IMAGE_224, "What?", answer="A fox, a fox.")
+    assert torch.equal(result["fox"], result.cams[3])
+    assert not torch.equal(result.cams[1], result.cams[3])
 
 
-# --- does the word need what the map shows? -------------------------------------------------------
+# --- deletion and insertion, attention, shuffled weights ------------------------------------------
 
 
 def distinct(rows=2, v=16, seed=3):
-    return torch.stack(
-        [torch.randperm(v, generator=torch.Generator().manual_seed(seed + i)) for i in range(rows)]
-    ).float()
+    "Maps without equal cells."
+    maps = []
+    for i in range(rows):
+        generator = torch.Generator().manual_seed(seed + i)
+        maps.append(torch.randperm(v, generator=generator).float())
+    return torch.stack(maps)
 
 
-def says(model, inputs, word):
+def word_log_prob(model, inputs, word):
     "The word's log-probability, from all logits."
     model.eval()
     with torch.no_grad():
-        logp = model(**inputs).logits.log_softmax(-1)
-    return torch.stack(
-        [
-            sum(logp[r, t - 1, inputs["input_ids"][r, t]] for t in word[r].nonzero().flatten())
-            for r in range(len(word))
-        ]
-    )
+        log_probs = model(**inputs).logits.log_softmax(-1)
+    sums = []
+    for row, ids, mark in zip(log_probs, inputs["input_ids"], word, strict=True):
+        sums.append(sum(row[t - 1, ids[t]] for t in mark.nonzero().flatten()))
+    return torch.stack(sums)
 
 
-def test_erasing_by_hand(model):
-    "Each point of both curves, with the cells painted one by one."
-    inputs, cams = sample(2), distinct()
+def with_pixels(inputs, pixels):
+    return inputs | dict(pixel_values=pixels)
+
+
+def replace_cells(pixels, source, cells):
+    "Copy these cells of a 4×4 grid from another image."
+    for cell in cells:
+        y, x = 8 * (cell // 4), 8 * (cell % 4)
+        pixels[:, y : y + 8, x : x + 8] = source[:, y : y + 8, x : x + 8]
+
+
+def test_deletion_insertion_by_hand(model):
+    "Each point of both curves, with the cells replaced one by one."
+    inputs = sample(2)
+    pixels = inputs["pixel_values"]
+    cams = distinct()
     word = mark(inputs["input_ids"], 20, 21)[0]
     curve = deletion_insertion(model, inputs, word, cams, steps=4)
     assert curve.share.tolist() == [0, 0.25, 0.5, 0.75, 1]
-    gone = blurred(inputs["pixel_values"])
+    removed = blurred(pixels)
     for j, k in enumerate((0, 4, 8, 12, 16)):
-        without, alone = inputs["pixel_values"].clone(), gone.clone()
-        for r in range(2):
-            for cell in cams[r].argsort(descending=True)[:k].tolist():
-                y, x = 8 * (cell // 4), 8 * (cell % 4)
-                without[r, :, y : y + 8, x : x + 8] = gone[r, :, y : y + 8, x : x + 8]
-                alone[r, :, y : y + 8, x : x + 8] = inputs["pixel_values"][r, :, y : y + 8, x : x + 8]
-        assert_close(curve.deletion[:, j], says(model, inputs | dict(pixel_values=without), word))
-        assert_close(curve.insertion[:, j], says(model, inputs | dict(pixel_values=alone), word))
-    assert curve.deletion.std(-1).min() > 1e-4  # the picture matters
+        without = pixels.clone()
+        alone = removed.clone()
+        for row in range(2):
+            cells = cams[row].argsort(descending=True)[:k].tolist()
+            replace_cells(without[row], removed[row], cells)
+            replace_cells(alone[row], pixels[row], cells)
+        assert_close(curve.deletion[:, j], word_log_prob(model, with_pixels(inputs, without), word))
+        assert_close(curve.insertion[:, j], word_log_prob(model, with_pixels(inputs, alone), word))
+    assert curve.deletion.std(-1).min() > 1e-4  # the image has an effect
     assert_close(curve.areas()["deletion"], (curve.deletion[:, 1:] + curve.deletion[:, :-1]).mean(-1) / 2)
 
 
-def test_erasing_is_the_librarys(model):
+def test_deletion_equals_the_librarys(model):
     "The same deletion by pytorch-grad-cam's RemoveMostRelevantFirst, at one threshold."
     from pytorch_grad_cam.metrics.perturbation_confidence import (
         PerturbationConfidenceMetric,
         RemoveMostRelevantFirst,
     )
 
-    inputs, cams = sample(2), distinct()
-    word, gone = mark(inputs["input_ids"], 20)[0], blurred(inputs["pixel_values"])
-    of = {p.numpy().tobytes(): g for p, g in zip(inputs["pixel_values"], gone)}
-    remove = RemoveMostRelevantFirst(75, lambda p, keep: torch.where(keep.bool(), p, of[p.numpy().tobytes()]))
-    model.eval()
-    theirs = PerturbationConfidenceMetric(remove)(
-        inputs["pixel_values"],
+    inputs = sample(2)
+    pixels = inputs["pixel_values"]
+    cams = distinct()
+    word = mark(inputs["input_ids"], 20)[0]
+    removed_of = {}
+    for image, removed in zip(pixels, blurred(pixels), strict=True):
+        removed_of[image.numpy().tobytes()] = removed
+
+    def impute(image, keep):
+        return torch.where(keep.bool(), image, removed_of[image.numpy().tobytes()])
+
+    library = PerturbationConfidenceMetric(RemoveMostRelevantFirst(75, impute))(
+        pixels,
         upsample(cams, (32, 32)).numpy(),
-        [lambda out: out] * 2,
-        lambda p: says(model, inputs | dict(pixel_values=p), word),
+        [lambda output: output] * 2,
+        lambda batch: word_log_prob(model, with_pixels(inputs, batch), word),
         return_diff=False,
     )
-    assert_close(
-        deletion_insertion(model, inputs, word, cams, steps=4).deletion[:, 1], torch.from_numpy(theirs)
-    )
+    ours = deletion_insertion(model, inputs, word, cams, steps=4).deletion[:, 1]
+    assert_close(ours, torch.from_numpy(library))
 
 
-def test_equal_cells_are_erased_at_random(model):
-    "A constant map is chance: its order depends on the seed alone, and is not the order of the cells."
+def test_equal_cells_are_removed_in_random_order(model):
+    "For a constant map the order depends on the seed alone, and is not the order of the cells."
     inputs = sample(1)
     word = mark(inputs["input_ids"], 20)[0]
-    orders = [
-        deletion_insertion(model, inputs, word, torch.full((1, 16), c), seed=s).deletion
-        for c, s in ((0.0, 1), (0.3, 1), (0.3, 2))
-    ]
-    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
-    assert not torch.equal(
-        orders[1], deletion_insertion(model, inputs, word, -torch.arange(16.0)[None]).deletion
-    )
-    one = deletion_insertion(model, inputs, word, torch.ones(1, 1))
-    assert one.share.tolist() == [0, 1] and torch.equal(
-        one.deletion.flip(-1), one.insertion
-    )  # one cell is the whole picture
+
+    def deletion(cams, seed=0):
+        return deletion_insertion(model, inputs, word, cams, seed=seed).deletion
+
+    zero = deletion(torch.zeros(1, 16), seed=1)
+    constant = deletion(torch.full((1, 16), 0.3), seed=1)
+    assert torch.equal(zero, constant)
+    assert not torch.equal(constant, deletion(torch.full((1, 16), 0.3), seed=2))
+    assert not torch.equal(constant, deletion(-torch.arange(16.0)[None]))
 
 
-def test_blurred_shows_no_things():
-    board = (
-        torch.from_numpy((np.indices((64, 64)) // 4).sum(0) % 2).float().expand(1, 3, 64, 64)
-    )  # fields of 4 px
-    assert (
-        blurred(board)[..., 16:-16, 16:-16].std() < 0.01 * board.std()
-        and abs(blurred(board).mean() - 0.5) < 0.01
-    )
+def test_deletion_insertion_of_one_token(model):
+    "The one cell is the whole image."
+    inputs = sample(1)
+    curve = deletion_insertion(model, inputs, mark(inputs["input_ids"], 20)[0], torch.ones(1, 1))
+    assert curve.share.tolist() == [0, 1]
+    assert torch.equal(curve.deletion.flip(-1), curve.insertion)
+
+
+def test_blurred_removes_detail():
+    fields = (np.indices((64, 64)) // 4).sum(0) % 2  # a checkerboard of 4 px
+    board = torch.from_numpy(fields).float().expand(1, 3, 64, 64)
+    smooth = blurred(board)
+    assert smooth[..., 16:-16, 16:-16].std() < 0.01 * board.std()
+    assert abs(smooth.mean() - 0.5) < 0.01
     assert_close(blurred(torch.full((1, 3, 32, 48), 0.3)), torch.full((1, 3, 32, 48), 0.3))
 
 
-def test_attention_map(model):
-    "Rows with padding, words of several tokens, and the attention kernel that was there before."
-    inputs = sample(2)
-    kind, words = model.config.text_config._attn_implementation, mark(inputs["input_ids"], 20, 22)
-    found = attention_map(model, inputs, torch.cat([words, mark(inputs["input_ids"], 23)]))
-    assert found.shape == (2, 2, 16) and model.config.text_config._attn_implementation == kind != "eager"
-    padded = {k: torch.nn.functional.pad(v, (3, 0)) if v.ndim == 2 else v for k, v in inputs.items()}
-    assert_close(attention_map(model, padded, torch.nn.functional.pad(words, (3, 0))), found[:1])
+def layer_attentions(model, inputs):
+    "Attention of each layer, with the slow kernel that returns it."
+    kind = model.config.text_config._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():
-            layers = model.eval()(**inputs, output_attentions=True).attentions
+            return model.eval()(**inputs, output_attentions=True).attentions
     finally:
         model.set_attn_implementation({"text_config": kind})
-    assert_close(
-        found[0], sum(a[:, :, t - 1, 1:17].mean(1) for a in layers for t in (20, 22)) / (2 * len(layers))
-    )
+
+
+def test_attention_map(model):
+    "Words of several tokens; the attention implementation is the same afterwards."
+    inputs = sample(2)
+    kind = model.config.text_config._attn_implementation
+    words = torch.cat([mark(inputs["input_ids"], 20, 22), mark(inputs["input_ids"], 23)])
+    found = attention_map(model, inputs, words)
+    assert found.shape == (2, 2, 16)
+    assert model.config.text_config._attn_implementation == kind != "eager"
+    layers = layer_attentions(model, inputs)
+    terms = [a[:, :, t - 1, 1:17].mean(1) for a in layers for t in (20, 22)]
+    assert_close(found[0], sum(terms) / len(terms))
     with pytest.raises(ValueError, match="position 0"):
         attention_map(model, inputs, mark(inputs["input_ids"], 0))
 
 
-def test_shuffled_weights_come_back(model):
+def test_attention_map_of_padded_rows(model):
+    inputs = sample(2)
+    words = mark(inputs["input_ids"], 20, 22)
+    pad = torch.nn.functional.pad
+    padded = {k: pad(v, (3, 0)) if v.ndim == 2 else v for k, v in inputs.items()}
+    assert_close(attention_map(model, padded, pad(words, (3, 0))), attention_map(model, inputs, words))
+
+
+def test_shuffled_weights_are_restored(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = model.multi_modal_projector
+    part = find_projector(model)
     with pytest.raises(KeyError), shuffled_weights(part):
         inside = {k: v.clone() for k, v in model.state_dict().items()}
         raise KeyError
     for k, v in before.items():
         assert torch.equal(model.state_dict()[k], v)
         assert torch.equal(inside[k].flatten().sort().values, v.flatten().sort().values)  # the same values
-        assert torch.equal(inside[k], v) == (("multi_modal_projector" not in k) or v.unique().numel() == 1)
+        unchanged = "multi_modal_projector" not in k or v.unique().numel() == 1
+        assert torch.equal(inside[k], v) == unchanged
     with shuffled_weights(part, 1):
         assert not torch.equal(part.linear_1.weight, inside["model.multi_modal_projector.linear_1.weight"])
 
 
 @pytest.mark.parametrize("tokens", [49, 16, 1])
-def test_truth_of_delta_at_every_budget(delta, tokens, tmp_path):
-    "Attention and erasing take what `answer_cam` takes, from pixels."
+def test_methods_on_delta_at_every_budget(delta, tokens, tmp_path):
+    "`attention_map` and `deletion_insertion` accept the inputs of `answer_cam`, from pixels."
     model, processor = delta
-    PICTURE.save(tmp_path / "a.png")
-    batch = Collator(processor=processor, tokens=tokens)(
-        [
-            dict(
-                id="a",
-                image=str(tmp_path / "a.png"),
-                conversations=[
-                    dict(role="user", content="<image>\nWhat?"),
-                    dict(role="assistant", content="A red fox."),
-                ],
-            )
-        ]
-        * 2
-    )
+    IMAGE_224.save(tmp_path / "a.png")
+    row = dict(id="a", image=str(tmp_path / "a.png"), conversations=CONVERSATION)
+    batch = Collator(processor=processor, tokens=tokens)([row, row])
     fox = mark_phrases(batch["input_ids"], ["fox"] * 2, processor.tokenizer)
-    assert (
-        answer_cam(model, batch, fox[None]).shape
-        == attention_map(model, batch, fox[None]).shape
-        == (1, 2, tokens)
-    )
+    assert answer_cam(model, batch, fox[None]).shape == (1, 2, tokens)
+    assert attention_map(model, batch, fox[None]).shape == (1, 2, tokens)
     curve = deletion_insertion(model, batch, fox, torch.rand(2, tokens))
-    assert curve.deletion.shape == (2, 1 + min(8, tokens)) and torch.equal(
-        curve.deletion[:, 0], curve.insertion[:, -1]
-    )
+    assert curve.deletion.shape == (2, 1 + min(8, tokens))
+    assert torch.equal(curve.deletion[:, 0], curve.insertion[:, -1])
 
 
 def test_draw_answer(delta):
-    "A row for each word, a column for each budget, one colour scale."
-    results = {
-        v: word_cams(*delta, PICTURE, "What?", ["red", "fox"], answer="A red fox.", tokens=v) for v in (4, 16)
-    }
+    "A row for each word, a column for each budget, one color scale, each box in the row of its word."
+    results = {}
+    for v in (4, 16):
+        results[v] = word_cams(*delta, IMAGE_224, "What?", ["red", "fox"], answer="A red fox.", tokens=v)
     fig = draw_answer(results, boxes={"fox": (10, 20, 50, 80)})
     grid = fig.axes[:-1]
-    assert (
-        len(grid) == 6
-        and [ax.get_title() for ax in grid[:3]] == ["picture", "4 tokens", "16 tokens"]
-        and [ax.get_ylabel() for ax in grid[::3]] == ["red", "fox"]
-    )
-    assert (
-        len(
-            {
-                im.get_clim()
-                for ax in grid
-                for im in ax.images
-                if im.get_cmap().name == "viridis" and im.get_array().ndim == 2
-            }
-        )
-        == 1
-    )
-    assert [{p.get_bbox().bounds for p in ax.patches} for ax in grid] == [set()] * 3 + [
-        {(10, 20, 40, 60)}
-    ] * 3
+    assert len(grid) == 6
+    assert [ax.get_title() for ax in grid[:3]] == ["image", "4 tokens", "16 tokens"]
+    assert [ax.get_ylabel() for ax in grid[::3]] == ["red", "fox"]
+    assert len({im.get_clim() for im in drawn_maps(grid)}) == 1
+    bounds = [{p.get_bbox().bounds for p in ax.patches} for ax in grid]
+    assert bounds == [set()] * 3 + [{(10, 20, 40, 60)}] * 3
+    plt.close(fig)
+
+
+def test_errors_of_draw_answer(delta):
+    results = {}
+    for v, phrases in ((4, ["red", "fox"]), (1, ["red"])):
+        results[v] = word_cams(*delta, IMAGE_224, "What?", phrases, answer="A red fox.", tokens=v)
     with pytest.raises(ValueError, match="different answers"):
-        draw_answer(
-            results | {1: word_cams(*delta, PICTURE, "What?", ["red"], answer="A red fox.", tokens=1)}
-        )
+        draw_answer(results)
     with pytest.raises(ValueError, match="empty"):
         draw_answer({})
+
+
+# --- benchmarks/gradcam.py ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "gradcam.py"))
+
+
+def test_center_map(benchmark):
+    center_map = benchmark["center_map"]
+    assert center_map(9).argmax() == 4
+    cells = center_map(36)
+    assert len(cells.unique()) == 6
+    assert (cells == cells.max()).sum() == 4
+
+
+def test_box_map(benchmark):
+    "The covered share of each cell: here of columns 1 to 3, and of rows 0, 1 and 40 % of row 2."
+    cells = benchmark["box_map"](torch.tensor([[25.0, 0.0, 100.0, 60.0]]), 16, (100, 100)).view(4, 4)
+    expected = torch.tensor([1.0, 1.0, 0.4, 0.0])[:, None] * torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert_close(cells, expected)
+
+
+def test_bootstrap_interval(benchmark):
+    interval = benchmark["interval"]
+    mean, low, high = interval(np.random.default_rng(0).normal(3, 1, 400))
+    assert low < 3 < high
+    assert abs(high - low - 4 * 0.05) < 0.05
+    assert interval([0.5, 0.5]) == [0.5] * 3
+
+
+@pytest.fixture(scope="module")
+def benchmark_scores(benchmark, tmp_path_factory):
+    "Scores of six images by a model of random weights, in two batches; four images have curves."
+    model = tiny("clip_b32_224")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=16, template="v1")
+    options = dict(tasks=("caption",), paraphrase=False, min_side=56)
+    folder = tmp_path_factory.mktemp("scenes")
+    rows = list(load_conversations(write_scenes(folder, 6, "heldout_scenes", 0, (2, 3), 168, **options)))
+    found = []
+    for first in (0, 3):
+        counts = dict(first=first, curve_images=4)
+        part = rows[first : first + 3]
+        found += benchmark["score_batch"](model, processor, part, 16, Quickstart(), **counts)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])  # the shuffled weights are restored
+    return found
+
+
+def test_benchmark_scores_of_known_maps(benchmark_scores):
+    "The true box wins the pointing game, and a uniform map scores chance."
+    assert [row["image"] for row in benchmark_scores] == list(range(6))
+    assert ["deletion" in row["scores"]["box"] for row in benchmark_scores] == [True] * 4 + [False] * 2
+    for row in benchmark_scores:
+        uniform, box, gradcam = (row["scores"][method] for method in ("chance", "box", "gradcam"))
+        assert uniform.get("deletion", 0) == uniform.get("insertion", 0) == uniform["correlation"] == 0
+        assert box["energy"] > uniform["energy"] > 0
+        assert abs(uniform["other"] - uniform["other_area"]) < 1e-6
+        assert box["other"] < box["energy"]
+        assert abs(gradcam["correlation"] - (not gradcam["empty"])) < 1e-6
+
+
+def test_benchmark_summary_keeps_every_score(benchmark, benchmark_scores):
+    set_name = "heldout_scenes, several objects"
+    rows = []
+    for seed in (0, 1):
+        about = dict(compressor="delta", seed=seed, steps=300, set=set_name, tokens=16)
+        rows += [about | row for row in benchmark_scores]
+    (summary,) = benchmark["summarize_all"](rows)
+    assert (summary["set"], summary["images"], summary["seeds"]) == (set_name, 6, [0, 1])
+    assert summary["trained_steps"] == [300]
+    methods = summary["methods"]
+    assert list(methods) == list(benchmark["METHODS"])
+    attention = np.mean([row["scores"]["attention"]["energy"] for row in benchmark_scores])
+    gradcam = np.mean([row["scores"]["gradcam"]["energy"] for row in benchmark_scores])
+    assert abs(methods["attention"]["energy"][0] - attention) < 1e-3
+    assert methods["box"]["hit"][0] > 0.5
+    difference, low, high = methods["attention"]["gradcam minus"]["energy"]
+    assert abs(difference - (gradcam - attention)) < 1e-3
+    assert low <= difference <= high
+    assert methods["gradcam"]["gradcam minus"]["hit"] == [0] * 3
+    assert "deletion" not in methods["center"]
+    json.dumps(summary, allow_nan=False)

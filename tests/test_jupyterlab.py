@@ -1,6 +1,7 @@
-"""A person opens a notebook in JupyterLab and chooses "Run All Cells": a real browser does the same.
+"""Notebooks in JupyterLab, in a real browser: open, "Run All Cells", and the explorer's widgets.
 
-`DELTA_LLAVA_SCREENSHOTS` names a folder that keeps what was seen."""
+The environment variable `DELTA_LLAVA_SCREENSHOTS` names a folder for screenshots.
+"""
 
 import json
 import os
@@ -33,20 +34,26 @@ def page():
         browser.close()
 
 
-@pytest.fixture
-def lab(tmp_path, request):
-    "JupyterLab on a notebook without outputs, beside the records and nothing else: yields its address and the notebook."
-    nb = json.loads((ROOT / "nbs" / request.param).read_text(encoding="utf-8"))
-    for cell in nb["cells"]:
+def copy_notebook(name, folder):
+    "A notebook without outputs, and the records that it reads."
+    notebook = json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = []
-    copy = tmp_path / "nbs" / request.param
+    copy = folder / "nbs" / name
     copy.parent.mkdir(parents=True)
-    (tmp_path / "runs").mkdir()
+    copy.write_text(json.dumps(notebook), encoding="utf-8")
+    (folder / "runs").mkdir()
     for record in (ROOT / "runs").glob("*.json"):
-        shutil.copy(record, tmp_path / "runs")
-    copy.write_text(json.dumps(nb), encoding="utf-8")
-    # A home of its own: no setting, extension or running server of this machine takes part.
+        shutil.copy(record, folder / "runs")
+    return copy
+
+
+@pytest.fixture
+def lab(tmp_path, request):
+    "JupyterLab on a copy of a notebook; yields its address and the copy."
+    copy = copy_notebook(request.param, tmp_path)
+    # Separate folders: settings, extensions and running servers of this machine have no effect.
     env = os.environ | {
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
@@ -68,11 +75,8 @@ def lab(tmp_path, request):
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
     try:
-        address = wait(
-            lambda: re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\?token=\w+", log.read_text()),
-            120,
-            lambda: log.read_text(),
-        )[0]
+        url = re.compile(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\?token=\w+")
+        address = wait(lambda: url.search(log.read_text()), 120, log.read_text)[0]
         yield address.replace("/lab?", f"/lab/tree/nbs/{request.param}?"), copy
     finally:
         server.terminate()
@@ -80,7 +84,7 @@ def lab(tmp_path, request):
 
 
 def wait(ready, seconds, report):
-    "The first true value of `ready()`, or a failure that says what was there instead."
+    "The first true value of `ready()`; after `seconds` the test fails with `report()`."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := ready():
@@ -89,8 +93,41 @@ def wait(ready, seconds, report):
     pytest.fail(f"not ready after {seconds} s: {report()}")
 
 
+def read_notebook(path):
+    "The saved notebook, or `None` while JupyterLab writes it."
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return None
+
+
+def code_cells(path):
+    "Code cells of the saved notebook that are not empty."
+    notebook = wait(lambda: read_notebook(path), 30, lambda: "the notebook is not valid JSON")
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
+
+
+def errors(path):
+    "Exceptions in the saved notebook."
+    found = []
+    for cell in code_cells(path):
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                found.append(f"{output['ename']}: {output['evalue']}")
+    return found
+
+
+def save_screenshot(page, name):
+    "A screenshot of the last figure, if a folder is named for it."
+    if folder := os.environ.get("DELTA_LLAVA_SCREENSHOTS"):
+        figures = page.locator(".jp-OutputArea-output img")
+        if figures.count():
+            figures.last.scroll_into_view_if_needed()
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
 def run_all(page, lab):
-    'Open the notebook, choose "Run All Cells", wait for the last one.'
+    'Open the notebook, choose "Run All Cells", wait for the last cell.'
     address, copy = lab
     page.goto(address)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
@@ -99,93 +136,92 @@ def run_all(page, lab):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
-    def code():
-        def read():
-            try:
-                return json.loads(copy.read_text(encoding="utf-8"))["cells"]
-            except json.JSONDecodeError:
-                return None  # just being written
-
-        return [
-            c for c in wait(read, 30, lambda: "no whole notebook") if c["cell_type"] == "code" and c["source"]
-        ]
-
-    def errors():
-        return [
-            o["ename"] + ": " + o["evalue"]
-            for c in code()
-            for o in c["outputs"]
-            if o["output_type"] == "error"
-        ]
-
     def finished():
         page.keyboard.press("Control+s")
-        return errors() or all(c["execution_count"] for c in code())
+        return errors(copy) or all(cell["execution_count"] for cell in code_cells(copy))
 
-    wait(finished, 1200, lambda: [c["execution_count"] for c in code()])
-    assert not errors()
-    assert sum(bool(c["outputs"]) for c in code()) > 2, "the cells ran and showed nothing"
+    wait(finished, 1200, lambda: [cell["execution_count"] for cell in code_cells(copy)])
+    assert not errors(copy)
+    assert sum(bool(cell["outputs"]) for cell in code_cells(copy)) > 2, "hardly any cell has an output"
     assert page.locator(".jp-OutputArea-output").count() > 0, "no output on the screen"
-    if shots := os.environ.get("DELTA_LLAVA_SCREENSHOTS"):
-        if (drawn := page.locator(".jp-OutputArea-output img")).count():
-            drawn.last.scroll_into_view_if_needed()
-        page.screenshot(path=Path(shots) / f"{copy.stem}.png")
-    assert (
-        page.get_by_text(re.compile("Error displaying widget|Error creating widget|Loading widget")).count()
-        == 0
-    ), "a widget is not shown"
+    save_screenshot(page, copy.stem)
+    broken = re.compile("Error displaying widget|Error creating widget|Loading widget")
+    assert page.get_by_text(broken).count() == 0, "a widget is not shown"
 
 
 @pytest.mark.parametrize("lab", ["03_delta.ipynb", *TUTORIALS], indirect=True)
 def test_run_all(page, lab):
-    "As a person does, with the cells that other test runs leave out: nothing fails, and nothing that takes hours begins."
+    "Every cell runs, also those that other test runs leave out, and none starts hours of work."
     run_all(page, lab)
+
+
+class ExplorerPage:
+    "The explorer on the screen."
+
+    def __init__(self, page, folder):
+        self.page = page
+        self.folder = folder
+        self.words = page.locator(".widget-toggle-buttons button")
+        self.figure = page.locator(".jp-OutputArea-output img.widget-image")
+        self.slider = page.locator(".widget-slider .noUi-handle")
+
+    def budget(self):
+        return self.page.locator(".widget-slider .widget-readout").inner_text()
+
+    def active_word(self):
+        return self.page.locator(".widget-toggle-buttons button.mod-active").inner_text()
+
+    def texts(self):
+        return self.page.locator(".widget-html").all_inner_texts()
+
+    def settled(self):
+        "Wait until the kernel has answered."
+        self.page.wait_for_timeout(1000)  # the change reaches the kernel
+        loaded = "i => i.complete && i.naturalWidth > 0"
+        wait(lambda: "computing …" not in self.texts() and self.figure.evaluate(loaded), 120, self.texts)
+
+    def shown(self, name):
+        "The figure's source and its pixels on the screen; also saves a screenshot."
+        self.figure.scroll_into_view_if_needed()
+        self.page.screenshot(path=self.folder / f"{name}.png")
+        return self.figure.get_attribute("src"), self.figure.screenshot()
+
+    def click_another_word(self):
+        other = self.words.and_(self.page.locator(":not(.mod-active)")).last
+        text = other.inner_text()
+        other.click()
+        return text
+
+    def upload(self, name, content):
+        with self.page.expect_file_chooser() as chooser:
+            self.page.get_by_role("button", name="Your own image").click()
+        chooser.value.set_files(dict(name=name, mimeType="text/plain", buffer=content))
+
+
+def assert_differs(before, after):
+    "Another figure, and other pixels on the screen."
+    assert before[0] != after[0]
+    assert before[1] != after[1]
 
 
 @pytest.mark.parametrize("lab", ["44_explore.ipynb"], indirect=True)
 def test_explorer(page, lab, tmp_path):
-    "A person moves the slider, clicks a word, brings a file that is no picture."
+    "Move the slider, click another word, upload a file that is not an image."
     run_all(page, lab)
-    shots = Path(os.environ.get("DELTA_LLAVA_SCREENSHOTS", tmp_path))
-    words, image, slider = (
-        page.locator(".widget-toggle-buttons button"),
-        page.locator(".jp-OutputArea-output img.widget-image"),
-        page.locator(".widget-slider .noUi-handle"),
-    )
-
-    def settled():
-        page.wait_for_timeout(1000)  # the change reaches the kernel
-        wait(
-            lambda: (
-                "computing …" not in page.locator(".widget-html").all_inner_texts()
-                and image.evaluate("i => i.complete && i.naturalWidth > 0")
-            ),
-            120,
-            lambda: page.locator(".widget-html").all_inner_texts(),
-        )
-
-    def seen(name):
-        image.scroll_into_view_if_needed()
-        page.screenshot(path=shots / f"{name}.png")
-        return image.get_attribute("src"), image.screenshot()
-
-    settled()
-    first, budget = seen("1-start"), page.locator(".widget-slider .widget-readout").inner_text()
-    slider.focus()
+    explorer = ExplorerPage(page, Path(os.environ.get("DELTA_LLAVA_SCREENSHOTS", tmp_path)))
+    explorer.settled()
+    first = explorer.shown("1-start")
+    budget = explorer.budget()
+    explorer.slider.focus()
     page.keyboard.press("ArrowRight")
-    settled()
-    assert page.locator(".widget-slider .widget-readout").inner_text() != budget
-    moved = seen("2-slider")
-    assert moved[0] != first[0] and moved[1] != first[1], "the slider moved and the picture did not"
-    other = words.and_(page.locator(":not(.mod-active)")).last
-    said = other.inner_text()
-    other.click()
-    settled()
-    assert page.locator(".widget-toggle-buttons button.mod-active").inner_text() == said
-    clicked = seen("3-word")
-    assert clicked[0] != moved[0] and clicked[1] != moved[1], "a word was clicked and the picture stayed"
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Your own picture").click()
-    chooser.value.set_files(dict(name="notes.txt", mimeType="text/plain", buffer=b"no picture"))
-    page.get_by_text("notes.txt cannot be used: this is no picture").wait_for()
-    page.screenshot(path=shots / "4-refused.png")
+    explorer.settled()
+    assert explorer.budget() != budget
+    moved = explorer.shown("2-slider")
+    assert_differs(first, moved)
+    word = explorer.click_another_word()
+    explorer.settled()
+    assert explorer.active_word() == word
+    assert_differs(moved, explorer.shown("3-word"))
+    explorer.upload("notes.txt", b"not an image")
+    page.get_by_text("notes.txt cannot be used: it is not an image").wait_for()
+    page.screenshot(path=explorer.folder / "4-refused.png")

@@ -6,8 +6,6 @@ import torch
 from references import SIZES, small_inputs, small_module
 from torch.testing import assert_close
 
-from delta_llava.compressors.cabstractor import CAbstractorConfig
-
 SMALL = SIZES["cabstractor"].config
 
 
@@ -37,4 +35,4 @@ def test_a_budget_for_each_square():
     (dict(hidden=8, depth=0), "hidden=8 with depth=0")])
 def test_refused_configs(fields, message):
     with pytest.raises(ValueError, match=message):
-        CAbstractorConfig(**SMALL.to_dict() | fields)
+        replace(SMALL, **fields)

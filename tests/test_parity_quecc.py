@@ -1,4 +1,6 @@
 "QueCC: what holds for it alone; the comparison with its reference is in `test_parity_compressors.py`."
+from dataclasses import replace
+
 import pytest
 import torch
 from references import SIZES, small_inputs, small_module
@@ -13,7 +15,7 @@ SMALL = SIZES["quecc"].config
 
 def small(**fields) -> QueCC:
     torch.manual_seed(0)
-    return build_compressor("quecc", QueCCConfig(**SMALL.to_dict() | fields)).eval()
+    return build_compressor("quecc", replace(SMALL, **fields)).eval()
 
 
 def given(batch=2, grid=6, channels=64, d_text=24):

@@ -1,4 +1,6 @@
 "TokenPacker: what holds for it alone; the comparison with its reference is in `test_parity_compressors.py`."
+from dataclasses import replace
+
 import pytest
 import torch
 from references import SIZES, small_module
@@ -13,7 +15,7 @@ SMALL = SIZES["tokenpacker"].config
 
 def small(**fields) -> TokenPacker:
     torch.manual_seed(0)
-    return build_compressor("tokenpacker", TokenPackerConfig(**SMALL.to_dict() | fields)).eval()
+    return build_compressor("tokenpacker", replace(SMALL, **fields)).eval()
 
 
 @pytest.mark.parametrize("grid,levels,d_vision,heads,d_llm", [

@@ -22,9 +22,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from delta_llava import trainer
 from delta_llava.closed_form_init import closed_form_init
+from delta_llava.compressors.m3 import M3Config
 from delta_llava.runs import load, read_run
 from delta_llava.tower import cache_features
-from delta_llava.train import Finetune, build_stage_model, run_stage, train_run, training_budgets
+from delta_llava.train import (
+    Finetune,
+    build_stage_model,
+    nested_budgets,
+    run_stage,
+    train_run,
+    training_budgets,
+)
 from delta_llava.trainer import (
     StageTrainer,
     TrainingInterrupted,
@@ -341,7 +349,17 @@ def test_the_budget_of_a_step_does_not_depend_on_the_device(parts, tmp_path):
         assert each.budgets == [v for v in expected for _ in range(4//size)]
 
 
-def test_the_own_budgets_of_a_compressor_reach_the_second_stage(parts, tmp_path):
+def test_nested_budgets_reach_the_second_stage(parts, tmp_path):
+    "Each step of M3 has a pass at every budget."
+    each = EachStep()
+    run = stage("finetune", parts, tmp_path, compressor="m3")
+    run_stage(run, callbacks=[each])
+    assert training_budgets(run, load_config(tmp_path)) == (16, 4, 1)
+    assert each.budgets == [16, 4, 1]*6
+    assert nested_budgets(replace(M3Config(), grid=24, tokens=144)) == (576, 144, 36, 9, 1)
+
+
+def test_drawn_budgets_of_a_compressor_reach_the_second_stage(parts, tmp_path):
     options = dict(compressor="mqt", tokens=16, max_length=600)
     for kind in ("pretrain", "finetune"):
         run = stage(kind, parts, tmp_path/kind, **options)

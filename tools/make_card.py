@@ -1,5 +1,5 @@
-"""Draw nbs/images/card.png, what a link to the site shows elsewhere: one picture at ever fewer visual
-tokens, each the mean of its window.
+"""Draw nbs/images/card.png, the preview image of links to the site: one image at ever fewer visual tokens.
+Each token is drawn in the mean color of its window.
 """
 
 from pathlib import Path
@@ -10,40 +10,57 @@ from PIL import Image
 
 from delta_llava.scenes import load_cutout
 
-thing = load_cutout("car", "fluent")
-thing = thing.resize((304, 304 * thing.height // thing.width), Image.Resampling.LANCZOS)
-image = Image.new("RGBA", (336, 336), "#f2f2f2")
-image.alpha_composite(thing, (16, (336 - thing.height) // 2))
-pixels = np.asarray(image.convert("RGB"), float) / 255
+CARD = Path(__file__).resolve().parent.parent / "nbs" / "images" / "card.png"
+SIDE = 336  # px
+BACKGROUND = "#1f2430"
+PANELS = ((None, "image"), (24, "576 patches"), (12, "144 tokens"), (6, "36 tokens"), (1, "1 token"))
 
-fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor="#1f2430")
-fig.text(0.05, 0.84, "delta_llava", color="w", fontsize=40, weight="bold")
-fig.text(
-    0.05,
-    0.75,
-    "A token-efficient visual projector, and every projector it is compared with",
-    color="#c8d0dc",
-    fontsize=19,
-)
-for i, (side, name) in enumerate(
-    [(None, "picture"), (24, "576 patches"), (12, "144 tokens"), (6, "36 tokens"), (1, "1 token")]
-):
-    ax = fig.add_axes([0.05 + 0.183 * i, 0.2, 0.165, 0.42])
-    if side:
-        ax.imshow(
-            pixels.reshape(side, 336 // side, side, 336 // side, 3).mean((1, 3)), interpolation="nearest"
-        )
-    else:
-        ax.imshow(pixels)
-    if side:
-        ax.set(xticks=np.arange(side + 1) - 0.5, yticks=np.arange(side + 1) - 0.5)
-        ax.grid(color="#1f2430", lw=0.8)
+
+def car() -> np.ndarray:
+    "A car on a plain background, [row, column, channel] from 0 to 1."
+    cutout = load_cutout("car", "fluent")
+    width = SIDE - 32
+    cutout = cutout.resize((width, width * cutout.height // cutout.width), Image.Resampling.LANCZOS)
+    image = Image.new("RGBA", (SIDE, SIDE), "#f2f2f2")
+    image.alpha_composite(cutout, (16, (SIDE - cutout.height) // 2))
+    return np.asarray(image.convert("RGB"), float) / 255
+
+
+def window_means(pixels: np.ndarray, grid: int) -> np.ndarray:
+    "Mean color of each window."
+    window = SIDE // grid
+    return pixels.reshape(grid, window, grid, window, 3).mean((1, 3))
+
+
+def draw_panel(ax: plt.Axes, pixels: np.ndarray, grid: int | None):
+    "The image, or its windows on a grid."
     ax.tick_params(length=0, labelbottom=False, labelleft=False)
-    if not side:
-        ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
-    fig.text(0.05 + 0.183 * i + 0.0825, 0.13, name, color="w", fontsize=17, ha="center")
-fig.canvas.draw()
-drawn = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(96)  # a small file
-drawn.save(Path(__file__).resolve().parent.parent / "nbs" / "images" / "card.png", optimize=True)
+    if grid is None:
+        ax.imshow(pixels)
+        ax.set(xticks=[], yticks=[])
+        return
+    ax.imshow(window_means(pixels, grid), interpolation="nearest")
+    edges = np.arange(grid + 1) - 0.5
+    ax.set(xticks=edges, yticks=edges)
+    ax.grid(color=BACKGROUND, lw=0.8)
+
+
+def draw_card() -> Image.Image:
+    "The whole card."
+    pixels = car()
+    subtitle = "A token-efficient visual projector, and every projector it is compared with"
+    fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor=BACKGROUND)
+    fig.text(0.05, 0.84, "delta_llava", color="w", fontsize=40, weight="bold")
+    fig.text(0.05, 0.75, subtitle, color="#c8d0dc", fontsize=19)
+    for i, (grid, label) in enumerate(PANELS):
+        left = 0.05 + 0.183 * i
+        draw_panel(fig.add_axes([left, 0.2, 0.165, 0.42]), pixels, grid)
+        fig.text(left + 0.0825, 0.13, label, color="w", fontsize=17, ha="center")
+    fig.canvas.draw()
+    return Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
+
+
+if __name__ == "__main__":
+    draw_card().quantize(96).save(CARD, optimize=True)  # 96 colors make a small file

@@ -1,19 +1,20 @@
-"""python tests/data/subset_parity.py FULL SUBSET: the part of the parity fixtures that lives in the
+"""python tests/data/subset_parity.py FULL SUBSET: the part of the parity fixtures that is stored in the
 repository, below 6 MB.
 
-Left out is what another stored case, or a closed form, shows nearly as well:
+Cases are left out if another stored case or a closed form tests nearly the same:
 
-- delta_llava: grids 12 and 24 (real_shapes has 24×24 at true widths); gradients by the largest
-  parameters, and by the inputs of two budgets of four
-- delta_blocks: blocks that the whole projector covers, a stride that it never takes, and of two pooled
-  attentions the easier one
-- delta_posembed_windows: the largest tables of positions, which differ from the smaller ones in their grid
+- delta_llava: grids 12 and 24 (real_shapes has 24×24 at true widths); gradients of the largest
+  parameters, and gradients of the inputs at two budgets of four
+- delta_blocks: blocks that the whole projector contains, a stride that it never uses, and the simpler
+  one of two pooled attentions
+- delta_posembed_windows: the largest tables of positions, which differ from the smaller ones only in the
+  grid
 - delta_llava_hd16, llava_mlp, mqt_resampler, honeybee_cabstractor: other budgets and depths
 - m3_pooling: all 576 tokens, where nothing is pooled
-- prumerge: pictures in twos, and with them the case that the reference cannot compute
-- tokenpacker, quecc: grid 12, and of grid 8 all but one corner of one picture (see `corner`)
+- prumerge: batches of two images, among them the case that the reference cannot compute
+- tokenpacker, quecc: grid 12, and of grid 8 all but one corner of one image (see `crop_fixture`)
 
-`--parity-dir FULL` runs the same tests on everything.
+`pytest --parity-dir FULL` runs the same tests on all fixtures.
 """
 
 import json
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-LEFT_OUT = {  # fixture -> pattern of the cases that go, with all their tensors; pattern of single tensors that go
+# fixture: (pattern of cases that are left out with all their tensors, pattern of single tensors)
+LEFT_OUT = {
     "clip_feature_select": ("", ""),
     "delta_blocks": (r"mhca256|ntb128|ntb96to128_stride2|emhsa_sr[12]", ""),
     "delta_llava": (
@@ -46,45 +48,63 @@ LEFT_OUT = {  # fixture -> pattern of the cases that go, with all their tensors;
     "real_shapes": ("", ""),
     "tokenpacker": (r"g12(s\d+)?", r"(gin|cot)\.g8s4.*"),
 }
-CORNERS = ("tokenpacker", "quecc")
-NOTE = "Cut: the first picture's upper left 4×4 patches of the 8×8 grid; cells do not see each other, so the reference's numbers hold."
+CROPPED = ("tokenpacker", "quecc")
+NOTE = (
+    "Cropped: the first image's upper left 4×4 patches of the 8×8 grid. Windows are independent of each "
+    "other, so the reference's outputs stay valid."
+)
 
 
-def quarter(x):
-    "[b, n, c] -> [1, n/4, c]: the upper left of the first picture; what has one place keeps it."
-    g = isqrt(x.shape[1])
-    return x[:1].view(1, g, g, -1)[:, : max(g // 2, 1), : max(g // 2, 1)].flatten(1, 2).contiguous()
+def crop(x):
+    "[b, n, c] -> [1, n/4, c]: the upper left quarter of the first image; a single token is kept."
+    grid = isqrt(x.shape[1])
+    side = max(grid // 2, 1)
+    return x[:1].view(1, grid, grid, -1)[:, :side, :side].flatten(1, 2).contiguous()
 
 
-def corner(info, tensors):
+def crop_fixture(info, tensors):
     "A fixture of grid 8 as one of grid 4, in place: `info` is changed, the tensors are returned."
-    out = {k.replace("g8", "g4"): v if k.startswith("state") else quarter(v) for k, v in tensors.items()}
+    cropped = {}
+    for key, tensor in tensors.items():
+        cropped[key.replace("g8", "g4")] = tensor if key.startswith("state") else crop(tensor)
     info["note"] = " ".join(filter(None, [info.get("note"), NOTE]))
     for case in info["cases"]:
-        case["name"] = case["name"].replace("g8", "g4")
-        case |= dict(raw_grid=4, batch=1, out_shape=list(out[f"out.{case['name']}"].shape))
+        name = case["name"].replace("g8", "g4")
+        out_shape = list(cropped[f"out.{name}"].shape)
+        case |= dict(name=name, raw_grid=4, batch=1, out_shape=out_shape)
         if "inputs" in case:
-            case["inputs"] = [k.replace("g8", "g4") for k in case["inputs"]]
-        if f"cot.{case['name']}" not in out:
+            case["inputs"] = [key.replace("g8", "g4") for key in case["inputs"]]
+        if f"cot.{name}" not in cropped:
             case.pop("grads", None)
-    return out
+    return cropped
+
+
+def is_kept(key, cases, single):
+    "Whether the tensor `key` belongs to the subset."
+    of_left_out_case = re.match(rf"(\w+\.|state_)({cases})(\.|$)", key)
+    return not (re.fullmatch(single, key) or of_left_out_case)
+
+
+def write_subset(full, subset, name):
+    "One fixture of the subset."
+    cases, single = LEFT_OUT[name]
+    info = json.loads((full / f"{name}.json").read_text())
+    info["cases"] = [case for case in info["cases"] if not re.fullmatch(cases, case["name"])]
+    tensors = load_file(full / f"{name}.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if is_kept(key, cases, single)}
+    if name in CROPPED:
+        tensors = crop_fixture(info, tensors)
+    text = json.dumps(info, indent=1, ensure_ascii=False)
+    (subset / f"{name}.json").write_text(text + "\n")
+    path = subset / f"{name}.safetensors"
+    save_file(tensors, path)
+    path.chmod(0o644)
 
 
 def main(full: Path, subset: Path):
     subset.mkdir(parents=True, exist_ok=True)
-    for name, (cases, single) in LEFT_OUT.items():
-
-        def stays(key):
-            return not (re.fullmatch(single, key) or re.match(rf"(\w+\.|state_)({cases})(\.|$)", key))
-
-        info = json.loads((full / f"{name}.json").read_text())
-        info["cases"] = [c for c in info["cases"] if not re.fullmatch(cases, c["name"])]
-        tensors = {k: v for k, v in load_file(full / f"{name}.safetensors").items() if stays(k)}
-        if name in CORNERS:
-            tensors = corner(info, tensors)
-        (subset / f"{name}.json").write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
-        save_file(tensors, subset / f"{name}.safetensors")
-        (subset / f"{name}.safetensors").chmod(0o644)
+    for name in LEFT_OUT:
+        write_subset(full, subset, name)
 
 
 if __name__ == "__main__":

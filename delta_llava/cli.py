@@ -94,7 +94,8 @@ class Train(Quickstart):
         losses = [entry["loss"] for entry in log if "loss" in entry]
         print(
             f"{self.compressor} at {self.tokens} visual tokens: caption loss {losses[0]:.2f} → "
-            f"{losses[-1]:.2f} in {self.max_steps} steps. Next: {program_name()} chat --output-dir {output_dir} --image …"
+            f"{losses[-1]:.2f} in {self.max_steps} steps. "
+            f"Next: {program_name()} chat --output-dir {output_dir} --image …"
         )
 
 # %% ../nbs/52_cli.ipynb #ebd33321

@@ -313,7 +313,7 @@ def check_placeholders(
     raise ValueError(
         f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} "
         f"visual tokens = {images * tokens} are to be placed; give processor and model the same images and "
-        "same tokens=…."
+        "the same tokens=…."
     )
 
 

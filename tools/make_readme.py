@@ -16,7 +16,10 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
-NOTICE = "<!-- Written by tools/make_readme.py from nbs/index.ipynb: edit the notebook, then run `make readme`. -->\n\n"
+NOTICE = (
+    "<!-- Written by tools/make_readme.py from nbs/index.ipynb: edit the notebook, then run `make readme`. -->"
+    "\n\n"
+)
 
 
 def run_index() -> None:
@@ -47,7 +50,8 @@ def absolute(match: re.Match, settings: configparser.SectionProxy) -> str:
     if not path.exists():
         raise ValueError(f"{INDEX.name} links to {target}, which does not exist; a link is relative to nbs/.")
     kind = "raw" if image else ("tree" if path.is_dir() else "blob")
-    return f"{image}[{text}]({settings['git_url']}/{kind}/{settings['branch']}/{path.relative_to(ROOT).as_posix()})"
+    root = f"{settings['git_url']}/{kind}/{settings['branch']}"
+    return f"{image}[{text}]({root}/{path.relative_to(ROOT).as_posix()})"
 
 
 def readme() -> str:

@@ -17,8 +17,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
 NOTICE = (
-    "<!-- Written by tools/make_readme.py from nbs/index.ipynb: edit the notebook, then run `make readme`. -->"
-    "\n\n"
+    "<!-- Written by tools/make_readme.py from nbs/index.ipynb: "
+    "edit the notebook, then run `make readme`. -->\n\n"
 )
 
 

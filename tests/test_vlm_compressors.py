@@ -292,7 +292,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     for packed in (False, True):
         if packed and name == "fastv":
             break
-        batch = Collator(processor=processor, packed=packed, **images)(rows)
+        batch = Collator(processor=processor, packing=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()

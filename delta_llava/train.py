@@ -429,5 +429,5 @@ def main(
 
 # %% ../nbs/31b_train.ipynb #e96b28cd
 #| eval: false
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # not while the notebook runs
     main()

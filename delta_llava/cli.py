@@ -272,8 +272,9 @@ class Doctor:
         from .assets import resolve
         from .processor import build_processor
 
-        options = dict(local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.llm).path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(self.llm).path, local_files_only=True, trust_remote_code=False
+        )
         return build_processor(CLIPImageProcessorPil(), tokenizer, self.tokens, self.template)
 
 # %% ../nbs/52_cli.ipynb #2592a55a

@@ -37,7 +37,7 @@ class _GELULayerNorm(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         y, weight, bias, ctx.eps = inputs
         ctx.save_for_backward(y, weight, bias)
-        device = y.device.type
+        device = y.device.type if torch.amp.is_autocast_available(y.device.type) else "cpu"
         ctx.autocast = dict(
             device_type=device,
             dtype=torch.get_autocast_dtype(device),

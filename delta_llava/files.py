@@ -132,7 +132,7 @@ def read_safetensors(
     path: str | Path,  # File to read
     device: str = "cpu",  # Where the tensors go
     hint: str = "Write or fetch it again.",  # The way out, for the message
-) -> "dict[str, Tensor]":  # By name
+) -> dict:  # By name
     "All tensors of a safetensors file, or a `ValueError` of one sentence that names the file."
     with open_safetensors(path, device, hint) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
@@ -140,7 +140,7 @@ def read_safetensors(
 
 def write_safetensors(
     path: str | Path,  # File to write
-    tensors: "Mapping[str, Tensor]",  # By name
+    tensors: Mapping,  # Name -> tensor
     metadata: Mapping[str, str] | None = None,  # Text for the header; `format` is added
 ) -> Path:  # The file
     "Write a safetensors file as a whole or not at all."

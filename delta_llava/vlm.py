@@ -22,7 +22,7 @@ from typing import Literal  # noqa: F401  an annotation that DeltaLlavaConfig in
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -47,6 +47,7 @@ from delta_llava.compressors.base import (
 )
 from .compressors.fastv import end_of_prompt, fastv_context, last_visible
 from .config import CompressorConfig
+from .files import read_json, read_safetensors
 from .grid import VisionFeatures
 from .tower import vision_features as tower_features
 
@@ -250,7 +251,7 @@ def reload_projector(
     patterns = adapter.old_state_dict_map(model.config.text_config)
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state |= adapter.rename_keys(load_file(file), patterns)
+        state |= adapter.rename_keys(read_safetensors(file), patterns)
     state = {name.removeprefix(PROJECTOR): weight for name, weight in state.items() if PROJECTOR in name}
     report = model.multi_modal_projector.load_state_dict(state, strict=False)
     for kind, found in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
@@ -575,9 +576,10 @@ class DeltaLlavaForConditionalGeneration(
         config: DeltaLlavaConfig,  # All sizes
     ):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        self.vision_tower.requires_grad_(False)
         self.multi_modal_projector = build_compressor(config.compressor, config.projector_config())
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are there
         self.post_init()
 
@@ -772,10 +774,10 @@ def load_projector(
 ) -> Compressor:  # In evaluation mode
     "The saved projector, put into `model` if one is given."
     folder = Path(folder)
-    about = json.loads((folder / "projector.json").read_text())
+    about = read_json(folder / "projector.json")
     projector = build_compressor(about.get("compressor", "delta"), about["projector"])
     file = folder / "projector.safetensors"
-    load_projector_state(projector, load_file(file), file)
+    load_projector_state(projector, read_safetensors(file), file)
     if model is not None:
         install_projector(model, projector, about["tower"], force=force)
     return projector.eval()

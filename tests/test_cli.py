@@ -128,7 +128,7 @@ HELP = {
     "doctor": ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm",
                "--max-length", "--num-workers"],
     "tasks": ["offline tasks for lmms-eval", "--split", "--caption", "Prompt of the captions", "--seed"],
-    "speed": ["--tokens", "ratios are to the first", "--caches", "CUDA graphs", "--batch", "--repeats"],
+    "speed": ["--tokens", "ratios are to the first", "--caches", "CUDA", "--batch", "--repeats"],
 }  # fmt: skip
 
 

@@ -292,7 +292,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
     for packed in (False, True):
         if packed and name == "fastv":
             break
-        batch = Collator(processor=processor, packed=packed, **images)(rows)
+        batch = Collator(processor=processor, packing=packed, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
@@ -304,12 +304,12 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
             ),
         )
     if name == "fastv":
-        with pytest.raises(ValueError, match="packed=False"):
+        with pytest.raises(ValueError, match="packing=False"):
             Collator(
                 processor=build_processor(
                     processor.image_processor, byte_tokenizer(), 9, "v1", placeholders=144
                 ),
-                packed=True,
+                packing=True,
             )
         return
     assert (found[False][0], found[True][0]) == (4, 2)

@@ -310,7 +310,7 @@ def examine(soup: BeautifulSoup, cell_of: Callable, faults: list) -> None:
     for image in soup.find_all("img"):
         if not image.get("alt", "").strip():
             advice = "`#| fig-alt:` in a code cell, ![what it shows](…) in Markdown"
-            faults.append((cell_of(image), f"picture {image.get('src')} without alt text: {advice}"))
+            faults.append((cell_of(image), f"image {image.get('src')} without alt text: {advice}"))
     for tag in soup.find_all(["p", "li", "td", "figcaption", "h1", "h2", "h3"]):
         verbatim = ["code", "pre", "math", "annotation"]
         text = "".join(s for s in tag.find_all(string=True) if not s.find_parent(verbatim))
@@ -404,9 +404,7 @@ def main() -> None:
     if problems:
         sys.exit("\n".join(problems) + f"\n{len(problems)} faults. The pages as they are: _docs/index.html")
     count = len(list(out.rglob("*.html")))
-    print(
-        f"{count} pages: links, anchors, pictures, equations and references hold. Preview: _docs/index.html"
-    )
+    print(f"{count} pages: links, anchors, images, equations and references hold. Preview: _docs/index.html")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
 NOTICE = (
-    "<!-- Written by tools/make_readme.py from nbs/index.ipynb: edit the notebook,"
-    " then run `make readme`. -->\n\n"
+    "<!-- Written by tools/make_readme.py from nbs/index.ipynb: "
+    "edit the notebook, then run `make readme`. -->\n\n"
 )
 
 
@@ -50,8 +50,8 @@ def absolute(match: re.Match, settings: configparser.SectionProxy) -> str:
     if not path.exists():
         raise ValueError(f"{INDEX.name} links to {target}, which does not exist; a link is relative to nbs/.")
     kind = "raw" if image else ("tree" if path.is_dir() else "blob")
-    address = f"{settings['git_url']}/{kind}/{settings['branch']}/{path.relative_to(ROOT).as_posix()}"
-    return f"{image}[{text}]({address})"
+    root = f"{settings['git_url']}/{kind}/{settings['branch']}"
+    return f"{image}[{text}]({root}/{path.relative_to(ROOT).as_posix()})"
 
 
 def readme() -> str:

@@ -18,6 +18,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -133,8 +134,8 @@ def check_dynamic_cache(
     kind = type(past_key_values)
     layers = getattr(past_key_values, "layers", None)
     plain = kind is moving_part("DynamicCache") and isinstance(layers, list)
-    unknown = {type(layer) for layer in layers} - {moving_part("DynamicLayer")} if plain else set()
-    unknown = {cls.__name__ for cls in unknown if not issubclass(cls, extra_layers)}
+    others = {type(layer) for layer in layers or ()} - {moving_part("DynamicLayer")} if plain else set()
+    unknown = {cls.__name__ for cls in others if not issubclass(cls, extra_layers)}
     if plain and not unknown and not getattr(past_key_values, "offloading", False):
         return
     what = f"{kind.__name__} with layers {sorted(unknown)}" if unknown else kind.__name__
@@ -204,7 +205,7 @@ def selected_logits(
     llm: nn.Module,  # Causal LM
     select: Callable,  # `[b, t, x]` in, `[s, x]` out
     **inputs,  # Of its forward pass
-) -> tuple[Tensor, object]:  # `[s, vocabulary]` logits, and the LLM's output
+) -> tuple[Tensor, Any]:  # `[s, vocabulary]` logits, and the LLM's output
     "Logits of the positions that `select` takes, made by the LLM's own head."
     with changed_hidden_states(llm, lambda hidden: select(hidden)[None]) as decoder:
         output = llm(**inputs)

@@ -119,7 +119,7 @@ class RequestEncoder:
         tokens: int | None = None,  # Budget $V$; `None` takes the model's
     ) -> int:
         "Positions that each image occupies in the prompt."
-        if request.source == "visual_tokens":
+        if request.visual_tokens is not None:
             return request.visual_tokens.shape[1]
         return self.processor.num_image_tokens(tokens)
 
@@ -315,7 +315,7 @@ def request_batches(
     "Batches whose requests have equally many images in the same form, the longest questions first."
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number, 1 or more.")
-    groups = {}
+    groups: dict[tuple[int, str | None], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.n_images, request.source), []).append(i)
     for _, places in sorted(groups.items(), key=lambda item: -item[0][0]):
@@ -455,7 +455,7 @@ class Answerer(RequestRunner):
         "As `generate`, before decoding."
         options = sampling_arguments(sampling)
         tokenizer = self.processor.tokenizer
-        found = [[]] * len(requests)
+        found: list[list[int]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "answers"):
             prompts = [self.encoder.prompt_ids(requests[i], tokens) for i in batch]
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -512,7 +512,7 @@ class Answerer(RequestRunner):
         if empty := [i for i, row in enumerate(choices) if not row or not all(map(str.strip, row))]:
             raise ValueError(f"answers {empty} are empty; a likelihood needs words.")
         suppressed = self._suppressed()
-        found = [[]] * len(requests)
+        found: list[list[AnswerScore]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "likelihoods"):
             prompts, candidates = self._encode_choices(requests, choices, batch, tokens, end_of_turn)
             inputs = self._inputs([requests[i] for i in batch], tokens)

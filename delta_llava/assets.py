@@ -105,8 +105,9 @@ class Package:
         "The package's file, found without importing the package."
         module, *rest = self.file.split("/")
         spec = find_spec(module)
-        path = spec and Path(spec.submodule_search_locations[0]).joinpath(*rest)
-        if not path or not path.exists():
+        folders = spec.submodule_search_locations if spec else None
+        path = Path(folders[0]).joinpath(*rest) if folders else None
+        if path is None or not path.exists():
             raise ValueError(f"{self.file} is not installed; get it with `{self.how_to_get}`.")
         found = file_sha256(path)
         if found != self.sha256:
@@ -390,7 +391,7 @@ def _quiet():
 
 
 def _load_complete(
-    cls: type,  # Model class
+    cls,  # Model class, or one of transformers' Auto classes
     asset: Asset,  # Where its weights are
     dtype: torch.dtype = torch.float32,  # Of the weights
     **kwargs,  # For `from_pretrained`

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import which
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -481,9 +481,10 @@ class Launch:
             if self.stage == "pretrain"
             else (Finetune, "llava_v1_5_mix665k.json")
         )
+        settings: dict[str, Any] = dict(data=Path(data))
         given = {f.name: getattr(self, f.name, None) for f in fields(kind) if f.name != "stage"}
-        given = {name: value for name, value in given.items() if value is not None}
-        return kind(**dict(data=Path(data)) | given)
+        settings |= {name: value for name, value in given.items() if value is not None}
+        return kind(**settings)
 
 # %% ../nbs/52_cli.ipynb #8d3c6e35
 COMMANDS = dict(

@@ -139,7 +139,7 @@ def _regress(
 ) -> list[_RidgeRegression]:  # One for each layer; layers with the same input share one
     "Run the projector on all images, and regress from the inputs of each layer."
     regressions = [_RidgeRegression() for _ in layers]
-    inputs = []  # (layer, input) of the current pass
+    inputs: list[tuple[int, Tensor]] = []  # (layer, input) of the current pass
     for batch, target in zip(batches(features, batch_size), targets.split(batch_size), strict=True):
 
         def record(i, x, target=target):
@@ -299,11 +299,11 @@ def closed_form_init(
                 found = _regress(projector, layers, features, centered, [budget], text, batch_size, bar)
                 for layer, regression in zip(layers, found, strict=True):
                     _init_input_layer(layer, regression, ridge)
-            budgets = list(tokens) or [None]
-            (found,) = _regress(projector, [output_layer], features, centered, budgets, text, batch_size, bar)
-        if not found.n:
+            budgets: list[int | None] = [*tokens] or [None]
+            (last,) = _regress(projector, [output_layer], features, centered, budgets, text, batch_size, bar)
+        if not last.n:
             raise ValueError(
                 f"the output layer of {type(projector).__name__} never ran as a module; "
                 "input_output_layers must return the layer that writes the visual tokens."
             )
-        _init_output_layer(output_layer, found, ridge, embeddings.mean(0), centered.std())
+        _init_output_layer(output_layer, last, ridge, embeddings.mean(0), centered.std())

@@ -62,7 +62,8 @@ def _first_fit(
     room: int,  # Tokens of a sequence
 ) -> tuple[int, list[list[int]]]:  # Tokens with padding, and the numbers of the rows of each sequence
     "The longest row first, each row into the first sequence that has room for it."
-    used, members = [], []
+    used: list[int] = []
+    members: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         k = next((k for k, n in enumerate(used) if n + lengths[i] <= room), None)
         if k is None:
@@ -93,7 +94,9 @@ def concatenate_rows(
 ) -> dict[str, Tensor]:  # `input_ids`, `labels` and `position_ids`, padded on the right
     "A sequence for several rows; positions begin again at 0 with each row."
     width = max(sum(len(row["input_ids"]) for row in rows) for rows in sequences)
-    ids, labels, positions = [], [], []
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    positions: list[list[int]] = []
     for rows in sequences:
         ids.append([])
         labels.append([])

@@ -205,7 +205,7 @@ class ProjectorConfig(CompressorConfig):
 # %% ../nbs/01_config.ipynb #11c70ebf
 def relative_levels(
     depth: int,  # Blocks of the tower
-) -> tuple[int, int, int, int]:  # Indices into `hidden_states`, rising; the last one is the query level
+) -> tuple[int, ...]:  # Four indices into `hidden_states`, rising; the last one is the query level
     "The authors' choice of levels, carried over to a tower of `depth` blocks."
     if depth < 4:
         raise ValueError(
@@ -294,7 +294,7 @@ def paper_text_config(
     )
 
 # %% ../nbs/01_config.ipynb #ae45fa39
-_ABLATIONS = {
+_ABLATIONS: dict[str, dict[str, dict]] = {
     "EMHSA": {"emhsa": dict(mixing="no_emhsa")},
     "TB": {"block": dict(mixing="none"), "mhca": dict(mixing="no_mhca")},
     "DeltaProj": {
@@ -321,7 +321,7 @@ def ablation_config(
     return replace(config, **readings[reading])
 
 # %% ../nbs/01_config.ipynb #c5249a88
-COMPRESSORS = {  # Name -> class, or where to import it from
+COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it from
     "delta": "delta_llava.projector:DeltaProjector",
     "mlp": "delta_llava.compressors.mlp:MLP",
     "m3": "delta_llava.compressors.m3:M3",
@@ -333,7 +333,7 @@ COMPRESSORS = {  # Name -> class, or where to import it from
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
     "fastv": "delta_llava.compressors.fastv:FastV",
 }
-VARIANTS = {  # Name -> a compressor above, and fields of its config
+VARIANTS: dict[str, tuple[str, dict]] = {  # Name -> a compressor above, and fields of its config
     "prumerge+": ("prumerge", dict(plus=True)),
     "delta-no-emhsa": ("delta", dict(mixing="no_emhsa")),
     "delta-no-tb": ("delta", dict(mixing="none")),

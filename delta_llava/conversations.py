@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value
@@ -221,7 +221,9 @@ class _TextBuffer:
     def peek(self) -> str:  # Empty at the end of the file
         "The next character that is not white space; the position moves there."
         while True:
-            self.position = _WHITE_SPACE.match(self.text, self.position).end()
+            space = _WHITE_SPACE.match(self.text, self.position)
+            assert space is not None  # no white space is a match, too
+            self.position = space.end()
             if self.position < len(self.text):
                 return self.text[self.position]
             if not self.read_more():
@@ -294,7 +296,7 @@ def _rows_of_lines(
 # %% ../nbs/30b_conversations.ipynb #52f84f12
 def read_rows(
     file: str | Path,  # A JSON list, or JSON lines if its name ends in `.jsonl`
-) -> Iterator[tuple[object, str]]:  # As `json.loads` gives it, and as it is written
+) -> Iterator[tuple[Any, str]]:  # As `json.loads` gives it, and as it is written
     "The rows of a file one by one; the file is never held as a whole."
     file = Path(file)
     if not file.is_file():
@@ -356,7 +358,8 @@ def _checked_rows(
     keys: Iterable[str],  # Of planted scenes, if the first row is of one
 ) -> Iterator[dict]:
     "Rows for the table. After the first problem the others are only counted; at the end they are one error."
-    problems, bad, n = [], 0, 0
+    problems: list[str] = []
+    bad = n = 0
     for index, (row, _) in enumerate(read_rows(file)):
         n = index + 1
         try:

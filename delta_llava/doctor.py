@@ -14,8 +14,8 @@ import os
 import re
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -170,7 +170,7 @@ def length_problems(
 
 
 def row_problems(
-    row: object,  # One entry of the JSON list
+    row: Any,  # One entry of the JSON list
     folder: str | Path,  # Image folder
     text_rows: bool = True,  # Allow rows without an image
     processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
@@ -182,7 +182,7 @@ def row_problems(
         path = check_row(row, folder, text_rows)
     except RowError as e:
         return [Problem(e.kind, str(e))]
-    problems = []
+    problems: list[Problem] = []
     if path is not None:
         problems += (check_image or image_problems)(row["image"], folder)
     for k, turn in enumerate(row["conversations"]):
@@ -336,7 +336,9 @@ def _check_one(
     row = json.loads(text)
     fields = row if isinstance(row, dict) else {}
     content, length = _content_hash(fields), len(text)
-    problems, repairs, outcome = find_problems(row), [], "kept"
+    problems: list[Problem] = find_problems(row)
+    repairs: list[str] = []
+    outcome: Literal["kept", "repaired", "left out"] = "kept"
     if any(p.is_error for p in problems):
         outcome = "left out"
         repaired, tried = repair_row(row, folder) if fields else (row, [])
@@ -376,6 +378,9 @@ def _check_chunk(
     return [_check_one(index, text, folder, find_problems) for index, text in chunk]
 
 # %% ../nbs/33_doctor.ipynb #ca9d3a4f
+_check_chunk_here: Callable  # `_check_chunk` with its options, in a worker process
+
+
 def _start_worker(
     options: dict,  # Of `_check_chunk`
 ) -> None:
@@ -396,7 +401,7 @@ def _in_order(
     ahead: int,  # Most chunks in progress
 ) -> Iterator[list[RowResult]]:
     "Results in the order of the chunks."
-    pending = deque()
+    pending: deque[Future] = deque()
     for chunk in chunks:
         pending.append(pool.submit(_work, chunk))
         if len(pending) >= ahead:
@@ -409,13 +414,13 @@ def _iterate_results(
     file: str | Path,  # JSON list of rows, or JSON lines
     workers: int,  # Processes; 1 works in this one
     options: dict,  # Of `_check_chunk`
-) -> Iterator[RowResult]:
+) -> Generator[RowResult, None, None]:
     "Results of all rows, in the order of the file."
     texts = enumerate(text for _, text in read_rows(file))
     chunks = iter(lambda: list(islice(texts, 64)), [])
     with ExitStack() as stack:
         if workers == 1:
-            results = (_check_chunk(chunk, **options) for chunk in chunks)
+            results: Iterator[list[RowResult]] = (_check_chunk(chunk, **options) for chunk in chunks)
         else:
             pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options,))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
@@ -434,7 +439,7 @@ def check_rows(
     folder: str | Path,  # Image folder
     workers: int = 1,  # Processes; 1 works in this one
     **options,  # `text_rows`, `processor` and `max_length` of `row_problems`
-) -> Iterator[RowResult]:  # In the order of the file
+) -> Generator[RowResult, None, None]:  # In the order of the file
     "Check every row of a file."
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more.")
@@ -598,7 +603,8 @@ def _collect(
     size: int,  # Of the file, bytes: for the progress bar
 ) -> None:
     "Count every row, look for duplicates, and write the index."
-    ids, contents = {}, {}
+    ids: dict[bytes, int] = {}
+    contents: dict[bytes, int] = {}
     with tqdm(desc="doctor", total=size, unit="B", unit_scale=True) as bar:
         for result in results:
             _add_duplicates(result, ids, contents)

@@ -136,7 +136,7 @@ def answer_cam(
     "Grad-CAM of each word at the projector's output (Fig. 1): one forward pass, one backward pass per word."
     positions = _scored_positions(inputs["input_ids"], words)
     projector = find_projector(model) if projector is None else projector
-    maps = []
+    maps: list[Tensor] = []
     with frozen_eval(model), leaf_output(projector) as outputs, torch.enable_grad():
         scores = _token_scores(model, inputs, positions, log_prob)
         if len(outputs) != 1:

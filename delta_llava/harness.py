@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -124,6 +125,11 @@ def model_settings(
 class TaskRequests:
     "Reads lmms-eval's requests, and writes settings to where lmms-eval takes them into its result."
 
+    answerer: Answerer
+    settings: Callable[[], dict]  # Of the model
+    task_dict: dict  # Of lmms-eval: task -> split -> rows
+    task_settings: dict[str, dict]  # Task -> its settings
+
     def _document(self, request):
         "The row of the task that a request belongs to."
         *_, doc, task, split = request.args
@@ -179,6 +185,8 @@ class TaskRequests:
 class HarnessModel(TaskRequests):
     "What lmms-eval calls: requests in, answers out, and every setting that affects a score in the result."
 
+    cache_hook: Any  # Of lmms-eval: stores answers
+
     def __init__(
         self,
         pretrained: str,  # As for `runs.load`
@@ -213,7 +221,7 @@ class HarnessModel(TaskRequests):
         if self.batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number, 1 or more.")
         self.answerer = Answerer(model, processor, system_prompt)
-        self.task_settings = {}
+        self.task_settings: dict[str, dict] = {}
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +239,7 @@ class HarnessModel(TaskRequests):
     ) -> list[str]:
         "The model's answer to each request."
         self._write_settings(requests)
-        groups = {}  # requests with the same generation settings
+        groups: dict[str, list[int]] = {}  # requests with the same generation settings
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         answers = [""] * len(requests)

@@ -217,7 +217,7 @@ class NTB(nn.Module):
             image = x.permute(0, 3, 1, 2)
             x = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
         t = self.attn_branch(x)
-        if self.emhsa is not None:
+        if self.emhsa is not None and self.norm is not None:  # both or neither
             t = t + self.drop_attn(self.emhsa(self.norm(t), reduction))
         p = self.conv_branch(t)
         if self.mhca is not None:

@@ -8,7 +8,7 @@ __all__ = ['TEMPLATES', 'JOIN_PARTS', 'ROLES', 'text_of_content', 'as_message', 
            'tokenize_conversation', 'expand_row', 'encode_conversation', 'tower_sizes', 'build_pretrained']
 
 # %% ../nbs/23_processor.ipynb #d0b9a66f
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from io import IOBase
 from os.path import commonprefix
@@ -174,6 +174,15 @@ def flatten_images(
 class PromptMixin:
     "Conversations to prompts, and texts to token ids; for training and inference alike."
 
+    # What the processor below provides
+    tokenizer: PreTrainedTokenizerBase
+    apply_chat_template: Callable[..., str]
+    image_token: str
+    image_token_id: int
+    tokens: int
+    placeholders: int | None
+    questions: bool
+
     def build_prompt(
         self,
         conversation: str | list[dict],  # A question, LLaVA's turns, or `role`/`content` messages
@@ -304,7 +313,9 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         if images:
             batch |= self.image_processor(images, return_tensors=return_tensors)
         if images and self.questions:
-            of_images = [question for question, n in zip(questions, counts, strict=True) for _ in range(n)]
+            of_images = [
+                question for question, n in zip(questions or [], counts, strict=True) for _ in range(n)
+            ]
             batch |= self.encode_questions(of_images)
         return BatchFeature(batch)
 
@@ -386,7 +397,7 @@ def build_processor(
 
 # %% ../nbs/23_processor.ipynb #5e889791
 def answer_spans(
-    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    processor: PromptMixin,  # With tokenizer and chat template
     messages: list[dict],  # From `as_messages`
 ) -> tuple[
     list[int], list[tuple[int, int]]
@@ -415,7 +426,7 @@ def answer_spans(
 
 # %% ../nbs/23_processor.ipynb #9393b3e0
 def tokenize_conversation(
-    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    processor: PromptMixin,  # With tokenizer and chat template
     conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
 ) -> dict[str, list[int]]:  # `input_ids` with one image token for each image, and `labels`
     "Token ids of a conversation, and labels on its answers; the same at every budget."
@@ -447,7 +458,7 @@ def expand_row(
 
 
 def encode_conversation(
-    processor: DeltaLlavaProcessor,  # With tokenizer and chat template
+    processor: PromptMixin,  # With tokenizer and chat template
     conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
     tokens: int | None = None,  # Budget $V$; `None` takes the processor's
     max_length: int | None = None,  # Most tokens; the end is cut, never an image

@@ -206,6 +206,7 @@ class DeltaProjector(Compressor):
     "The Delta-LLaVA projector: patch tokens of several levels to a budget of visual tokens (§4)."
 
     Config = ProjectorConfig
+    config: ProjectorConfig
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class DeltaProjector(Compressor):
         config, g = self.config, grid_side(x.shape[1])
         position = pos_embed(config.grid, g, config.d_vision, x.device, x.dtype)
         scale = math.ceil(grid_side(patches) / g)
-        reduction = min(g, scale if config.kv_reduction == "scale" else config.kv_reduction)
+        reduction = min(g, scale if isinstance(config.kv_reduction, str) else config.kv_reduction)
         if config.order == "project-mix":
             return mix_tokens(self.mix, self.q(x + position), reduction)
         return self.q(mix_tokens(self.mix, x, reduction) + position)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
@@ -63,7 +62,7 @@ def commit(
     package:str|Path|None=None,  # Folder of the package; `None` takes this one's
 )->str:  # Hash, with `-dirty` if files differ from it
     "Commit of this package's repository; outside of it the value of `DELTA_LLAVA_COMMIT`, or a remark."
-    package = Path(find_spec("delta_llava").origin).parent if package is None else Path(package)
+    package = Path(str(files("delta_llava"))) if package is None else Path(package)
     top = _git(package, "rev-parse", "--show-toplevel")
     own = top and Path(top).resolve() == package.resolve().parent
     if own and _git(package, "ls-files", "__init__.py"):
@@ -317,7 +316,7 @@ def _card_scores(
     run:dict,  # From `read_run`
 )->list[tuple[str, ...]]:  # Rows of the card's second table
     "What was measured on held-out scenes."
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, budgets in run["result"].get("scores", {}).items():
         for tokens, s in budgets.items():
             pointing = f"{s['pointing_accuracy']:.0%} ({s['pointing_chance']:.0%})"

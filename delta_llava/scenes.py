@@ -163,7 +163,7 @@ def _try_boxes(
     rng: np.random.Generator,  # Draws sizes and places
 ) -> list[tuple[int, int, int, int]] | None:  # `None` if one of them found no place
     "A box for each drawing."
-    boxes = []
+    boxes: list[tuple[int, int, int, int]] = []
     for drawing in drawings:
         longest = rng.integers(min_side, _largest_side(size, len(drawings)) + 1)
         scale = longest / max(drawing.size)
@@ -257,7 +257,7 @@ def _landscape(rng: np.random.Generator, size: int) -> np.ndarray:
     sky = _SKY_COLORS[rng.integers(len(_SKY_COLORS))]
     ground = _GROUND_COLORS[rng.integers(len(_GROUND_COLORS))]
     hills = _smooth_noise(rng, 5, size)[0, :, 0][None, :, None]
-    horizon = size // 2 + hills * size // 256
+    horizon: np.ndarray = size // 2 + hills * size // 256
     haze = _smooth_noise(rng, 5, size) // 3 + y * 60 // size
     grain = _smooth_noise(rng, 12, size) // 3 + _smooth_noise(rng, 48, size) // 4 - (y - horizon) * 40 // size
     return np.where(y < horizon, sky + haze, ground + grain)

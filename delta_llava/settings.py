@@ -103,7 +103,7 @@ def _prunes_in_decoder(
 
 
 def _check_combinations(
-    stage: StageSettings,  # To check
+    stage: "Stage",  # To check
 ):
     "Settings that exclude each other."
     if stage.lora_rank and stage.stage == "pretrain":

@@ -35,14 +35,14 @@ def _pope_absent(
 ) -> Iterator[tuple[Scene, dict[str, list[str]]]]:  # Kind -> absent objects to draw from
     "The absent objects of each scene, chosen in POPE's three ways."
     frequency = Counter(o.name for scene in scenes for o in scene.objects)
-    together = Counter()
+    together: Counter[tuple[str, str]] = Counter()
     for scene in scenes:
         together.update(permutations([o.name for o in scene.objects], 2))
     for scene in scenes:
         absent = absent_names(scene)
         cooccurrence = {name: sum(together[name, o.name] for o in scene.objects) for name in absent}
         popular = sorted(absent, key=lambda name: -frequency[name])[:5]
-        adversarial = sorted(absent, key=lambda name, counts=cooccurrence: -counts[name])[:3]
+        adversarial = sorted(absent, key=cooccurrence.__getitem__, reverse=True)[:3]
         yield scene, dict(random=absent, popular=popular, adversarial=adversarial)
 
 

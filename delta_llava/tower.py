@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .assets import GRIDS, Asset, cache_dir, default_tower, load_tower_model, resolve, tower_config
+from .compressors.base import Compressor
 from .config import CompressorConfig
 from .files import open_safetensors, read_safetensors, write_atomic
 from .grid import VisionFeatures, grid_side
@@ -59,7 +60,7 @@ def _depth_for(
 
 
 def required_depth(
-    compressor: type,  # Class of the projector, a `Compressor`
+    compressor: type[Compressor],  # Class of the projector
     config: CompressorConfig,  # Its levels
     depth: int,  # Blocks of the tower
 ) -> int:
@@ -316,9 +317,11 @@ def _use_image(
     use: Callable,  # Called with the opened image, whose pixels are not decoded yet
 ):
     "Open an image, check its size and use it; errors name the image."
-    is_path = isinstance(image, (str, Path))
-    name = repr(str(image)) if is_path else type(image).__name__
-    source = resolve_image_path(image, root) if is_path else image
+    name = type(image).__name__
+    source = image
+    if isinstance(image, (str, Path)):
+        name = repr(str(image))
+        source = resolve_image_path(image, root)
     try:
         is_open = isinstance(source, Image.Image)
         with nullcontext(source) if is_open else Image.open(source, formats=FORMATS) as opened:
@@ -534,7 +537,7 @@ def _entries(
 ) -> list[dict[str, Tensor]]:  # One for each image
     "What is stored of each image; the attention stays in float32, because patches are ranked by it."
     stored = dict(levels=features.levels.to(dtype))
-    if features.keys is not None:
+    if features.cls_attention is not None and features.keys is not None:  # both or neither
         stored["cls_attention"] = features.cls_attention.float()
         stored["keys"] = features.keys.to(dtype)
     if not all(x.isfinite().all() for x in stored.values()):

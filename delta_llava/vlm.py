@@ -152,7 +152,7 @@ def tower_fingerprint(
     tower: nn.Module,  # Vision tower with whole weights
 ) -> dict[str, float] | None:  # Block -> number; `None` if the weights are not in memory
     "One number for each block of a tower, which other weights change and another precision does not."
-    sums = {}
+    sums: dict[str, float] = {}
     for name, weight in tower.named_parameters():
         if weight.is_meta:
             return None
@@ -249,7 +249,7 @@ def reload_projector(
 ) -> None:
     "Load the projector by its own `load_state_dict`, which knows the names of older versions."
     patterns = adapter.old_state_dict_map(model.config.text_config)
-    state = {}
+    state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= adapter.rename_keys(read_safetensors(file), patterns)
     state = {name.removeprefix(PROJECTOR): weight for name, weight in state.items() if PROJECTOR in name}
@@ -289,7 +289,7 @@ def visual_tokens(
         raise ValueError("give either pixel_values or vision_features, not both and not neither.")
     tower = model.vision_tower
     projector = model.multi_modal_projector
-    if vision_features is None:
+    if pixel_values is not None:
         attention = "attention" in projector.requires
         with torch.no_grad():
             levels = model.config.vision_feature_layer
@@ -327,7 +327,7 @@ def place_visual_tokens(
     return embeds.masked_scatter(image_mask[..., None].to(embeds.device), visual.to(embeds))
 
 # %% ../nbs/22_vlm.ipynb #950f8df5
-class VisualInputs:
+class VisualInputs(nn.Module):
     "The part of the model before the LLM: images to visual tokens, and visual tokens into the sequence."
 
     def train(
@@ -457,7 +457,7 @@ class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None  # `[n, d]` Visual tokens of all images, in order
 
 # %% ../nbs/22_vlm.ipynb #9a38076a
-class VisualGeneration:
+class VisualGeneration(nn.Module):
     "`generate` with images, with a budget, and without `<image>`."
 
     @torch.no_grad()
@@ -526,7 +526,7 @@ def embeddings_of_prompt(
         handle.remove()
 
 # %% ../nbs/22_vlm.ipynb #9f9f8b92
-class LanguageModelAccess:
+class LanguageModelAccess(nn.Module):
     "Embeddings, head and decoder are the LLM's."
 
     def get_input_embeddings(self):
@@ -578,9 +578,9 @@ class DeltaLlavaForConditionalGeneration(
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.vision_tower.requires_grad_(False)
-        self.multi_modal_projector = build_compressor(config.compressor, config.projector)
+        self.multi_modal_projector = build_compressor(config.compressor, config.projector_config())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
-        self.known_fingerprint = None  # of the tower, once its weights are there
+        self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are there
         self.post_init()
 
     def forward(
@@ -788,8 +788,9 @@ def same_weights(
     b: dict[str, float] | None,  # Of another, which may have more or fewer blocks
 ) -> bool:
     "Whether two fingerprints agree in the blocks that both towers have."
-    shared = (a or {}).keys() & (b or {}).keys()
-    return all(abs(a[block] - b[block]) < FINGERPRINT_TOLERANCE for block in shared)
+    a = a or {}
+    b = b or {}
+    return all(abs(a[block] - b[block]) < FINGERPRINT_TOLERANCE for block in a.keys() & b.keys())
 
 
 def check_projector_fits(

@@ -61,7 +61,7 @@ from delta_llava.compressors.base import (
     from_reference,
     to_reference,
 )
-from ..compressors.mlp import MLP
+from ..compressors.mlp import MLPConfig
 from ..config import CompressorConfig, ProjectorConfig
 from ..files import check_new_folder, new_folder, read_json, write_json
 from ..processor import build_processor
@@ -484,7 +484,7 @@ def check_exportable(
             "train with standardize=False."
         )
     if to == "llava-hf":
-        if name != "mlp" or config.depth != 2:
+        if name != "mlp" or not isinstance(config, MLPConfig) or config.depth != 2:
             raise ValueError(
                 f"compressor={name!r}: llava-hf knows the MLP of two layers only; "
                 "use --to authors, or keep ours."
@@ -512,7 +512,7 @@ def _projector_fields(
         return dict(scale_factor=_scale_factor(config), mm_projector_type=kind)
     if name == "mqt":
         return dict(num_visual_tokens=config.tokens, mm_projector_type="mqt")
-    if issubclass(compressor_class(name), MLP):
+    if isinstance(config, MLPConfig):
         return dict(mm_projector_type="linear" if config.depth == 1 else f"mlp{config.depth}x_gelu")
     return dict(mm_projector_type=name)
 

@@ -265,7 +265,7 @@ def _derived(
     levels: tuple[int, ...] | None,  # Published ones
 ) -> dict:  # Fields of the config
     "What shapes and hints determine together."
-    out = {}
+    out: dict = {}
     if "grid" in hints or "grid" in sizes:
         out["grid"] = grid
     if levels is not None and len(levels) == 1 and ("level" in hints or "depth" in hints):
@@ -426,7 +426,7 @@ def llm_config(
     config: dict,  # The authors' `config.json`: fields of the LLM and of LLaVA side by side
 ) -> PreTrainedConfig:
     "The LLM's part of the authors' config."
-    kind = AUTHORS_LLM.get(config.get("model_type"))
+    kind = AUTHORS_LLM.get(config.get("model_type", ""))
     if kind is None:
         raise ValueError(
             f"model_type={config.get('model_type')!r} in config.json; known are "

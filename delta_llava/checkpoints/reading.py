@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,10 +108,10 @@ class Weights:
         source: str | Path,  # As for `checkpoint_files`
     ):
         self.source = Path(source)
-        self.shapes = {}  # name -> shape
-        self.file_of = {}  # name -> file
-        self.open_path = None
-        self.open_file = None
+        self.shapes: dict[str, tuple[int, ...]] = {}  # name -> shape
+        self.file_of: dict[str, Path] = {}  # name -> file
+        self.open_path: Path | None = None
+        self.open_file: Any = None
         for path in checkpoint_files(source):
             self._index(path)
 
@@ -167,8 +167,8 @@ class _PartWriter:
         self.folder = folder
         self.save = save
         self.part_size = part_size
-        self.parts = []  # names of the tensors in each written part
-        self.current = {}
+        self.parts: list[list[str]] = []  # names of the tensors in each written part
+        self.current: dict[str, Tensor] = {}
         self.current_size = self.total_size = 0
 
     def add(self, name: str, tensor: Tensor):
@@ -202,7 +202,7 @@ def write_weights(
     writer.flush()
     n = len(writer.parts)
     files = [single] if n == 1 else [f"{stem}-{i + 1:05}-of-{n:05}{suffix}" for i in range(n)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, (file, names) in enumerate(zip(files, writer.parts, strict=True)):
         (folder / f"part-{i}").replace(folder / file)
         weight_map |= dict.fromkeys(names, file)

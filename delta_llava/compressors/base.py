@@ -28,8 +28,8 @@ def feature_statistics(
 ) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:  # Mean and standard deviation, in float64
     "Mean and standard deviation of each channel over all patches; 1 is given for a constant channel."
     n = 0
-    total = 0
-    squares = 0
+    total = torch.zeros((), dtype=torch.double)
+    squares = torch.zeros((), dtype=torch.double)
     for batch in batches(features, batch_size):
         x = VisionFeatures.of(batch).levels.flatten(0, 1).to(device, torch.double)
         n += len(x)
@@ -47,12 +47,13 @@ class Compressor(nn.Module):
     "Patch tokens to a budget of visual tokens: the base of Delta-LLaVA's projector and its alternatives."
 
     Config = CompressorConfig  # Class of its config
-    requires = ()  # What else it reads: `"text"`, the tower's `"attention"`, the LLM's `"decoder"` layers
+    config: CompressorConfig  # Its sizes and switches; a subclass names its own class
+    requires: tuple[str, ...] = ()  # What else it reads: `"text"`, `"attention"` (tower), `"decoder"` (LLM)
     spatial = True  # Whether its tokens are a grid over the image, row by row
     nested = False  # Whether a training step averages the losses of all its budgets
-    state_dict_map = {}  # Prefix of our names -> prefix of the reference's
+    state_dict_map: dict[str, str] = {}  # Prefix of our names -> prefix of the reference's
     prefix = ""  # Prefix of the whole module in the reference's checkpoint
-    legacy_state_dict_map = {}  # Our name -> the name in checkpoints of older versions of this package
+    legacy_state_dict_map: dict[str, str] = {}  # Our name -> the name in checkpoints of older versions
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class Compressor(nn.Module):
 
 # %% ../../nbs/05_compressor.ipynb #7e98ef0a
 CostFormula = Callable[[CompressorConfig, int, int], dict[str, int]]  # Config, patches, tokens -> FLOPs
-COST_FORMULAS = {}  # Name -> cost formula of a registered compressor
+COST_FORMULAS: dict[str, CostFormula] = {}  # Name -> cost formula of a registered compressor
 
 # %% ../../nbs/05_compressor.ipynb #d6a27d0c
 def compressor_class(

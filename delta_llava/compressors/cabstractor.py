@@ -141,6 +141,7 @@ class CAbstractor(Compressor):
     "Honeybee's C-Abstractor: blocks, average pooling, blocks, and an MLP (@eq-cabs)."
 
     Config = CAbstractorConfig
+    config: CAbstractorConfig
     state_dict_map = {"before.": "net.0.", "after.": "net.2."}  # our prefix -> the reference's
     prefix = "abstractor."  # of the projector in the reference's checkpoint
 

@@ -49,6 +49,7 @@ class MLP(Compressor):
     "LLaVA-1.5's projector: every patch token through an MLP (@eq-mlp)."
 
     Config = MLPConfig
+    config: MLPConfig
     state_dict_map = {"mlp.": ""}  # our prefix -> the reference's
     prefix = "model.mm_projector."  # of the projector in the reference's checkpoint
 

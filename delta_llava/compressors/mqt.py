@@ -143,6 +143,7 @@ class MQT(Compressor):
     "MQT-LLaVA's resampler: the first $V$ learned queries (@eq-mqt)."
 
     Config = MQTConfig
+    config: MQTConfig
     spatial = False
     state_dict_map = {  # our prefix -> the reference's
         "resample.attend.qkv.": "attn.in_proj_",

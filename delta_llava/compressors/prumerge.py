@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .mlp import MLP, MLPConfig
+from ..config import CompressorConfig
 from ..grid import FeaturesLike, VisionFeatures
 
 # %% ../../nbs/17_prumerge.ipynb #3a473720
@@ -123,7 +124,7 @@ class PruMergeConfig(MLPConfig):
     def from_dict(
         cls,
         d: dict,  # What `to_dict` gave; earlier versions wrote `neighbours`
-    ) -> "PruMergeConfig":
+    ) -> CompressorConfig:  # Of this class
         "The config that `to_dict` wrote."
         return super().from_dict({"neighbors" if k == "neighbours" else k: v for k, v in d.items()})
 
@@ -132,6 +133,7 @@ class PruMerge(MLP):
     "LLaVA's MLP on the patches with the most CLS attention, the others merged into them (@eq-merge)."
 
     Config = PruMergeConfig
+    config: PruMergeConfig
     spatial = False
     requires = ("attention",)
 

@@ -59,6 +59,7 @@ class QueCC(Compressor):
     "Queries that depend on the question, each attending to the patches of its own cell (@eq-quecc)."
 
     Config = QueCCConfig
+    config: QueCCConfig
     requires = ("text",)
     state_dict_map = {  # our prefix -> the reference's
         "q.": "0.q_proj.",

@@ -64,6 +64,7 @@ class QwenResampler(Compressor):
     "Qwen-VL's resampler: learned queries over patches with content and position (@eq-qwen)."
 
     Config = QwenConfig
+    config: QwenConfig
     spatial = False
     state_dict_map = {  # our prefix -> the reference's
         "resample.attend.qkv.": "attn_pool.attn.in_proj_",

@@ -47,6 +47,7 @@ class TokenPacker(Compressor):
     "Queries from the downsampled image, each attending to the patches of its own cell (@eq-packer)."
 
     Config = TokenPackerConfig
+    config: TokenPackerConfig
     state_dict_map = {  # our prefix -> the reference's
         "q.0.": "q_proj_1.",
         "q.1.": "ln_q_1.",

@@ -12,6 +12,7 @@ upper limit.
 
 Each training and its scores stay in the folder, so a benchmark that was interrupted can be continued.
 """
+
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ class Captions:
     @property
     def patches(self):
         "Patch tokens of the vision tower, all of which LLaVA-1.5 keeps."
-        return dinov2_s14(self.image_size).grid**2
+        return dinov2_s14(self.image_size).grid ** 2
 
     def settings(self):
         "Two trainings for each seed."
@@ -57,7 +58,7 @@ class Captions:
         runs = []
         for seed in self.seeds:
             for compressor, budgets in (("delta", delta), ("fastv", fastv)):
-                run = dict(output_dir=self.folder/f"{compressor}-{seed}", seed=seed, compressor=compressor)
+                run = dict(output_dir=self.folder / f"{compressor}-{seed}", seed=seed, compressor=compressor)
                 runs.append(Quickstart(**run, **budgets, **common))
         return runs
 
@@ -68,9 +69,14 @@ class Captions:
         if "captions" not in run["result"]:
             captions = evaluate_run(settings.output_dir)
             run = add_results(settings.output_dir, captions=captions, evaluated_by=commit())
-        origin = dict(seed=settings.seed, compressor=settings.compressor, trained_by=run["commit"],
-                      scored_by=run["result"]["evaluated_by"], train_seconds=round(run["seconds"]),
-                      losses=run["result"]["losses"])
+        origin = dict(
+            seed=settings.seed,
+            compressor=settings.compressor,
+            trained_by=run["commit"],
+            scored_by=run["result"]["evaluated_by"],
+            train_seconds=round(run["seconds"]),
+            losses=run["result"]["losses"],
+        )
         return run["result"]["captions"], origin
 
     def __call__(self):
@@ -82,8 +88,16 @@ class Captions:
         own = [f.name for f in fields(self) if f.name not in ("folder", "record", "seeds")]
         common = json.loads(json.dumps(asdict(self.settings()[0]), default=str))
         parts = {name: common[name] for name in ("tower", "llm", "learning_rate", "closed_form_init")}
-        write_record(self.record, self.seeds, rows, patches=self.patches, fastv_layer=FastVConfig().layer,
-                     **{name: getattr(self, name) for name in own}, **parts, trainings=trainings)
+        write_record(
+            self.record,
+            self.seeds,
+            rows,
+            patches=self.patches,
+            fastv_layer=FastVConfig().layer,
+            **{name: getattr(self, name) for name in own},
+            **parts,
+            trainings=trainings,
+        )
         print(f"wrote {self.record}")
 
 

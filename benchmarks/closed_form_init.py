@@ -3,6 +3,7 @@ M3's averaged MLP, paired by seed.
 
     python benchmarks/closed_form_init.py            # writes runs/calibration.json
 """
+
 import tempfile
 from dataclasses import dataclass
 from itertools import product
@@ -32,16 +33,32 @@ class Benchmark:
         runs = list(product(self.seeds, ("delta", "m3"), ("authors", "closed_form")))
         results = [self.train(*run) for run in tqdm(runs, desc="runs")]
         settings = Quickstart()
-        write_record(self.record, self.seeds, results, max_steps=self.steps, batch_size=settings.batch_size,
-                     tokens=self.tokens, learning_rate=settings.learning_rate, train_images=self.train_images)
+        write_record(
+            self.record,
+            self.seeds,
+            results,
+            max_steps=self.steps,
+            batch_size=settings.batch_size,
+            tokens=self.tokens,
+            learning_rate=settings.learning_rate,
+            train_images=self.train_images,
+        )
 
     def settings(self, seed, compressor, start, folder):
         "Settings of one run."
         return Quickstart(
-            output_dir=Path(folder), seed=seed, compressor=compressor,
-            closed_form_init=start == "closed_form", max_steps=self.steps, logging_steps=1,
-            train_images=self.train_images, test_images=self.test_images, tokens=self.tokens,
-            train_budgets=(), eval_budgets=())
+            output_dir=Path(folder),
+            seed=seed,
+            compressor=compressor,
+            closed_form_init=start == "closed_form",
+            max_steps=self.steps,
+            logging_steps=1,
+            train_images=self.train_images,
+            test_images=self.test_images,
+            tokens=self.tokens,
+            train_budgets=(),
+            eval_budgets=(),
+        )
 
     def train(self, seed, compressor, start):
         "Losses and held-out scores of one run."

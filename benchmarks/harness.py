@@ -5,6 +5,7 @@
 Beside the five tasks, captions are asked for once more with the question of the quickstart's training, as
 `scenes_caption_asked`.
 """
+
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from delta_llava.tasks import TASK_NAMES, write_tasks
 @dataclass(frozen=True, kw_only=True)
 class HarnessRun:
     "Score a trained model on the offline tasks at several budgets."
+
     pretrained: Path = Path("runs/quickstart")  # Folder of a trained model
     tokens: tuple[int, ...] = (36, 9)  # Budgets
     n: int = 20  # Scenes
@@ -45,8 +47,9 @@ class HarnessRun:
 
     def score(self, tasks: str, names: tuple[str, ...], out: str, tokens: int) -> tuple[dict, dict]:
         "Scores and settings of one run of lmms-eval."
-        cmd = harness_cmd(self.pretrained, out, tasks, names, self.batch_size, python=sys.executable,
-                          tokens=tokens)
+        cmd = harness_cmd(
+            self.pretrained, out, tasks, names, self.batch_size, python=sys.executable, tokens=tokens
+        )
         subprocess.run(cmd, env=os.environ | dict(HF_HUB_OFFLINE="1"), check=True)
         return read_result(out)
 

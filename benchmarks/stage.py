@@ -14,6 +14,7 @@ ceiling is the fastest of some large matrix products, and the fraction of it cou
 step, recomputation included. On a CPU the time is that of the process on one thread, which other work on
 the machine affects only through caches and clock rates.
 """
+
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ read_clock = perf_counter if CUDA else process_time
 def seconds_of(text):
     "Seconds of `h:mm:ss`."
     h, m, s = map(int, text.split(":"))
-    return 3600*h + 60*m + s
+    return 3600 * h + 60 * m + s
 
 
 def paper_ratio(tokens, base, kind):
@@ -62,7 +63,7 @@ def paper_ratio(tokens, base, kind):
     if tokens not in PAPER_TIMES or base not in PAPER_TIMES:
         return None
     column = int(kind == "finetune")
-    return round(seconds_of(PAPER_TIMES[tokens][column])/seconds_of(PAPER_TIMES[base][column]), 3)
+    return round(seconds_of(PAPER_TIMES[tokens][column]) / seconds_of(PAPER_TIMES[base][column]), 3)
 
 
 def synchronize():
@@ -80,11 +81,11 @@ def timed_step(model, optimizer, batch, bf16):
     with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
         loss = model(**batch).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     optimizer.step()
     optimizer.zero_grad()
     synchronize()
-    return read_clock() - start, torch.cuda.max_memory_allocated()/2**30 if CUDA else None
+    return read_clock() - start, torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
 
 
 def merge_conversations(rows):
@@ -106,9 +107,14 @@ def random_batch(config, kind, tokens, n, side):
     text = torch.randint(image, (n, lengths.text))
     ids = torch.cat([text[:, :1], torch.full((n, tokens), image), text[:, 1:]], 1)
     unsupervised = torch.full((n, ids.shape[1] - lengths.answer), -100)
-    labels = torch.cat([unsupervised, ids[:, -lengths.answer:]], 1)
-    return dict(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids),
-                pixel_values=torch.randn(n, 3, side, side), tokens=tokens)
+    labels = torch.cat([unsupervised, ids[:, -lengths.answer :]], 1)
+    return dict(
+        input_ids=ids,
+        labels=labels,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(n, 3, side, side),
+        tokens=tokens,
+    )
 
 
 @dataclass
@@ -128,14 +134,16 @@ class StageSteps:
 
     def __post_init__(self):
         if self.repeats < 1 or len(self.tokens) < 2:
-            raise ValueError(f"repeats={self.repeats} must be at least 1, and tokens={self.tokens} two "
-                             f"budgets or more: ratios are to the first.")
+            raise ValueError(
+                f"repeats={self.repeats} must be at least 1, and tokens={self.tokens} two "
+                f"budgets or more: ratios are to the first."
+            )
         self.bf16 |= self.full
         self.tower = self.tower or ("hub:openai/clip-vit-large-patch14-336" if self.full else default_tower())
         self.llm = self.llm or ("hub:lmsys/vicuna-7b-v1.5" if self.full else default_llm())
         self.device = torch.device("cuda" if CUDA else "cpu")
         patch = pretrained_config(self.tower).patch_size
-        self.n_patches = (image_side(self.stage("pretrain", 1))//patch)**2
+        self.n_patches = (image_side(self.stage("pretrain", 1)) // patch) ** 2
 
     def rows_per_step(self, kind):
         if self.batch_size:
@@ -149,10 +157,22 @@ class StageSteps:
         "The settings of a stage; nothing is read from its paths."
         size = self.rows_per_step(kind)
         return (Finetune if kind == "finetune" else Pretrain)(
-            data=Path(), output_dir=Path(), tower=self.tower, llm=self.llm, compressor=compressor,
-            tokens=tokens, projector=None, image_size=self.image_size, template="v1", batch_size=size,
-            per_device_batch_size=size, bf16=False, sharding="none", seed=self.seed,
-            gradient_checkpointing=self.gradient_checkpointing)
+            data=Path(),
+            output_dir=Path(),
+            tower=self.tower,
+            llm=self.llm,
+            compressor=compressor,
+            tokens=tokens,
+            projector=None,
+            image_size=self.image_size,
+            template="v1",
+            batch_size=size,
+            per_device_batch_size=size,
+            bf16=False,
+            sharding="none",
+            seed=self.seed,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
 
     def build_model(self):
         "The model with Delta, and a function that makes the batch of a stage and a budget."
@@ -164,11 +184,14 @@ class StageSteps:
             return model, lambda kind, tokens: Collator(processor=processor, tokens=tokens)(rows[kind])
         config = meta_model(first).config
         with self.device:
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16,
-                                                            trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=False
+            )
         side = self.image_size or config.vision_config.image_size
+
         def make_batch(kind, tokens):
             return random_batch(model.config, kind, tokens, self.rows_per_step(kind), side)
+
         return model, make_batch
 
     def build(self):
@@ -190,19 +213,23 @@ class StageSteps:
         for kind in self.stages:
             for tokens in self.tokens:
                 batch = make_batch(kind, tokens)
-                batches[kind, tokens] = {k: b.to(self.device) if isinstance(b, torch.Tensor) else b
-                                         for k, b in batch.items()}
+                batches[kind, tokens] = {
+                    k: b.to(self.device) if isinstance(b, torch.Tensor) else b for k, b in batch.items()
+                }
         return model.to(self.device).train(), projectors, batches
 
     def scenes(self):
         "Rows of each stage: captions, and conversations with all questions. Images are held in memory."
         with TemporaryDirectory() as folder:
-            rows = load_conversations(write_scenes(folder, max(map(self.rows_per_step, self.stages)),
-                                                   seed=self.seed))
+            rows = load_conversations(
+                write_scenes(folder, max(map(self.rows_per_step, self.stages)), seed=self.seed)
+            )
             rows = [{**row, "image": open_image(row["image"])} for row in rows]
         captions = [row for row in rows if row["task"] == "caption"]
-        return dict(pretrain=captions[:self.rows_per_step("pretrain")],
-                    finetune=merge_conversations(rows)[:self.rows_per_step("finetune")])
+        return dict(
+            pretrain=captions[: self.rows_per_step("pretrain")],
+            finetune=merge_conversations(rows)[: self.rows_per_step("finetune")],
+        )
 
     def time_stage(self, kind, model, projectors, batches):
         "Seconds of each step, and peak memory, by budget."
@@ -213,7 +240,7 @@ class StageSteps:
         freeze(model, kind)
         modules = (model, *projectors.values())
         trained = dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad)
-        optimizer = torch.optim.AdamW(list(trained), lr=0., weight_decay=0., fused=True)
+        optimizer = torch.optim.AdamW(list(trained), lr=0.0, weight_decay=0.0, fused=True)
         for repeat in tqdm(range(self.repeats + 1), desc=kind):  # the first one warms up
             turn = repeat % len(self.tokens)
             for tokens in self.tokens[turn:] + self.tokens[:turn]:
@@ -227,25 +254,37 @@ class StageSteps:
         "One entry of the record."
         n, supervised = len(batch["input_ids"]), int((batch["labels"][:, 1:] != -100).sum())
         length = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-        rows = RowLengths(count=n, text=length//n - tokens, answer=supervised//n)
+        rows = RowLengths(count=n, text=length // n - tokens, answer=supervised // n)
         settings = self.stage(kind, tokens, self.compressor(tokens))
-        flops = n*sum(row_flops(settings, meta_model(settings), rows).values())
+        flops = n * sum(row_flops(settings, meta_model(settings), rows).values())
         middle = statistics.median(seconds)
-        ratio = median_and_quartiles([s/b for s, b in zip(seconds, base, strict=True)])
+        ratio = median_and_quartiles([s / b for s, b in zip(seconds, base, strict=True)])
         return dict(
-            stage=kind, tokens=tokens, projector=self.compressor(tokens), batch=n, text=rows.text,
-            answer=rows.answer, seconds=median_and_quartiles(seconds), ratio=ratio,
-            paper_ratio=paper_ratio(tokens, self.tokens[0], kind), tokens_per_second=round(length/middle, 1),
-            peak_gib=gib and round(gib, 2), flops=flops, of_ceiling=float(f"{flops/middle/peak:.3g}"))
+            stage=kind,
+            tokens=tokens,
+            projector=self.compressor(tokens),
+            batch=n,
+            text=rows.text,
+            answer=rows.answer,
+            seconds=median_and_quartiles(seconds),
+            ratio=ratio,
+            paper_ratio=paper_ratio(tokens, self.tokens[0], kind),
+            tokens_per_second=round(length / middle, 1),
+            peak_gib=gib and round(gib, 2),
+            flops=flops,
+            of_ceiling=float(f"{flops / middle / peak:.3g}"),
+        )
 
     def report(self, entry, peak):
         "Print one entry."
         middle, low, high = entry["ratio"]
         memory = f", {entry['peak_gib']} GiB" if entry["peak_gib"] else ""
-        tqdm.write(f"{entry['stage']:8} V={entry['tokens']:3} {entry['seconds'][0]:8.3f} s  "
-                   f"{middle:.3f} [{low:.3f}–{high:.3f}] of V={self.tokens[0]}; paper's epochs "
-                   f"{entry['paper_ratio']};  {entry['tokens_per_second']:.0f} tokens/s, "
-                   f"{entry['of_ceiling']:.0%} of {peak/1e12:.3g} TFLOP/s{memory}")
+        tqdm.write(
+            f"{entry['stage']:8} V={entry['tokens']:3} {entry['seconds'][0]:8.3f} s  "
+            f"{middle:.3f} [{low:.3f}–{high:.3f}] of V={self.tokens[0]}; paper's epochs "
+            f"{entry['paper_ratio']};  {entry['tokens_per_second']:.0f} tokens/s, "
+            f"{entry['of_ceiling']:.0%} of {peak / 1e12:.3g} TFLOP/s{memory}"
+        )
 
     def __call__(self):
         if self.device.type == "cpu":
@@ -257,16 +296,26 @@ class StageSteps:
             seconds, gib = self.time_stage(kind, model, projectors, batches)
             base = seconds[self.tokens[0]]
             for tokens in self.tokens:
-                entry = self.result(kind, tokens, batches[kind, tokens], seconds[tokens], base, gib[tokens],
-                                    peak)
+                entry = self.result(
+                    kind, tokens, batches[kind, tokens], seconds[tokens], base, gib[tokens], peak
+                )
                 self.report(entry, peak)
                 results.append(entry)
         path = write_record(
-            self.record, [self.seed], results, ceiling_tflops=round(peak/1e12, 3),
+            self.record,
+            [self.seed],
+            results,
+            ceiling_tflops=round(peak / 1e12, 3),
             paper="Table 4, hours of an epoch on 8 H100",
-            clock="wall" if CUDA else "CPU time of the process, one thread", tower=self.tower, llm=self.llm,
-            image_size=self.image_size, bf16=self.bf16, gradient_checkpointing=self.gradient_checkpointing,
-            random_weights=self.full, repeats=self.repeats)
+            clock="wall" if CUDA else "CPU time of the process, one thread",
+            tower=self.tower,
+            llm=self.llm,
+            image_size=self.image_size,
+            bf16=self.bf16,
+            gradient_checkpointing=self.gradient_checkpointing,
+            random_weights=self.full,
+            repeats=self.repeats,
+        )
         print(f"wrote {path}")
 
 

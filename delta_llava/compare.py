@@ -32,11 +32,12 @@ from .train import build_stage_model, train_run
 ELASTIC_DELTA = "delta-elastic"  # one Delta for all budgets; in the registry it is "delta"
 SINGLE_RUN = {"m3", "mqt", ELASTIC_DELTA, "fastv"}  # one run serves all budgets
 
+
 def supports_budget(
-    name:str,  # A compressor of the registry
-    sizes:CompressorConfig,  # Sizes of vision tower and LLM
-    tokens:int,  # Budget $V$
-)->bool:
+    name: str,  # A compressor of the registry
+    sizes: CompressorConfig,  # Sizes of vision tower and LLM
+    tokens: int,  # Budget $V$
+) -> bool:
     "Whether a compressor can have a budget."
     compressor_class(name)  # an unknown name is an error
     try:
@@ -45,11 +46,12 @@ def supports_budget(
         return False
     return True
 
+
 def run_budgets(
-    name:str,  # A compressor of the registry, or `"delta-elastic"`
-    sizes:CompressorConfig,  # Sizes of vision tower and LLM
-    budgets:Sequence[int],  # Budgets $V$ of the comparison
-)->list[tuple[tuple[int,...], tuple[int,...]]]:  # Budgets of training and of evaluation, for each run
+    name: str,  # A compressor of the registry, or `"delta-elastic"`
+    sizes: CompressorConfig,  # Sizes of vision tower and LLM
+    budgets: Sequence[int],  # Budgets $V$ of the comparison
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:  # Budgets of training and of evaluation, for each run
     "The runs of one system."
     whole_grid = (sizes.grid**2,)
     if name == "mlp":
@@ -63,26 +65,28 @@ def run_budgets(
     return [(whole_grid if name == "fastv" else possible, possible)]
 
 # %% ../nbs/51_compare.ipynb #d3cccdce
-def _no_runs(compressors, budgets, sizes:CompressorConfig)->ValueError:
+def _no_runs(compressors, budgets, sizes: CompressorConfig) -> ValueError:
     "Why a comparison has no runs."
     name = compressors[-1]
     try:
         compressor_config("delta" if name == ELASTIC_DELTA else name, sizes, tokens=budgets[0])
     except ValueError as e:
-        return ValueError(f"none of compressors={list(compressors)} can have one of budgets={list(budgets)}: "
-                          f"{e}")
+        return ValueError(
+            f"none of compressors={list(compressors)} can have one of budgets={list(budgets)}: {e}"
+        )
     return ValueError(f"compressors={list(compressors)} need more than one of budgets={list(budgets)}.")
 
+
 def plan_runs(
-    compressors:Sequence[str],  # Names of the registry, and `"delta-elastic"`
-    budgets:Sequence[int],  # Budgets $V$; a system is left out at budgets that it cannot have
-    seeds:Sequence[int],  # Each sets the training images, the initialization and the order
-    closed_form_init:Sequence[bool],  # Initialization in closed form, or as in the reference's own code
-    base:Quickstart|None=None,  # All other settings; `None` takes the quickstart's
-)->list[Quickstart]:  # One for each run
+    compressors: Sequence[str],  # Names of the registry, and `"delta-elastic"`
+    budgets: Sequence[int],  # Budgets $V$; a system is left out at budgets that it cannot have
+    seeds: Sequence[int],  # Each sets the training images, the initialization and the order
+    closed_form_init: Sequence[bool],  # Initialization in closed form, or as in the reference's own code
+    base: Quickstart | None = None,  # All other settings; `None` takes the quickstart's
+) -> list[Quickstart]:  # One for each run
     "All runs of a comparison, seed by seed."
     given = dict(compressors=compressors, budgets=budgets, seeds=seeds, closed_form_init=closed_form_init)
-    for argument,values in given.items():
+    for argument, values in given.items():
         if not len(values):
             example = dict(compressors="delta", budgets="16", seeds="0", closed_form_init="True")[argument]
             raise ValueError(f"{argument} is empty; name at least one, such as {example}.")
@@ -91,7 +95,7 @@ def plan_runs(
     runs = []
     for name in compressors:
         compressor = "delta" if name == ELASTIC_DELTA else name
-        for train_budgets,eval_budgets in run_budgets(name, sizes, budgets):
+        for train_budgets, eval_budgets in run_budgets(name, sizes, budgets):
             fields = dict(tokens=eval_budgets[0], train_budgets=train_budgets, eval_budgets=eval_budgets)
             run = replace(base, compressor=compressor, **fields)
             runs += [replace(run, closed_form_init=init) for init in closed_form_init]
@@ -101,15 +105,16 @@ def plan_runs(
 
 # %% ../nbs/51_compare.ipynb #47cf297f
 def run_label(
-    config:Quickstart,  # One run
-)->str:  # As in `plan_runs`
+    config: Quickstart,  # One run
+) -> str:  # As in `plan_runs`
     "The name of a run's system in tables."
     elastic = config.compressor == "delta" and len(config.train_budgets) > 1
     return ELASTIC_DELTA if elastic else config.compressor
 
+
 def run_name(
-    config:Quickstart,  # One run
-)->str:
+    config: Quickstart,  # One run
+) -> str:
     "The name of a run's folder: system, budgets, seed and initialization."
     budgets = "-".join(map(str, config.eval_budgets))
     init = "closed-form" if config.closed_form_init else "reference"
@@ -119,30 +124,33 @@ def run_name(
 def image_flops(
     model,  # In evaluation mode
     processor,  # Its processor
-    row:dict,  # An image with question and answer
+    row: dict,  # An image with question and answer
     features,  # Patch tokens; the first are those of the row's image
-    tokens:int,  # Budget $V$
-)->int:
+    tokens: int,  # Budget $V$
+) -> int:
     "FLOPs of projector and LLM for one image with its question and its answer, counted."
     collator = Collator(processor=processor, tokens=tokens, features=[features[0]], paths=[row["image"]])
-    inputs = {k: v for k,v in collator([row]).items() if k != "labels"}
-    batch = {k: v if isinstance(v, int) else v.to(model.device) for k,v in inputs.items()}
+    inputs = {k: v for k, v in collator([row]).items() if k != "labels"}
+    batch = {k: v if isinstance(v, int) else v.to(model.device) for k, v in inputs.items()}
     return counted(lambda: model(**batch, logits_to_keep=1))
 
+
 def held_out_folder(
-    config:Quickstart,  # One run; names its scenes
-)->Path:
+    config: Quickstart,  # One run; names its scenes
+) -> Path:
     "Folder of the held-out images: one for each seed, since seeds are prepared in parallel."
     return config.scenes_folder.with_name(f"held-out-for-seed{config.seed}")
 
+
 def finished(
-    output_dir:Path,  # Of one run
-)->bool:
+    output_dir: Path,  # Of one run
+) -> bool:
     "Whether a run was trained and evaluated."
-    return (output_dir/RUN_FILE).exists() and "scores" in (read_run(output_dir)["result"] or {})
+    return (output_dir / RUN_FILE).exists() and "scores" in (read_run(output_dir)["result"] or {})
+
 
 def train_and_evaluate(
-    config:Quickstart,  # One run; `scenes_dir` is shared by all runs of its seed
+    config: Quickstart,  # One run; `scenes_dir` is shared by all runs of its seed
 ):
     "Train and evaluate one run, unless that was done before. Its `run.json` has the results."
     if finished(config.output_dir):
@@ -151,48 +159,57 @@ def train_and_evaluate(
         torch.set_float32_matmul_precision("high")
     disable_progress_bar()
     worker = multiprocessing.parent_process() is not None
-    model,processor,_ = train_run(config, save_strategy="no", disable_tqdm=worker)
+    model, processor, _ = train_run(config, save_strategy="no", disable_tqdm=worker)
     sets = held_out_images(config, held_out_folder(config))
     scores = evaluate_sets(model, processor, sets, config.evaluation_budgets, progress=not worker, pointing=0)
     rows = next(iter(sets.values()))
     features = extract_features(model, processor, rows)
     flops = {str(t): image_flops(model, processor, rows[0], features, t) for t in config.evaluation_budgets}
     parameters = sum(p.numel() for p in model.multi_modal_projector.parameters())
-    add_results(config.output_dir, label=run_label(config), scores=scores, flops=flops, parameters=parameters,
-                matmul_precision=torch.get_float32_matmul_precision())
+    add_results(
+        config.output_dir,
+        label=run_label(config),
+        scores=scores,
+        flops=flops,
+        parameters=parameters,
+        matmul_precision=torch.get_float32_matmul_precision(),
+    )
 
 # %% ../nbs/51_compare.ipynb #7ede71d6
 COMPARED = ("compressor", "tokens", "train_budgets", "eval_budgets", "seed", "closed_form_init")
 PLACES = ("output_dir", "scenes_dir")
 
+
 def common_settings(
-    config:Quickstart,  # One run
-)->dict:
+    config: Quickstart,  # One run
+) -> dict:
     "The settings that all runs of a comparison share."
-    return {k: v for k,v in asdict(config).items() if k not in COMPARED + PLACES}
+    return {k: v for k, v in asdict(config).items() if k not in COMPARED + PLACES}
+
 
 def prepare_data(
-    runs:Sequence[Quickstart],  # All with one seed
+    runs: Sequence[Quickstart],  # All with one seed
 ):
     "Write the images and cache their features, so that the runs only read them."
     disable_progress_bar()
     for config in {compressor_class(run.compressor).requires: run for run in runs}.values():
-        model,processor = build_stage_model(config)
+        model, processor = build_stage_model(config)
         held_out = held_out_images(config, held_out_folder(config))
         for rows in (config.load_rows(), *held_out.values()):
             extract_features(model, processor, rows)
 
 # %% ../nbs/51_compare.ipynb #7e13d9cf
-def _common_value(values:list):
+def _common_value(values: list):
     "The value that all runs share, or the list of all values."
     return values[0] if all(value == values[0] for value in values) else values
 
+
 def collect_runs(
-    runs:Sequence[Quickstart],  # From `compare`
-    output_dir:Path,  # Of the comparison
-)->Path|None:  # The record; `None` if no run is finished
+    runs: Sequence[Quickstart],  # From `compare`
+    output_dir: Path,  # Of the comparison
+) -> Path | None:  # The record; `None` if no run is finished
     "One record of all finished runs in the folder, also of earlier calls; it names the missing runs."
-    folders = sorted(path.parent for path in (output_dir/"runs").glob(f"*/{RUN_FILE}"))
+    folders = sorted(path.parent for path in (output_dir / "runs").glob(f"*/{RUN_FILE}"))
     found = [read_run(folder) for folder in folders if finished(folder)]
     if not found:
         return None
@@ -204,15 +221,21 @@ def collect_runs(
     origin = {k: _common_value([run[k] for run in found]) for k in ("commit", "hardware", "versions")}
     origin["matmul_precision"] = _common_value([run["result"]["matmul_precision"] for run in found])
     not_run = [run_name(run) for run in runs if not finished(run.output_dir)]
-    return write_record(output_dir/"record.json", sorted({r["seed"] for r in results}), results,
-                        settings=common_settings(runs[0]), **origin, not_run=not_run)
+    return write_record(
+        output_dir / "record.json",
+        sorted({r["seed"] for r in results}),
+        results,
+        settings=common_settings(runs[0]),
+        **origin,
+        not_run=not_run,
+    )
 
 # %% ../nbs/51_compare.ipynb #ea5ec6fe
 def run_jobs(
-    work:Callable,  # Takes one item
-    items:Sequence,  # One call for each
-    jobs:int,  # Processes; with 1 this process does the work
-    bar:tqdm,  # Counts the items
+    work: Callable,  # Takes one item
+    items: Sequence,  # One call for each
+    jobs: int,  # Processes; with 1 this process does the work
+    bar: tqdm,  # Counts the items
 ):
     "Call a function for each item, in several processes if wanted."
     with bar:
@@ -231,28 +254,33 @@ def run_jobs(
                 raise
 
 # %% ../nbs/51_compare.ipynb #243cccc4
-def _check_settings(runs:Sequence[Quickstart], output_dir:Path):
+def _check_settings(runs: Sequence[Quickstart], output_dir: Path):
     "Error if the folder holds a comparison with other settings."
-    if (output_dir/"cells").exists():
-        raise ValueError(f"{output_dir} holds a comparison of an earlier version. Its record.json can be "
-                         "read, but it cannot be continued; name another folder.")
-    file = output_dir/"settings.json"
+    if (output_dir / "cells").exists():
+        raise ValueError(
+            f"{output_dir} holds a comparison of an earlier version. Its record.json can be "
+            "read, but it cannot be continued; name another folder."
+        )
+    file = output_dir / "settings.json"
     settings = json.loads(json.dumps(common_settings(runs[0]), default=str))
     if file.exists() and read_json(file) != settings:
-        raise ValueError(f"{output_dir} holds a comparison with other settings; name another folder, or "
-                         "delete this one.")
+        raise ValueError(
+            f"{output_dir} holds a comparison with other settings; name another folder, or delete this one."
+        )
     write_json(file, settings)
 
-def _place(run:Quickstart, output_dir:Path)->Quickstart:
+
+def _place(run: Quickstart, output_dir: Path) -> Quickstart:
     "The run with its own folder, and the scenes that all runs of its seed share."
-    scenes_dir = output_dir/f"scenes-seed{run.seed}"
-    return replace(run, output_dir=output_dir/"runs"/run_name(run), scenes_dir=scenes_dir)
+    scenes_dir = output_dir / f"scenes-seed{run.seed}"
+    return replace(run, output_dir=output_dir / "runs" / run_name(run), scenes_dir=scenes_dir)
+
 
 def compare(
-    runs:Sequence[Quickstart],  # From `plan_runs`
-    output_dir:str|Path="runs/compare",  # Gets a folder for each run, and the record
-    jobs:int=1,  # Runs in parallel, each in its own process
-)->Path:  # The record
+    runs: Sequence[Quickstart],  # From `plan_runs`
+    output_dir: str | Path = "runs/compare",  # Gets a folder for each run, and the record
+    jobs: int = 1,  # Runs in parallel, each in its own process
+) -> Path:  # The record
     "Do the runs that are not finished, then write one record of all."
     if not runs:
         raise ValueError("runs is empty; plan some with plan_runs.")
@@ -264,22 +292,26 @@ def compare(
     by_seed = [[run for run in todo if run.seed == seed] for seed in sorted({run.seed for run in todo})]
     try:
         run_jobs(prepare_data, by_seed, jobs, tqdm(total=len(by_seed), desc="images", unit="seed"))
-        run_jobs(train_and_evaluate, todo, jobs,
-                 tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run"))
+        run_jobs(
+            train_and_evaluate,
+            todo,
+            jobs,
+            tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run"),
+        )
     finally:
         record = collect_runs(runs, output_dir)
     return record
 
 # %% ../nbs/51_compare.ipynb #3bee5ad1
 def score_table(
-    record:dict,  # Written by `compare`, read with `read_record`
-    score:str="forced_choice_accuracy",  # Or `"matched_loss"`, `"mismatched_loss"`, `"p"`
-)->list[dict]:  # One row for each system, initialization, budget and held-out set; `values` has all seeds
+    record: dict,  # Written by `compare`, read with `read_record`
+    score: str = "forced_choice_accuracy",  # Or `"matched_loss"`, `"mismatched_loss"`, `"p"`
+) -> list[dict]:  # One row for each system, initialization, budget and held-out set; `values` has all seeds
     "A record as flat rows, ready for pandas."
     rows = {}
     for r in record["result"]:
-        for images,budgets in r["scores"].items():
-            for tokens,scores in budgets.items():
+        for images, budgets in r["scores"].items():
+            for tokens, scores in budgets.items():
                 system = dict(label=r["label"], closed_form_init=r["closed_form_init"])
                 key = system | dict(tokens=int(tokens), images=images)
                 new = key | dict(flops=r["flops"][tokens], parameters=r["parameters"], values=[])

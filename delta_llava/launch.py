@@ -40,81 +40,97 @@ from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/32_launch.ipynb #d761e416
 def image_side(
-    stage:Stage,  # Its vision tower and image size
-)->int:  # px
+    stage: Stage,  # Its vision tower and image size
+) -> int:  # px
     "Side of the images that the vision tower gets."
     return stage.image_size or pretrained_config(stage.tower).image_size
 
+
 def meta_model(
-    stage:Stage,  # Names vision tower, LLM, compressor and budget
-)->DeltaLlavaForConditionalGeneration:  # On the meta device
+    stage: Stage,  # Names vision tower, LLM, compressor and budget
+) -> DeltaLlavaForConditionalGeneration:  # On the meta device
     "The model of a stage, with shapes and without memory; `<image>` adds one row to the LLM's vocabulary."
-    config = model_config(stage.tower, stage.llm, stage.compressor, stage.tokens, stage.image_size,
-                          stage.standardize)
+    config = model_config(
+        stage.tower, stage.llm, stage.compressor, stage.tokens, stage.image_size, stage.standardize
+    )
     with torch.device("meta"):
         return DeltaLlavaForConditionalGeneration(config)
 
 # %% ../nbs/32_launch.ipynb #fe586c70
 def decoder_linears(
-    model:DeltaLlavaForConditionalGeneration,  # On any device
-)->list[nn.Linear]:
+    model: DeltaLlavaForConditionalGeneration,  # On any device
+) -> list[nn.Linear]:
     "The linear layers of all blocks of the LLM."
     return [m for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear)]
 
+
 def parameter_counts(
-    stage:Stage,  # What is trained
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-)->dict[str, tuple[int, int]]:  # Part -> trained, all
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+) -> dict[str, tuple[int, int]]:  # Part -> trained, all
     "Parameters of each part of the model."
     llm = num_parameters(model.get_decoder(), model.get_output_embeddings())
-    lora = sum(stage.lora_rank*(m.in_features + m.out_features) for m in decoder_linears(model))
+    lora = sum(stage.lora_rank * (m.in_features + m.out_features) for m in decoder_linears(model))
     trained = 0 if stage.stage == "pretrain" else lora or llm
     projector = num_parameters(model.multi_modal_projector)
-    return dict(tower=(0, num_parameters(model.vision_tower)), projector=(projector, projector),
-                llm=(trained, llm + (lora if trained == lora else 0)))
+    return dict(
+        tower=(0, num_parameters(model.vision_tower)),
+        projector=(projector, projector),
+        llm=(trained, llm + (lora if trained == lora else 0)),
+    )
 
 # %% ../nbs/32_launch.ipynb #a7f9ba76
 @dataclass(frozen=True, kw_only=True)
 class RowLengths:
     "Number and length of a data set's rows, which no configuration contains."
-    count:int  # Rows
-    text:int  # Text tokens of an average row, including the template
-    answer:int  # Those of them that are supervised
+
+    count: int  # Rows
+    text: int  # Text tokens of an average row, including the template
+    answer: int  # Those of them that are supervised
+
 
 ROWS = dict(  # the counts are those of the data sets, the lengths are assumptions
     pretrain=RowLengths(count=558_128, text=64, answer=20),
-    finetune=RowLengths(count=665_298, text=400, answer=200))
+    finetune=RowLengths(count=665_298, text=400, answer=200),
+)
+
 
 def llm_flops(
-    config:PreTrainedConfig,  # Of the LLM
-    weights:int,  # In the linear layers of its blocks, $N$
-    length:int,  # Tokens of a row, $T$
-    answer:int,  # Supervised tokens, $S$
-    trained:bool,  # Whether its weights learn
-    checkpointing:bool,  # Whether blocks are computed again in the backward pass
-)->int:  # Of one row, forward and backward
+    config: PreTrainedConfig,  # Of the LLM
+    weights: int,  # In the linear layers of its blocks, $N$
+    length: int,  # Tokens of a row, $T$
+    answer: int,  # Supervised tokens, $S$
+    trained: bool,  # Whether its weights learn
+    checkpointing: bool,  # Whether blocks are computed again in the backward pass
+) -> int:  # Of one row, forward and backward
     "FLOPs of the LLM over one row (the table above)."
     L, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     width, _ = attention_widths(config)
     passes = 6 if trained else 4
-    linear = passes*weights + (2*(weights - L*d*f) if checkpointing else 0)
-    attention = (18 if checkpointing else 14)*L*width*length**2
-    return linear*length + attention + passes*config.vocab_size*d*answer
+    linear = passes * weights + (2 * (weights - L * d * f) if checkpointing else 0)
+    attention = (18 if checkpointing else 14) * L * width * length**2
+    return linear * length + attention + passes * config.vocab_size * d * answer
 
 # %% ../nbs/32_launch.ipynb #23116c1a
 def row_flops(
-    stage:Stage,  # What is trained
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    rows:RowLengths,  # Lengths
-)->dict[str, int]:  # Part -> FLOPs
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    rows: RowLengths,  # Lengths
+) -> dict[str, int]:  # Part -> FLOPs
     "FLOPs of an average row with its image, forward and backward, through each part."
     trained, everything = parameter_counts(stage, model)["llm"]
     length = rows.text + model.config.image_seq_length
     weights = sum(m.weight.numel() for m in decoder_linears(model))
-    llm = llm_flops(model.config.text_config, weights, length, rows.answer, trained == everything,
-                    stage.gradient_checkpointing)
+    llm = llm_flops(
+        model.config.text_config,
+        weights,
+        length,
+        rows.answer,
+        trained == everything,
+        stage.gradient_checkpointing,
+    )
     if trained != everything:
-        llm += 6*trained*length  # LoRA beside the frozen weights
+        llm += 6 * trained * length  # LoRA beside the frozen weights
     projector = model.multi_modal_projector
     config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
     tower = tower_flops(config, depth, image_side(stage), "attention" in projector.requires)
@@ -122,49 +138,61 @@ def row_flops(
 
 # %% ../nbs/32_launch.ipynb #df9f7b87
 H100_PEAK = DEVICES["h100"].peak  # FLOP/s of one H100 SXM, bfloat16, dense
-UTILIZATION = (.25, .55)  # Fraction of the peak that may be reached
+UTILIZATION = (0.25, 0.55)  # Fraction of the peak that may be reached
 # Table 4: one epoch of stage 1 and of stage 2 on 8×H100
-PAPER_TIMES = {576: ("1:24:01", "4:34:20"), 144: ("0:33:32", "3:21:37"), 64: ("0:23:24", "3:17:23"),
-               16: ("0:18:36", "3:14:29"),
-               4: ("0:16:32", "3:12:34"), 1: ("0:16:00", "2:51:50")}
+PAPER_TIMES = {
+    576: ("1:24:01", "4:34:20"),
+    144: ("0:33:32", "3:21:37"),
+    64: ("0:23:24", "3:17:23"),
+    16: ("0:18:36", "3:14:29"),
+    4: ("0:16:32", "3:12:34"),
+    1: ("0:16:00", "2:51:50"),
+}
+
 
 def step_seconds(
-    flops:int|float,  # Of one row, all parts
-    batch_size:int,  # Rows of a step, over all GPUs
-    gpus:int,  # In all nodes
-    utilization:tuple[float, float]=UTILIZATION,  # Lowest and highest fraction of the peak
-    peak:int|float=H100_PEAK,  # FLOP/s of one GPU
-)->tuple[float, float]:  # Shortest and longest
+    flops: int | float,  # Of one row, all parts
+    batch_size: int,  # Rows of a step, over all GPUs
+    gpus: int,  # In all nodes
+    utilization: tuple[float, float] = UTILIZATION,  # Lowest and highest fraction of the peak
+    peak: int | float = H100_PEAK,  # FLOP/s of one GPU
+) -> tuple[float, float]:  # Shortest and longest
     "Time of one optimizer step (@eq-time)."
     if not 0 < utilization[0] <= utilization[1] <= 1:
-        raise ValueError(f"utilization={utilization} must be two rising fractions of the peak in (0, 1], "
-                         f"such as {UTILIZATION}.")
-    return tuple(flops*batch_size/(gpus*peak*u) for u in reversed(utilization))
+        raise ValueError(
+            f"utilization={utilization} must be two rising fractions of the peak in (0, 1], "
+            f"such as {UTILIZATION}."
+        )
+    return tuple(flops * batch_size / (gpus * peak * u) for u in reversed(utilization))
+
 
 def format_duration(
-    seconds:int|float,  # A duration
-)->str:  # `h:mm:ss`
+    seconds: int | float,  # A duration
+) -> str:  # `h:mm:ss`
     "A duration in the form of Table 4."
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes//60}:{minutes%60:02}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 # %% ../nbs/32_launch.ipynb #56445fa9
 def block_bytes(
-    config:PreTrainedConfig,  # Of the LLM: RMSNorm, rotary attention, SwiGLU
-    trained:bool,  # Whether the block's weights learn
-    element:int=2,  # Bytes of one number, $e$
-)->int:
+    config: PreTrainedConfig,  # Of the LLM: RMSNorm, rotary attention, SwiGLU
+    trained: bool,  # Whether the block's weights learn
+    element: int = 2,  # Bytes of one number, $e$
+) -> int:
     "What one block keeps for the backward pass, for each token (the table above)."
     d, f, h = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, k = attention_widths(config)
-    norms, attention, swiglu = 2*(4*d + 4), element*(2*q + 2*k) + 4*h, 3*element*f
-    weight_inputs = element*(4*d + f) if trained else 0
+    norms, attention, swiglu = 2 * (4 * d + 4), element * (2 * q + 2 * k) + 4 * h, 3 * element * f
+    weight_inputs = element * (4 * d + f) if trained else 0
     return norms + attention + swiglu + weight_inputs
+
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     "A context that counts the bytes autograd keeps: each storage once, known tensors not at all."
-    def __init__(self,
-        *known:nn.Module|torch.Tensor,  # Not counted
+
+    def __init__(
+        self,
+        *known: nn.Module | torch.Tensor,  # Not counted
     ):
         tensors = []
         for x in known:
@@ -173,9 +201,10 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self.kept = {}
         super().__init__(self.note, self.same)
 
-    def note(self,
-        tensor:torch.Tensor,  # What autograd keeps
-    )->torch.Tensor:  # The same
+    def note(
+        self,
+        tensor: torch.Tensor,  # What autograd keeps
+    ) -> torch.Tensor:  # The same
         "Remember the storage of a tensor."
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
@@ -184,8 +213,8 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     @staticmethod
     def same(
-        tensor:torch.Tensor,  # What autograd kept
-    )->torch.Tensor:
+        tensor: torch.Tensor,  # What autograd kept
+    ) -> torch.Tensor:
         "The tensor itself."
         return tensor
 
@@ -194,105 +223,114 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     @property
-    def total(self)->int:
+    def total(self) -> int:
         "Bytes so far."
         return sum(storage.nbytes() for storage in self.kept.values())
 
 # %% ../nbs/32_launch.ipynb #a5516dd6
 def projector_bytes(
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    element:int=2,  # Bytes of one number
-)->int:
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    element: int = 2,  # Bytes of one number
+) -> int:
     "What the projector keeps for the backward pass, for each image, its patch tokens included."
     work = projector_forward(model.multi_modal_projector)
     with SavedBytes(model.multi_modal_projector) as saved:
         work()
-    return saved.total*element//4  # counted in float32
+    return saved.total * element // 4  # counted in float32
+
 
 def gathered_bytes(
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    element:int=2,  # Bytes of one number
-)->int:
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    element: int = 2,  # Bytes of one number
+) -> int:
     "Gathered at a time by a sharded model: what is outside the blocks, two blocks, one block's gradients."
     blocks = [num_parameters(b) for b in model.get_decoder().layers]
-    return element*(num_parameters(model) - sum(blocks) + 3*max(blocks))
+    return element * (num_parameters(model) - sum(blocks) + 3 * max(blocks))
 
 # %% ../nbs/32_launch.ipynb #68abafb0
-NF4 = 1/2 + 1/64 + 4/(64*256)  # bytes of a weight: four bits, and two scales for blocks of weights
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: four bits, and two scales for blocks of weights
+
 
 def state_bytes(
-    stage:Stage,  # What is trained
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    gpus:int,  # Processes
-)->dict[str, int]:  # Bytes
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    gpus: int,  # Processes
+) -> dict[str, int]:  # Bytes
     "Weights, gradients and moments on one GPU, and the buffers of DDP or FSDP2."
     counts = parameter_counts(stage, model).values()
     trained = sum(t for t, _ in counts)
     frozen = sum(n for _, n in counts) - trained
     element = 2 if stage.bf16 else 4
     sharded = stage.sharding != "none"
-    frozen_bytes = (4 if sharded else element)*frozen
+    frozen_bytes = (4 if sharded else element) * frozen
     if stage.load_in_4bit:
-        packed = sum(m.in_features*m.out_features for m in decoder_linears(model))
-        frozen_bytes -= round((element - NF4)*packed)
+        packed = sum(m.in_features * m.out_features for m in decoder_linears(model))
+        frozen_bytes -= round((element - NF4) * packed)
     if sharded:
         buffers = gathered_bytes(model, element)
     else:
-        buckets = 4*trained if gpus > 1 else 0  # DDP's copy of the gradients
-        buffers = buckets + (2*trained if stage.bf16 else 0)  # autocast's copies of the weights
+        buckets = 4 * trained if gpus > 1 else 0  # DDP's copy of the gradients
+        buffers = buckets + (2 * trained if stage.bf16 else 0)  # autocast's copies of the weights
     shards = gpus if sharded else 1
-    return {"weights": (4*trained + frozen_bytes)//shards, "gradients": 4*trained//shards,
-            "optimizer": 8*trained//shards, "buckets and gathered weights": buffers}
+    return {
+        "weights": (4 * trained + frozen_bytes) // shards,
+        "gradients": 4 * trained // shards,
+        "optimizer": 8 * trained // shards,
+        "buckets and gathered weights": buffers,
+    }
+
 
 def memory_bytes(
-    stage:Stage,  # What is trained
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    gpus:int,  # Processes
-    length:int,  # Tokens of each row in the batch, visual tokens included
-    answer:int,  # Those of them that are supervised
-)->dict[str, int]:  # Bytes
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    gpus: int,  # Processes
+    length: int,  # Tokens of each row in the batch, visual tokens included
+    answer: int,  # Those of them that are supervised
+) -> dict[str, int]:  # Bytes
     "Memory of one GPU in a training step, by purpose."
     config = model.config.text_config
     element = 2 if stage.bf16 else 4
-    rows = stage.batch_size//gpus//stage.accumulate(gpus)  # in one pass
+    rows = stage.batch_size // gpus // stage.accumulate(gpus)  # in one pass
     learns = bool(parameter_counts(stage, model)["llm"][0])
-    block = block_bytes(config, learns, element)*rows*length
-    blocks = config.num_hidden_layers*block
+    block = block_bytes(config, learns, element) * rows * length
+    blocks = config.num_hidden_layers * block
     if stage.gradient_checkpointing:
-        blocks = config.num_hidden_layers*element*config.hidden_size*rows*length + block
-    logits = rows*answer*((8 + element)*config.vocab_size + element*config.hidden_size)
+        blocks = config.num_hidden_layers * element * config.hidden_size * rows * length + block
+    logits = rows * answer * ((8 + element) * config.vocab_size + element * config.hidden_size)
     return state_bytes(stage, model, gpus) | dict(
-        blocks=blocks, projector=rows*projector_bytes(model, element), logits=logits)
+        blocks=blocks, projector=rows * projector_bytes(model, element), logits=logits
+    )
 
 # %% ../nbs/32_launch.ipynb #3ce042de
 def disk_bytes(
-    stage:Stage,  # What is trained
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-)->dict[str, int]:  # Bytes
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+) -> dict[str, int]:  # Bytes
     "Disk space that a stage needs, beside its data."
     counts = parameter_counts(stage, model).values()
     trained = sum(t for t, _ in counts)
     frozen = sum(n for _, n in counts) - trained
-    frozen_bytes = (2 if stage.bf16 and stage.sharding == "none" else 4)*frozen
+    frozen_bytes = (2 if stage.bf16 and stage.sharding == "none" else 4) * frozen
     whole = stage.stage == "finetune" and not stage.lora_rank
-    checkpoint = 12*trained + (frozen_bytes if whole else 0)
-    result = 4*trained + (frozen_bytes if stage.stage == "finetune" else 0)
-    return {"one checkpoint": checkpoint, "three checkpoints": 3*checkpoint, "result": result}
+    checkpoint = 12 * trained + (frozen_bytes if whole else 0)
+    result = 4 * trained + (frozen_bytes if stage.stage == "finetune" else 0)
+    return {"one checkpoint": checkpoint, "three checkpoints": 3 * checkpoint, "result": result}
 
 # %% ../nbs/32_launch.ipynb #641669b4
 def _option(
-    name:str,  # Field of the stage
+    name: str,  # Field of the stage
     value,  # Its value
-)->list[str]:
+) -> list[str]:
     "One field as the program reads it."
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
 
+
 def stage_cmd(
-    stage:Stage,  # What to train
-)->list[str]:  # `delta-llava STAGE …`
+    stage: Stage,  # What to train
+) -> list[str]:  # `delta-llava STAGE …`
     "The program's own command for a stage, for one process."
     command = ["delta-llava", stage.stage]
     for field in fields(stage):
@@ -302,16 +340,17 @@ def stage_cmd(
             command += _option(field.name, value)
     return command
 
+
 def torchrun_cmd(
-    stage:Stage,  # What to train
-    gpus:int=8,  # In one node
-    nodes:int=1,  # Machines
-    rendezvous:str="HOST:29500",  # Address of the first node, if there are several
-)->list[str]:  # Ready for `subprocess.run(cmd, check=True)`, on each node
+    stage: Stage,  # What to train
+    gpus: int = 8,  # In one node
+    nodes: int = 1,  # Machines
+    rendezvous: str = "HOST:29500",  # Address of the first node, if there are several
+) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`, on each node
     "The one command that reproduces a stage (§6)."
     if gpus < 1 or nodes < 1:
         raise ValueError(f"gpus={gpus} and nodes={nodes} must be at least 1.")
-    stage.accumulate(gpus*nodes)  # an error if no whole number of passes makes a step
+    stage.accumulate(gpus * nodes)  # an error if no whole number of passes makes a step
     connect = ["--standalone"]
     if nodes > 1:
         connect = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
@@ -319,120 +358,165 @@ def torchrun_cmd(
 
 # %% ../nbs/32_launch.ipynb #7b37c1cb
 def deepspeed_config(
-    zero:Literal[2, 3]=3,  # 2 shards optimizer and gradients, 3 also weights (the authors: stage 1, stage 2)
-)->dict:  # JSON-safe; "auto" is filled in by transformers' `Trainer`
+    zero: Literal[
+        2, 3
+    ] = 3,  # 2 shards optimizer and gradients, 3 also weights (the authors: stage 1, stage 2)
+) -> dict:  # JSON-safe; "auto" is filled in by transformers' `Trainer`
     "DeepSpeed's file."
-    options = {k: v for k, v in ZERO3["zero_optimization"].items() if zero == 3
-               or not k.startswith("stage3_")}
+    options = {
+        k: v for k, v in ZERO3["zero_optimization"].items() if zero == 3 or not k.startswith("stage3_")
+    }
     return ZERO3 | dict(zero_optimization=options | dict(stage=zero))
 
+
 def _fsdp_config(
-    stage:Stage,  # How it is distributed
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-)->dict:
+    stage: Stage,  # How it is distributed
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+) -> dict:
     "The FSDP2 part of accelerate's file."
     ours = sharding_fields(stage, sorted(model.get_decoder()._no_split_modules))["fsdp_config"]
     config = {f"fsdp_{k}": ",".join(v) if isinstance(v, list) else v for k, v in ours.items()}
-    return config | dict(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_reshard_after_forward=True,
-                         fsdp_offload_params=False, fsdp_activation_checkpointing=False)
+    return config | dict(
+        fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        fsdp_reshard_after_forward=True,
+        fsdp_offload_params=False,
+        fsdp_activation_checkpointing=False,
+    )
+
 
 def accelerate_config(
-    stage:Stage,  # How it is distributed
-    model:DeltaLlavaForConditionalGeneration,  # From `meta_model`
-    gpus:int=8,  # In one node
-    nodes:int=1,  # Machines; each adds its own `--machine_rank` and the address of the first
-)->dict:  # For `yaml.safe_dump`
+    stage: Stage,  # How it is distributed
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    gpus: int = 8,  # In one node
+    nodes: int = 1,  # Machines; each adds its own `--machine_rank` and the address of the first
+) -> dict:  # For `yaml.safe_dump`
     "accelerate's file for one GPU, DDP, FSDP2 or ZeRO-3."
-    several = "MULTI_GPU" if gpus*nodes > 1 else "NO"
+    several = "MULTI_GPU" if gpus * nodes > 1 else "NO"
     kind = {"fsdp2": "FSDP", "zero3": "DEEPSPEED", "none": several}[stage.sharding]
-    config = dict(compute_environment="LOCAL_MACHINE", distributed_type=kind, num_machines=nodes,
-                  num_processes=gpus*nodes, machine_rank=0, main_training_function="main", use_cpu=False)
+    config = dict(
+        compute_environment="LOCAL_MACHINE",
+        distributed_type=kind,
+        num_machines=nodes,
+        num_processes=gpus * nodes,
+        machine_rank=0,
+        main_training_function="main",
+        use_cpu=False,
+    )
     if kind == "DEEPSPEED":
         return config | dict(deepspeed_config=dict(deepspeed_config_file="zero3.json", zero3_init_flag=False))
     if kind == "FSDP":
         config["fsdp_config"] = _fsdp_config(stage, model)
     return config | dict(mixed_precision="bf16" if stage.bf16 else "no")
 
+
 def accelerate_cmd(
-    stage:Stage,  # What to train
-    file:str|Path,  # `accelerate_config` as YAML
-)->list[str]:  # Ready for `subprocess.run(cmd, check=True)`
+    stage: Stage,  # What to train
+    file: str | Path,  # `accelerate_config` as YAML
+) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
     "The same training through `accelerate launch`."
     return ["accelerate", "launch", "--config_file", str(file), "--no_python", *stage_cmd(stage)]
 
 # %% ../nbs/32_launch.ipynb #6216377e
 def slurm_script(
-    stage:Stage,  # What to train
-    gpus:int=8,  # In one node
-    nodes:int=2,  # Machines
-    hours:int=4,  # Time limit after which the job is requeued
-    cpus:int=8,  # Cores for each GPU: they decode images
-)->str:
+    stage: Stage,  # What to train
+    gpus: int = 8,  # In one node
+    nodes: int = 2,  # Machines
+    hours: int = 4,  # Time limit after which the job is requeued
+    cpus: int = 8,  # Cores for each GPU: they decode images
+) -> str:
     "A batch script for `sbatch`, which goes back into the queue when its time is up."
     command = shlex.join(torchrun_cmd(stage, gpus, nodes, "@first@"))
     command = command.replace(shlex.quote("@first@"), '"$first"', 1)
-    template = (files("delta_llava")/"slurm.sh").read_text(encoding="utf-8")
-    return template.format(stage=stage.stage, nodes=nodes, gpus=gpus, cores=cpus*gpus, cpus=cpus,
-                           hours=f"{hours:02}", command=command)
+    template = (files("delta_llava") / "slurm.sh").read_text(encoding="utf-8")
+    return template.format(
+        stage=stage.stage,
+        nodes=nodes,
+        gpus=gpus,
+        cores=cpus * gpus,
+        cpus=cpus,
+        hours=f"{hours:02}",
+        command=command,
+    )
 
 # %% ../nbs/32_launch.ipynb #4880be7d
 def estimate(
-    stage:Stage,  # What is trained
-    gpus:int=8,  # In one node
-    nodes:int=1,  # Machines
-    rows:RowLengths|None=None,  # Lengths of the rows; `None` takes `ROWS`
-    utilization:tuple[float, float]=UTILIZATION,  # Fraction of the peak that may be reached
-    gpu_memory:int|float=80e9,  # Bytes of one GPU
-)->dict:  # JSON-safe
+    stage: Stage,  # What is trained
+    gpus: int = 8,  # In one node
+    nodes: int = 1,  # Machines
+    rows: RowLengths | None = None,  # Lengths of the rows; `None` takes `ROWS`
+    utilization: tuple[float, float] = UTILIZATION,  # Fraction of the peak that may be reached
+    gpu_memory: int | float = 80e9,  # Bytes of one GPU
+) -> dict:  # JSON-safe
     "Parameters, memory, time and disk space of a stage, computed from its settings."
-    rows, model, processes = rows or ROWS[stage.stage], meta_model(stage), gpus*nodes
+    rows, model, processes = rows or ROWS[stage.stage], meta_model(stage), gpus * nodes
     passes, steps = stage.accumulate(processes), stage.n_steps(rows.count)
     visual, flops = model.config.image_seq_length, row_flops(stage, model, rows)
-    longest_answer = min(stage.max_length - visual, rows.answer*stage.max_length//rows.text)
+    longest_answer = min(stage.max_length - visual, rows.answer * stage.max_length // rows.text)
     longest = memory_bytes(stage, model, processes, stage.max_length, longest_answer)
     mean = memory_bytes(stage, model, processes, rows.text + visual, rows.answer)
     low, high = step_seconds(sum(flops.values()), stage.batch_size, processes, utilization)
     paper = PAPER_TIMES.get(stage.tokens, (None, None))[stage.stage == "finetune"]
     return dict(
-        stage=stage.stage, tokens=stage.tokens, gpus=processes, accumulate=passes, steps=steps,
-        rows=vars(rows), parameters=parameter_counts(stage, model), flops=flops, step_seconds=[low, high],
-        hours=[steps*low/3600, steps*high/3600], utilization=list(utilization), paper=paper, memory=mean,
-        memory_longest=longest, fits=sum(longest.values()) < gpu_memory,
-        fits_mean=sum(mean.values()) < gpu_memory, gpu_memory=gpu_memory, disk=disk_bytes(stage, model))
+        stage=stage.stage,
+        tokens=stage.tokens,
+        gpus=processes,
+        accumulate=passes,
+        steps=steps,
+        rows=vars(rows),
+        parameters=parameter_counts(stage, model),
+        flops=flops,
+        step_seconds=[low, high],
+        hours=[steps * low / 3600, steps * high / 3600],
+        utilization=list(utilization),
+        paper=paper,
+        memory=mean,
+        memory_longest=longest,
+        fits=sum(longest.values()) < gpu_memory,
+        fits_mean=sum(mean.values()) < gpu_memory,
+        gpu_memory=gpu_memory,
+        disk=disk_bytes(stage, model),
+    )
 
 # %% ../nbs/32_launch.ipynb #847f4438
 def paper_table(
-    stage:Stage,  # Its budget is replaced by each of Table 4's
-    gpus:int=8,  # In one node
-    nodes:int=1,  # Machines
-    rows:RowLengths|None=None,  # Lengths of the rows
-    utilization:tuple[float, float]=UTILIZATION,  # Fraction of the peak that may be reached
-    measured:dict[int, float]|None=None,  # Budget -> hours of a run of ours, from its record
-)->list[dict]:  # One row for each budget
+    stage: Stage,  # Its budget is replaced by each of Table 4's
+    gpus: int = 8,  # In one node
+    nodes: int = 1,  # Machines
+    rows: RowLengths | None = None,  # Lengths of the rows
+    utilization: tuple[float, float] = UTILIZATION,  # Fraction of the peak that may be reached
+    measured: dict[int, float] | None = None,  # Budget -> hours of a run of ours, from its record
+) -> list[dict]:  # One row for each budget
     "Estimated hours of one epoch beside the paper's (Table 4) and, if there is a record, ours."
     rows = rows or ROWS[stage.stage]
     table = []
     for tokens, times in PAPER_TIMES.items():
         s = replace(stage, tokens=tokens)
         flops = sum(row_flops(s, meta_model(s), rows).values())
-        interval = [s.n_steps(rows.count)*t for t in step_seconds(flops, s.batch_size, gpus*nodes,
-                                                                  utilization)]
+        interval = [
+            s.n_steps(rows.count) * t for t in step_seconds(flops, s.batch_size, gpus * nodes, utilization)
+        ]
         ours = (measured or {}).get(tokens)
-        table.append(dict(tokens=tokens, estimate=" – ".join(map(format_duration, interval)),
-                          paper=times[stage.stage == "finetune"],
-                          run="not run" if ours is None else format_duration(3600*ours)))
+        table.append(
+            dict(
+                tokens=tokens,
+                estimate=" – ".join(map(format_duration, interval)),
+                paper=times[stage.stage == "finetune"],
+                run="not run" if ours is None else format_duration(3600 * ours),
+            )
+        )
     return table
 
 # %% ../nbs/32_launch.ipynb #4d5275bc
 def _gigabytes(
-    parts:dict[str, int],  # Bytes
-)->dict[str, str]:  # With their sum
+    parts: dict[str, int],  # Bytes
+) -> dict[str, str]:  # With their sum
     "Bytes in GB."
-    return {k: f"{v/1e9:.1f} GB" for k, v in parts.items()} | {"all": f"{sum(parts.values())/1e9:.1f} GB"}
+    return {k: f"{v / 1e9:.1f} GB" for k, v in parts.items()} | {"all": f"{sum(parts.values()) / 1e9:.1f} GB"}
+
 
 def _fit(
-    e:dict,  # From `estimate`
-)->str:
+    e: dict,  # From `estimate`
+) -> str:
     "Whether it fits into the memory of a GPU."
     if e["fits"]:
         return "fits"
@@ -440,43 +524,54 @@ def _fit(
         return "fits with average rows only: lower per_device_batch_size"
     return "does NOT fit"
 
+
 def _time_report(
-    e:dict,  # From `estimate`
-    run:float|None,  # Hours of a run of ours
-)->str:
+    e: dict,  # From `estimate`
+    run: float | None,  # Hours of a run of ours
+) -> str:
     "The sentence about time."
     (slow, fast), (low, high) = reversed(e["step_seconds"]), e["hours"]
-    hours = f"{format_duration(3600*low)} – {format_duration(3600*high)}"
-    used = f"{e['utilization'][0]:.0%} – {e['utilization'][1]:.0%} of an H100's {H100_PEAK/1e12:.0f} TFLOP/s"
+    hours = f"{format_duration(3600 * low)} – {format_duration(3600 * high)}"
+    used = (
+        f"{e['utilization'][0]:.0%} – {e['utilization'][1]:.0%} of an H100's {H100_PEAK / 1e12:.0f} TFLOP/s"
+    )
     paper = e["paper"] or "no number for this budget"
-    ours = "not run" if run is None else format_duration(3600*run)
-    return (f"{e['steps']:,} steps of {fast:.2f} – {slow:.2f} s, {hours} on {e['gpus']} GPUs at {used}, if "
-            f"an average row has {e['rows']['text']} text tokens (an assumption: give yours). The paper, "
-            f"8×H100: {paper}. A run of ours: {ours}.")
+    ours = "not run" if run is None else format_duration(3600 * run)
+    return (
+        f"{e['steps']:,} steps of {fast:.2f} – {slow:.2f} s, {hours} on {e['gpus']} GPUs at {used}, if "
+        f"an average row has {e['rows']['text']} text tokens (an assumption: give yours). The paper, "
+        f"8×H100: {paper}. A run of ours: {ours}."
+    )
+
 
 def estimate_report(
-    e:dict,  # From `estimate`
-    run:float|None=None,  # Hours of a run of ours, from its record
-)->str:
+    e: dict,  # From `estimate`
+    run: float | None = None,  # Hours of a run of ours, from its record
+) -> str:
     "An estimate as text and tables."
     mean, longest = _gigabytes(e["memory"]), _gigabytes(e["memory_longest"])
     largest = max(e["memory_longest"], key=e["memory_longest"].get)
     parts = [dict(part=k, trained=f"{t:,}", parameters=f"{n:,}") for k, (t, n) in e["parameters"].items()]
     memory = [{"memory of one GPU": k, "average rows": mean[k], "longest rows": longest[k]} for k in mean]
-    disk = ", ".join(f"{k} {v/1e9:.1f} GB" for k, v in e["disk"].items())
-    return "\n\n".join([
-        as_table(parts), as_table(memory),
-        f"{_fit(e)} in {e['gpu_memory']/1e9:.0f} GB; the largest part is: {largest}.",
-        _time_report(e, run), f"Disk space beside the data: {disk}."])
+    disk = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in e["disk"].items())
+    return "\n\n".join(
+        [
+            as_table(parts),
+            as_table(memory),
+            f"{_fit(e)} in {e['gpu_memory'] / 1e9:.0f} GB; the largest part is: {largest}.",
+            _time_report(e, run),
+            f"Disk space beside the data: {disk}.",
+        ]
+    )
 
 # %% ../nbs/32_launch.ipynb #9038a49a
 def write_launch(
-    stage:Stage,  # What to train
-    folder:str|Path,  # Gets the files
-    gpus:int=8,  # In one node
-    nodes:int=1,  # Machines
-    estimated:dict|None=None,  # From `estimate`; `None` estimates
-)->list[Path]:  # What was written
+    stage: Stage,  # What to train
+    folder: str | Path,  # Gets the files
+    gpus: int = 8,  # In one node
+    nodes: int = 1,  # Machines
+    estimated: dict | None = None,  # From `estimate`; `None` estimates
+) -> list[Path]:  # What was written
     "The command, the files for accelerate and DeepSpeed, a Slurm script and the estimate, in a folder."
     model = meta_model(stage)
     several = accelerate_config(stage, model, gpus, nodes)
@@ -487,7 +582,8 @@ def write_launch(
         "accelerate.yaml": yaml.safe_dump(several, sort_keys=False),
         "one-gpu.yaml": yaml.safe_dump(single, sort_keys=False),
         "zero3.json": json.dumps(deepspeed_config(3), indent=1) + "\n",
-        "estimate.json": json.dumps(estimated or estimate(stage, gpus, nodes), indent=1) + "\n"}
+        "estimate.json": json.dumps(estimated or estimate(stage, gpus, nodes), indent=1) + "\n",
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return [write_atomic(folder/name, text) for name, text in content.items()]
+    return [write_atomic(folder / name, text) for name, text in content.items()]

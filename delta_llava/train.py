@@ -52,19 +52,20 @@ from .vlm import DeltaLlavaForConditionalGeneration, load_projector, question_em
 
 # %% ../nbs/31b_train.ipynb #6e2b9154
 def nested_budgets(
-    config:CompressorConfig,  # Of a compressor like M3
-)->tuple[int, ...]:
+    config: CompressorConfig,  # Of a compressor like M3
+) -> tuple[int, ...]:
     "All patches, and budgets with half as many patches per side each time: M3's 576, 144, 36, 9, 1."
     sides = [config.grid]
     while sides[-1] > 1:
-        sides.append(sides[-1]//2)
+        sides.append(sides[-1] // 2)
     possible = config.budgets(config.grid)
-    return tuple(side*side for side in sides if side*side in possible)
+    return tuple(side * side for side in sides if side * side in possible)
+
 
 def training_budgets(
-    stage:Stage,  # Its settings
-    config:CompressorConfig,  # Of its projector
-)->tuple[int, ...]:
+    stage: Stage,  # Its settings
+    config: CompressorConfig,  # Of its projector
+) -> tuple[int, ...]:
     "Budgets of the training steps."
     if stage.train_budgets:
         return stage.train_budgets
@@ -74,30 +75,39 @@ def training_budgets(
         return nested_budgets(config)
     return tuple(config.train_budgets()) if hasattr(config, "train_budgets") else (stage.tokens,)
 
+
 def stage_collator(
-    stage:Stage,  # Packing, longest row
-    processor:DeltaLlavaProcessor,  # From `build_pretrained`
-    budgets:Sequence[int],  # Budgets of the training steps
+    stage: Stage,  # Packing, longest row
+    processor: DeltaLlavaProcessor,  # From `build_pretrained`
+    budgets: Sequence[int],  # Budgets of the training steps
     features=None,  # Patch tokens of all images, if they are cached
-    paths:Sequence[str]|None=None,  # The images that they belong to
-)->ElasticCollator:
+    paths: Sequence[str] | None = None,  # The images that they belong to
+) -> ElasticCollator:
     "How rows become batches in this stage."
-    collator = Collator(processor=processor, tokens=stage.tokens, max_length=stage.max_length,
-                        packing=stage.packing, features=features, paths=paths)
+    collator = Collator(
+        processor=processor,
+        tokens=stage.tokens,
+        max_length=stage.max_length,
+        packing=stage.packing,
+        features=features,
+        paths=paths,
+    )
     return ElasticCollator(collator, budgets, stage.seed, compressor_class(stage.compressor).nested)
 
 # %% ../nbs/31b_train.ipynb #2b0f3dcf
 def load_stage_projector(
-    stage:Stage,  # Its projector is trained
-    model:DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
+    stage: Stage,  # Its projector is trained
+    model: DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
 ):
     "Install the projector of the stage before; it must be what this stage's settings say."
-    saved = read_json(stage.projector/"projector.json", dict)
+    saved = read_json(stage.projector / "projector.json", dict)
     trained = dict(compressor=saved.get("compressor", "delta"), standardize=saved["projector"]["standardize"])
     for name, value in trained.items():
         if value != getattr(stage, name):
-            raise ValueError(f"projector={stage.projector} was trained with {name}={value!r}, but here "
-                             f"{name}={getattr(stage, name)!r}; take {name}={value!r}, or another projector.")
+            raise ValueError(
+                f"projector={stage.projector} was trained with {name}={value!r}, but here "
+                f"{name}={getattr(stage, name)!r}; take {name}={value!r}, or another projector."
+            )
     load_projector(stage.projector, model)
     config = model.config.projector_config()
     config.check_budget(stage.tokens, config.grid)
@@ -106,28 +116,40 @@ def load_stage_projector(
     model.config.projector = config.to_dict()
     model.config.image_seq_length = config.placeholders(stage.tokens)
 
+
 def check_projector_dir(
-    stage:Stage,  # May begin with a trained projector
+    stage: Stage,  # May begin with a trained projector
 ):
     "Error if the folder of the projector holds none."
-    if stage.projector is not None and not (stage.projector/"projector.safetensors").exists():
-        raise ValueError(f"projector={stage.projector} holds no projector.safetensors; name the folder that "
-                         f"stage 1 wrote, or begin with a fresh one: projector=None.")
+    if stage.projector is not None and not (stage.projector / "projector.safetensors").exists():
+        raise ValueError(
+            f"projector={stage.projector} holds no projector.safetensors; name the folder that "
+            f"stage 1 wrote, or begin with a fresh one: projector=None."
+        )
 
 # %% ../nbs/31b_train.ipynb #518130ce
 def build_stage_model(
-    stage:Stage,  # What to train
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `train_stage`
+    stage: Stage,  # What to train
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `train_stage`
     "Pretrained parts, the projector of the stage before, and the right precision for each part."
     check_projector_dir(stage)
     half = stage.bf16 and stage.sharding == "none"  # sharded parts share one precision
     frozen = stage.stage == "pretrain" or stage.lora_rank
     dtype = llm_dtype(dict(llm_dtype=stage.llm_dtype, bf16=half)) if frozen else torch.float32
     model, processor = build_pretrained(
-        stage.tower, stage.llm, stage.compressor, tokens=stage.tokens,
-        budgets={*stage.train_budgets, *stage.eval_budgets}, image_size=stage.image_size, pad=stage.pad,
-        template=stage.template, standardize=stage.standardize, llm_dtype=dtype,
-        load_in_4bit=stage.load_in_4bit, seed=stage.seed)
+        stage.tower,
+        stage.llm,
+        stage.compressor,
+        tokens=stage.tokens,
+        budgets={*stage.train_budgets, *stage.eval_budgets},
+        image_size=stage.image_size,
+        pad=stage.pad,
+        template=stage.template,
+        standardize=stage.standardize,
+        llm_dtype=dtype,
+        load_in_4bit=stage.load_in_4bit,
+        seed=stage.seed,
+    )
     if stage.projector is not None:
         load_stage_projector(stage, model)
     slow = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()  # for sdpa, backward
@@ -140,34 +162,42 @@ def build_stage_model(
 # %% ../nbs/31b_train.ipynb #b1526ddd
 def image_paths(
     rows,  # Training rows
-    limit:int=0,  # Most images; 0 takes all
-)->list[str]:
+    limit: int = 0,  # Most images; 0 takes all
+) -> list[str]:
     "Different images of the rows, in their order."
-    column = rows["image"][:8*limit] if limit else rows["image"]
+    column = rows["image"][: 8 * limit] if limit else rows["image"]
     paths = list(dict.fromkeys(path for path in column if path is not None))
     return paths[:limit] if limit else paths
 
-def local_device()->torch.device:
+
+def local_device() -> torch.device:
     "The device of this process."
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
 
+
 def read_features(
-    model:DeltaLlavaForConditionalGeneration,  # Holds vision tower and projector
-    processor:DeltaLlavaProcessor,  # Makes its pixels
-    paths:Sequence[str],  # Images
+    model: DeltaLlavaForConditionalGeneration,  # Holds vision tower and projector
+    processor: DeltaLlavaProcessor,  # Makes its pixels
+    paths: Sequence[str],  # Images
 ):  # `CachedFeatures`
     "Patch tokens of images, from the cache or from the vision tower."
     model.vision_tower.to(local_device())
     attention = "attention" in model.multi_modal_projector.requires
-    return cache_features(paths, model.vision_tower, processor.image_processor,
-                          model.config.vision_feature_layer, attention=attention)
+    return cache_features(
+        paths,
+        model.vision_tower,
+        processor.image_processor,
+        model.config.vision_feature_layer,
+        attention=attention,
+    )
+
 
 def _answers(
     rows,  # Training rows
-    paths:Sequence[str],  # Images
-)->tuple[list[str], str]:  # An answer for each image; the first question
+    paths: Sequence[str],  # Images
+) -> tuple[list[str], str]:  # An answer for each image; the first question
     "The first answer about each image."
     first = {}
     for image, turns in zip(rows["image"], rows["conversations"], strict=True):
@@ -178,12 +208,12 @@ def _answers(
 # %% ../nbs/31b_train.ipynb #c23eff10
 @torch.no_grad()
 def _init_closed_form(
-    model:DeltaLlavaForConditionalGeneration,  # Its projector is changed
-    processor:DeltaLlavaProcessor,  # Tokenizes answers
+    model: DeltaLlavaForConditionalGeneration,  # Its projector is changed
+    processor: DeltaLlavaProcessor,  # Tokenizes answers
     rows,  # Training rows
-    paths:Sequence[str],  # Images
+    paths: Sequence[str],  # Images
     features,  # Their patch tokens
-    budgets:Sequence[int],  # Budgets of the training
+    budgets: Sequence[int],  # Budgets of the training
 ):
     "Closed-form initialization from the answers to the first question about each image."
     answers, question = _answers(rows, paths)
@@ -196,10 +226,11 @@ def _init_closed_form(
         text = question_embedding(model, **inputs).to(weight)
     closed_form_init(projector, features, targets.to(weight), tokens=budgets, text=text)
 
+
 def initialize_projector(
-    stage:Stage,  # What is computed
-    model:DeltaLlavaForConditionalGeneration,  # Holds a fresh projector
-    processor:DeltaLlavaProcessor,  # Makes pixels and tokens
+    stage: Stage,  # What is computed
+    model: DeltaLlavaForConditionalGeneration,  # Holds a fresh projector
+    processor: DeltaLlavaProcessor,  # Makes pixels and tokens
     rows,  # Training rows
     features=None,  # Cached patch tokens of all images; `None` computes those of the first
 ):
@@ -216,51 +247,84 @@ def initialize_projector(
         budgets = training_budgets(stage, model.multi_modal_projector.config)
         _init_closed_form(model, processor, rows, paths, features, budgets)
 
+
 def add_lengths(
     rows,  # Training rows
-    processor:DeltaLlavaProcessor,  # Counts their tokens
-    stage:Stage,  # Budget, longest row
+    processor: DeltaLlavaProcessor,  # Counts their tokens
+    stage: Stage,  # Budget, longest row
 ):
     "The rows with a column `length`, their tokens at the main budget; a row that cannot be trained is named."
+
     def count(row):
         encoded = encode_row(processor, dict(row), tokens=stage.tokens, max_length=stage.max_length)
         return dict(length=len(encoded["input_ids"]))
+
     workers = max(1, stage.num_workers) if len(rows) > 10_000 else None
     return rows.map(count, desc="lengths", num_proc=workers)
 
 # %% ../nbs/31b_train.ipynb #cbf7eed9
 FREE_SETTINGS = {  # where and how, not what is learned
-    "data", "images", "eval_data", "output_dir", "projector", "tower", "llm", "per_device_batch_size",
-    "cache_features", "gradient_checkpointing", "attn_implementation", "num_workers", "save_steps",
-    "eval_steps", "logging_steps", "eval_budgets", "report_to", "resume"}
+    "data",
+    "images",
+    "eval_data",
+    "output_dir",
+    "projector",
+    "tower",
+    "llm",
+    "per_device_batch_size",
+    "cache_features",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "num_workers",
+    "save_steps",
+    "eval_steps",
+    "logging_steps",
+    "eval_budgets",
+    "report_to",
+    "resume",
+}
+
 
 def stage_settings(
-    stage:Stage,  # What is trained
-)->dict:  # JSON-safe
+    stage: Stage,  # What is trained
+) -> dict:  # JSON-safe
     "All fields of a stage."
     return json.loads(json.dumps(asdict(stage) | dict(stage=stage.stage), default=str))
 
+
 def stage_fingerprints(
-    stage:Stage,  # What is trained
+    stage: Stage,  # What is trained
     rows,  # Its training rows
-)->dict:  # JSON-safe
+) -> dict:  # JSON-safe
     "Fingerprints of everything that a stage reads."
     check_projector_dir(stage)
-    projector = None if stage.projector is None else file_sha256(stage.projector/"projector.safetensors")
-    return dict(data=data_fingerprint(rows, stage.data), projector=projector,
-                tower=weights_fingerprint(stage.tower), llm=llm_fingerprint(stage.llm))
+    projector = None if stage.projector is None else file_sha256(stage.projector / "projector.safetensors")
+    return dict(
+        data=data_fingerprint(rows, stage.data),
+        projector=projector,
+        tower=weights_fingerprint(stage.tower),
+        llm=llm_fingerprint(stage.llm),
+    )
+
 
 def _differences(
-    run:dict,  # From `read_run`
-    settings:dict,  # Of the stage now
-    fingerprints:dict,  # Likewise
-)->list[str]:
+    run: dict,  # From `read_run`
+    settings: dict,  # Of the stage now
+    fingerprints: dict,  # Likewise
+) -> list[str]:
     "Why a run cannot be continued, in words."
     old = run["settings"]
-    differ = [f"{k}={old[k]!r} there, {v!r} here" for k, v in settings.items()
-              if k not in FREE_SETTINGS and k in old and old[k] != v]
-    names = dict(data="the data have other content", projector="the projector has other weights",
-                 tower="the vision tower has other weights", llm="the LLM is another one")
+    differ = [
+        f"{k}={old[k]!r} there, {v!r} here"
+        for k, v in settings.items()
+        if k not in FREE_SETTINGS and k in old and old[k] != v
+    ]
+    names = dict(
+        data="the data have other content",
+        projector="the projector has other weights",
+        tower="the vision tower has other weights",
+        llm="the LLM is another one",
+    )
     known = run["fingerprints"]
     differ += [text for k, text in names.items() if k in known and known[k] != fingerprints[k]]
     if "rows" in old and old["rows"] != fingerprints["data"]["rows"]:  # a folder of an earlier version
@@ -269,86 +333,122 @@ def _differences(
 
 # %% ../nbs/31b_train.ipynb #89bee612
 def check_run_dir(
-    stage:Stage,  # Its folder may hold a stopped run
+    stage: Stage,  # Its folder may hold a stopped run
     rows,  # Its training rows
-)->dict:  # What `read_run` returns; `result` is set if the run is finished
+) -> dict:  # What `read_run` returns; `result` is set if the run is finished
     "Error if the folder holds another run than this one; else `run.json` describes this one from now on."
     settings, fingerprints = stage_settings(stage), stage_fingerprints(stage, rows)
-    described = any((stage.output_dir/name).exists() for name in (RUN_FILE, "stage.json", "record.json"))
+    described = any((stage.output_dir / name).exists() for name in (RUN_FILE, "stage.json", "record.json"))
     run = read_run(stage.output_dir) if described else dict(result=None)
     resumed = last_checkpoint(stage.output_dir) is not None
     if resumed or run["result"] is not None:
         if not stage.resume:
-            raise ValueError(f"resume=False, but {stage.output_dir} holds a run; name another folder, or "
-                             f"delete this one.")
+            raise ValueError(
+                f"resume=False, but {stage.output_dir} holds a run; name another folder, or delete this one."
+            )
         if described and (differ := _differences(run, settings, fingerprints)):
-            raise ValueError(f"{stage.output_dir} holds a run with other settings ({'; '.join(differ)}), "
-                             f"which cannot be resumed with these; name another folder, or delete this one.")
+            raise ValueError(
+                f"{stage.output_dir} holds a run with other settings ({'; '.join(differ)}), "
+                f"which cannot be resumed with these; name another folder, or delete this one."
+            )
     if run["result"] is not None:
         return run
     if int(os.environ.get("RANK", 0)) == 0:
-        write_run(stage.output_dir, stage.kind, settings, seeds=[stage.seed], fingerprints=fingerprints,
-                  resumed=resumed)
+        write_run(
+            stage.output_dir,
+            stage.kind,
+            settings,
+            seeds=[stage.seed],
+            fingerprints=fingerprints,
+            resumed=resumed,
+        )
     return dict(kind=stage.kind, settings=settings, fingerprints=fingerprints, resumed=resumed, result=None)
 
 # %% ../nbs/31b_train.ipynb #b7ef9bed
 ZERO3 = dict(
-    zero_optimization=dict(stage=3, overlap_comm=True, contiguous_gradients=True,
-                           stage3_gather_16bit_weights_on_model_save=True),
-    bf16=dict(enabled="auto"), gradient_accumulation_steps="auto", gradient_clipping="auto",
-    train_batch_size="auto", train_micro_batch_size_per_gpu="auto")
+    zero_optimization=dict(
+        stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True
+    ),
+    bf16=dict(enabled="auto"),
+    gradient_accumulation_steps="auto",
+    gradient_clipping="auto",
+    train_batch_size="auto",
+    train_micro_batch_size_per_gpu="auto",
+)
+
 
 def sharding_fields(
-    stage:Stage,  # How it is distributed
-    layers:Iterable[str],  # Class names of the LLM's layers
-)->dict:  # Fields of `TrainingArguments`
+    stage: Stage,  # How it is distributed
+    layers: Iterable[str],  # Class names of the LLM's layers
+) -> dict:  # Fields of `TrainingArguments`
     "What spreads a model over processes."
     if stage.sharding == "fsdp2":
-        config = dict(version=2, transformer_layer_cls_to_wrap=sorted(layers),
-                      state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False)
+        config = dict(
+            version=2,
+            transformer_layer_cls_to_wrap=sorted(layers),
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
         return dict(fsdp=True, fsdp_config=config)
     return dict(deepspeed=ZERO3) if stage.sharding == "zero3" else {}
 
+
 def trainer_arguments(
-    stage:Stage,  # Its settings
-    n_rows:int,  # In the data
-    layers:Iterable[str],  # Class names of the LLM's layers
+    stage: Stage,  # Its settings
+    n_rows: int,  # In the data
+    layers: Iterable[str],  # Class names of the LLM's layers
     **more,  # Any field of transformers' `TrainingArguments`
-)->TrainingArguments:
+) -> TrainingArguments:
     "A stage's settings as transformers reads them."
     processes = int(os.environ.get("WORLD_SIZE", 1))
     passes = stage.accumulate(processes)
     steps = stage.n_steps(n_rows)
     fields = dict(
-        gradient_accumulation_steps=passes, bf16=stage.bf16, use_cpu=not torch.accelerator.is_available(),
-        dataloader_num_workers=stage.num_workers, logging_steps=min(stage.logging_steps, steps),
-        report_to=stage.report_to, **sharding_fields(stage, layers))
+        gradient_accumulation_steps=passes,
+        bf16=stage.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_num_workers=stage.num_workers,
+        logging_steps=min(stage.logging_steps, steps),
+        report_to=stage.report_to,
+        **sharding_fields(stage, layers),
+    )
     if stage.gradient_checkpointing:
         fields |= dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))
     if stage.group_by_length:
         fields["train_sampling_strategy"] = "group_by_length"
     if stage.eval_data is not None:
         fields |= dict(eval_strategy="steps", eval_steps=stage.eval_steps)
-    return stage_arguments(stage.output_dir, max_steps=steps, batch_size=stage.batch_size//(processes*passes),
-                           learning_rate=stage.learning_rate, warmup_ratio=stage.warmup_ratio,
-                           seed=stage.seed, save_steps=stage.save_steps, **fields | more)
+    return stage_arguments(
+        stage.output_dir,
+        max_steps=steps,
+        batch_size=stage.batch_size // (processes * passes),
+        learning_rate=stage.learning_rate,
+        warmup_ratio=stage.warmup_ratio,
+        seed=stage.seed,
+        save_steps=stage.save_steps,
+        **fields | more,
+    )
 
 # %% ../nbs/31b_train.ipynb #de82348d
 logger = logging.getLogger(__name__)
 
+
 def _log_plan(
-    plan:dict[str, tuple[int, int]],  # From `freeze`
+    plan: dict[str, tuple[int, int]],  # From `freeze`
 ):
     "Say which parts learn."
     for part, (trained, every) in plan.items():
         logger.info(f"{part}: {trained:,} of {every:,} parameters are trained")
 
+
 def _train(
-    stage:Stage,  # What to train
+    stage: Stage,  # What to train
     rows,  # Training rows
-    callbacks:Sequence,  # transformers' callbacks
-    more:dict,  # Fields of `TrainingArguments`
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict], dict]:  # Log; plan of `freeze`
+    callbacks: Sequence,  # transformers' callbacks
+    more: dict,  # Fields of `TrainingArguments`
+) -> tuple[
+    DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict], dict
+]:  # Log; plan of `freeze`
     "Build and train the model of a stage."
     model, processor = build_stage_model(stage)
     eval_rows = stage.load_eval_rows()
@@ -366,17 +466,29 @@ def _train(
     plan = freeze(model, stage.stage, stage.lora_rank)
     if args.process_index == 0:
         _log_plan(plan)
-    log = train_stage(model, rows, collator, args, stage=stage.stage, lora_rank=stage.lora_rank,
-                      resume=stage.resume, callbacks=callbacks, result_dir=stage.output_dir,
-                      eval_rows=eval_rows, eval_budgets=stage.eval_budgets or (stage.tokens,))
+    log = train_stage(
+        model,
+        rows,
+        collator,
+        args,
+        stage=stage.stage,
+        lora_rank=stage.lora_rank,
+        resume=stage.resume,
+        callbacks=callbacks,
+        result_dir=stage.output_dir,
+        eval_rows=eval_rows,
+        eval_budgets=stage.eval_budgets or (stage.tokens,),
+    )
     return model, processor, log, plan
 
 # %% ../nbs/31b_train.ipynb #7e8d1d17
 def train_run(
-    stage:Stage,  # What to train
-    callbacks:Sequence=(),  # transformers' callbacks
+    stage: Stage,  # What to train
+    callbacks: Sequence = (),  # transformers' callbacks
     **trainer_fields,  # Any field of transformers' `TrainingArguments`
-)->tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict]]:  # In evaluation mode; the log
+) -> tuple[
+    DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict]
+]:  # In evaluation mode; the log
     "Train a stage on as many processes as there are; a stopped run goes on, a finished one is loaded."
     start = time.perf_counter()
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -388,22 +500,36 @@ def train_run(
     model, processor, log, plan = _train(stage, rows, callbacks, trainer_fields)
     if int(os.environ.get("RANK", 0)) == 0:
         processor.save_pretrained(stage.output_dir)
-        result = dict(losses=[e["loss"] for e in log if "loss" in e],
-                      eval_losses=[e["eval_loss"] for e in log if "eval_loss" in e], log=log)
-        write_run(stage.output_dir, stage.kind, run["settings"], seeds=[stage.seed],
-                  fingerprints=run["fingerprints"], result=result, processes=processes, rows=len(rows),
-                  plan=plan, seconds=time.perf_counter() - start, resumed=run["resumed"])
+        result = dict(
+            losses=[e["loss"] for e in log if "loss" in e],
+            eval_losses=[e["eval_loss"] for e in log if "eval_loss" in e],
+            log=log,
+        )
+        write_run(
+            stage.output_dir,
+            stage.kind,
+            run["settings"],
+            seeds=[stage.seed],
+            fingerprints=run["fingerprints"],
+            result=result,
+            processes=processes,
+            rows=len(rows),
+            plan=plan,
+            seconds=time.perf_counter() - start,
+            resumed=run["resumed"],
+        )
         write_card(stage.output_dir)
     return model, processor, log
 
+
 def run_stage(
-    stage:Stage,  # What to train
-    callbacks:Sequence=(),  # transformers' callbacks
+    stage: Stage,  # What to train
+    callbacks: Sequence = (),  # transformers' callbacks
     **trainer_fields,  # Any field of transformers' `TrainingArguments`
-)->Path:  # `run.json` in the output folder
+) -> Path:  # `run.json` in the output folder
     "Train a stage, unless that was done before."
-    path = stage.output_dir/RUN_FILE
-    old = stage.output_dir/"record.json"  # of an earlier version
+    path = stage.output_dir / RUN_FILE
+    old = stage.output_dir / "record.json"  # of an earlier version
     for finished in (path, old):
         if finished.exists() and read_run(stage.output_dir)["result"] is not None:
             check_run_dir(stage, stage.load_rows())
@@ -413,14 +539,16 @@ def run_stage(
 
 # %% ../nbs/31b_train.ipynb #5edf4830
 def main(
-    args:Sequence[str]|None=None,  # Command line; `None` takes the program's own
+    args: Sequence[str] | None = None,  # Command line; `None` takes the program's own
 ):
     "`python -m delta_llava.train`."
     import tyro
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        tyro.extras.subcommand_cli_from_dict(dict(pretrain=Pretrain, finetune=Finetune), args=args,
-                                             prog="python -m delta_llava.train")()
+        tyro.extras.subcommand_cli_from_dict(
+            dict(pretrain=Pretrain, finetune=Finetune), args=args, prog="python -m delta_llava.train"
+        )()
     except TrainingInterrupted as e:
         print(f"\n{e}", file=sys.stderr)
         sys.exit(128 + e.signal)

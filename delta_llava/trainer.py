@@ -33,37 +33,41 @@ from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projec
 
 # %% ../nbs/31_trainer.ipynb #70c0731d
 def add_lora(
-    model:DeltaLlavaForConditionalGeneration,  # Gets low-rank updates
-    rank:int,  # Of each update
+    model: DeltaLlavaForConditionalGeneration,  # Gets low-rank updates
+    rank: int,  # Of each update
 ):
     "Low-rank updates of every matrix in the LLM's layers, with LLaVA's settings but for the rank."
     linears = {m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)}
     names = [name for name, module in model.named_modules() if module in linears]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=.05, target_modules=names))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names))
+
 
 def lora_parameters(
-    model:nn.Module,  # With low-rank updates, or without
-)->dict[str, nn.Parameter]:  # By name
+    model: nn.Module,  # With low-rank updates, or without
+) -> dict[str, nn.Parameter]:  # By name
     "The parameters of the low-rank updates."
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
+
 def count_parameters(
-    module:nn.Module,  # A part of the model
-)->tuple[int, int]:
+    module: nn.Module,  # A part of the model
+) -> tuple[int, int]:
     "Trained and all parameters of a module."
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 # %% ../nbs/31_trainer.ipynb #71fc903d
 def freeze(
-    model:DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
-    stage:Literal["pretrain", "finetune"]="pretrain",  # The projector alone, or the projector and the LLM
-    lora_rank:int=0,  # Rank of low-rank updates of every matrix in the LLM's layers; 0 trains the LLM itself
-)->dict[str, tuple[int, int]]:  # Part -> trained and all parameters
+    model: DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
+    stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
+    lora_rank: int = 0,  # Rank of low-rank updates of every matrix in the LLM's layers; 0 trains the LLM itself
+) -> dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "Which parameters learn in a stage (§6)."
     if lora_rank < 0 or lora_rank and stage == "pretrain":
-        raise ValueError(f"lora_rank={lora_rank} in stage {stage!r}; LoRA changes the LLM, which only stage "
-                         f"'finetune' trains: take lora_rank=0, or a rank such as 128 there.")
+        raise ValueError(
+            f"lora_rank={lora_rank} in stage {stage!r}; LoRA changes the LLM, which only stage "
+            f"'finetune' trains: take lora_rank=0, or a rank such as 128 there."
+        )
     if lora_rank and not lora_parameters(model):
         add_lora(model, lora_rank)
     model.requires_grad_(False)
@@ -83,9 +87,9 @@ def freeze(
 
 # %% ../nbs/31_trainer.ipynb #5cec9d65
 def _merged_linear(
-    layer:nn.Module,  # PEFT's: a matrix and its low-rank update
-    dtype:torch.dtype,  # Of the result, where the matrix was in four bits
-)->nn.Linear:
+    layer: nn.Module,  # PEFT's: a matrix and its low-rank update
+    dtype: torch.dtype,  # Of the result, where the matrix was in four bits
+) -> nn.Linear:
     "A layer with its update added."
     base = layer.get_base_layer()
     if base.weight.is_floating_point():
@@ -100,8 +104,9 @@ def _merged_linear(
     linear.load_state_dict(state, assign=True)
     return linear
 
+
 def merge_lora(
-    model:DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
+    model: DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
 ):
     "Add the updates to the LLM's matrices; a model in four bits becomes one of full precision, on the CPU."
     dtype = model.get_output_embeddings().weight.dtype
@@ -114,43 +119,49 @@ def merge_lora(
 
 # %% ../nbs/31_trainer.ipynb #cfdf6879
 def draw_budget(
-    budgets:Sequence[int],  # Budgets $V$
-    seed:int,  # Of the run
-    step:int,  # Number of the optimizer step
-)->int:
+    budgets: Sequence[int],  # Budgets $V$
+    seed: int,  # Of the run
+    step: int,  # Number of the optimizer step
+) -> int:
     "One of the budgets, uniformly: the same for the same seed and step."
     digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
     return budgets[int.from_bytes(digest, "big") % len(budgets)]
 
+
 class ElasticCollator:
     "A collator for several budgets; the budget of a batch is chosen when its step is known."
-    def __init__(self,
-        collator:Collator,  # Makes the batches
-        budgets:Sequence[int],  # Budgets $V$ to draw from; a single one is always taken
-        seed:int=0,  # Another seed draws differently
-        nested:bool=False,  # Every batch at each budget: `StageTrainer` averages their losses
+
+    def __init__(
+        self,
+        collator: Collator,  # Makes the batches
+        budgets: Sequence[int],  # Budgets $V$ to draw from; a single one is always taken
+        seed: int = 0,  # Another seed draws differently
+        nested: bool = False,  # Every batch at each budget: `StageTrainer` averages their losses
     ):
         if not budgets:
             raise ValueError("budgets is empty; give at least one, such as (16,).")
         self.collator, self.budgets, self.seed, self.nested = collator, tuple(budgets), seed, nested
 
-    def __call__(self,
-        rows:Sequence[dict],  # As `Collator` takes them
-    )->dict:  # For `at_step`
+    def __call__(
+        self,
+        rows: Sequence[dict],  # As `Collator` takes them
+    ) -> dict:  # For `at_step`
         "What does not depend on the budget: tokens of the text and opened images."
         return dict(prepared=self.collator.prepare(rows))
 
-    def at_budget(self,
-        batch:dict,  # From `__call__`
-        tokens:int,  # Budget $V$
-    )->dict:  # Inputs of the model
+    def at_budget(
+        self,
+        batch: dict,  # From `__call__`
+        tokens: int,  # Budget $V$
+    ) -> dict:  # Inputs of the model
         "The batch at a budget."
         return self.collator.assemble(batch["prepared"], tokens)
 
-    def at_step(self,
-        batch:dict,  # From `__call__`
-        step:int,  # Number of the optimizer step
-    )->dict:  # Inputs of the model; nested: `batches`, a list of them
+    def at_step(
+        self,
+        batch: dict,  # From `__call__`
+        step: int,  # Number of the optimizer step
+    ) -> dict:  # Inputs of the model; nested: `batches`, a list of them
         "The batch at the step's budget."
         if not self.nested:
             return self.at_budget(batch, draw_budget(self.budgets, self.seed, step))
@@ -160,14 +171,17 @@ class ElasticCollator:
 # %% ../nbs/31_trainer.ipynb #6b4a6b62
 class RowIdCollator:
     "A collator whose batches carry the ids of their rows."
-    def __init__(self,
+
+    def __init__(
+        self,
         collator,  # Makes the batches
     ):
         self.collator = collator
 
-    def __call__(self,
-        rows:Sequence[dict],  # As the collator takes them, with `id`
-    )->dict:  # The batch and `ids`
+    def __call__(
+        self,
+        rows: Sequence[dict],  # As the collator takes them, with `id`
+    ) -> dict:  # The batch and `ids`
         if torch.utils.data.get_worker_info() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers; the step needs them
         return {**self.collator(rows), "ids": [row["id"] for row in rows]}
@@ -175,6 +189,7 @@ class RowIdCollator:
 # %% ../nbs/31_trainer.ipynb #f62ae1e0
 class BudgetTrainer(Trainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
+
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
 
     def __init__(
@@ -197,9 +212,11 @@ class BudgetTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "batches" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = [super(BudgetTrainer, self).compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-                  for batch in inputs["batches"]]
-        return sum(losses)/len(losses)
+        losses = [
+            super(BudgetTrainer, self).compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            for batch in inputs["batches"]
+        ]
+        return sum(losses) / len(losses)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.elastic is not None:
@@ -223,6 +240,7 @@ class BudgetTrainer(Trainer):
 # %% ../nbs/31_trainer.ipynb #b34eab4d
 class FiniteTrainer(Trainer):
     "No optimizer step on a loss or a gradient that is not finite."
+
     _step, _ids = None, ()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -247,43 +265,49 @@ class FiniteTrainer(Trainer):
             f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {self._ids}. No "
             f"weight was changed by it; the last checkpoint is {last_checkpoint(self.args.output_dir)}. Look "
             f"at these rows with delta-llava doctor; if they are sound, lower learning_rate, or train in "
-            f"float32 (bf16=False): that is another run, in another output_dir.")
+            f"float32 (bf16=False): that is another run, in another output_dir."
+        )
 
 # %% ../nbs/31_trainer.ipynb #c2c133cd
 COMPLETE = "complete.json"
 
+
 def _is_complete(
-    checkpoint:Path,  # Folder of a checkpoint
-)->bool:
+    checkpoint: Path,  # Folder of a checkpoint
+) -> bool:
     "Whether every file is there, with the size that it had when it was written."
     try:
-        sizes = json.loads((checkpoint/COMPLETE).read_text())
-        return all((checkpoint/name).stat().st_size == size for name, size in sizes.items())
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
 
+
 def last_checkpoint(
-    output_dir:str|Path,  # Output folder of a run
-)->Path|None:  # Its newest complete checkpoint; `None` if there is none
+    output_dir: str | Path,  # Output folder of a run
+) -> Path | None:  # Its newest complete checkpoint; `None` if there is none
     "Where to resume. A half-written checkpoint is ignored."
     done = [m.parent for m in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}") if _is_complete(m.parent)]
     return max(done, key=lambda p: int(p.name.split("-")[1]), default=None)
 
+
 def _is_write_error(
-    error:Exception,  # Raised while a checkpoint was written
-)->bool:
+    error: Exception,  # Raised while a checkpoint was written
+) -> bool:
     "Whether the file system is at fault: torch and safetensors have exceptions of their own for that."
     if isinstance(error, OSError):
         return True
     message = str(error)
     if isinstance(error, SafetensorError):
         return "I/O" in message or "IoError" in message or "os error" in message
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in message
-                                                or "inline_container" in message)
+    return isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter" in message or "inline_container" in message
+    )
 
 # %% ../nbs/31_trainer.ipynb #feb8f431
 class CheckpointTrainer(Trainer):
     "Checkpoints of what is trained, marked when they are complete."
+
     def _trains_llm(self, model):
         return any(p.requires_grad and "lora_" not in n for n, p in model.get_decoder().named_parameters())
 
@@ -301,48 +325,56 @@ class CheckpointTrainer(Trainer):
         save_projector(model, folder, projector)
         lora = {k: v for k, v in (state_dict or model.state_dict()).items() if "lora_" in k}
         if lora:
-            write_safetensors(folder/"lora.safetensors", lora)
+            write_safetensors(folder / "lora.safetensors", lora)
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled or not (folder/"projector.safetensors").exists():
+        if self.is_fsdp_enabled or not (folder / "projector.safetensors").exists():
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(model or self.model)
         model.multi_modal_projector.load_state_dict(load_projector(folder).state_dict())
-        if (folder/"lora.safetensors").exists():
-            keys = model.load_state_dict(read_safetensors(folder/"lora.safetensors"), strict=False)
+        if (folder / "lora.safetensors").exists():
+            keys = model.load_state_dict(read_safetensors(folder / "lora.safetensors"), strict=False)
             assert not keys.unexpected_keys and not any("lora_" in k for k in keys.missing_keys)
         return None
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial))/f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
         except Exception as e:
             if not _is_write_error(e):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-            free = f"Make room ({shutil.disk_usage(folder.parent).free/2**30:.1f} GiB are free) and start"
+            free = f"Make room ({shutil.disk_usage(folder.parent).free / 2**30:.1f} GiB are free) and start"
             way_out = free if "No space" in str(e) or "quota" in str(e) else "Start"
-            raise OSError(f"{folder} could not be written ({e}). {way_out} again: "
-                          f"the run goes on from {last_checkpoint(folder.parent)}.") from e
+            raise OSError(
+                f"{folder} could not be written ({e}). {way_out} again: "
+                f"the run goes on from {last_checkpoint(folder.parent)}."
+            ) from e
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
             names = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE]
-            write_json(folder/COMPLETE, {str(p.relative_to(folder)): p.stat().st_size for p in names})
+            write_json(folder / COMPLETE, {str(p.relative_to(folder)): p.stat().st_size for p in names})
 
-check_overrides(Trainer, {
-    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
-    "compute_loss": ("inputs", "return_outputs", "num_items_in_batch"),
-    "prediction_step": ("inputs", "prediction_loss_only", "ignore_keys"),
-    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
-    "training_step": ("inputs", "num_items_in_batch"),
-    "_clip_grad_norm": ("model",),
-    "_save": ("output_dir", "state_dict"),
-    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-    "_save_checkpoint": ("model", "trial"),
-}, "training draws budgets, refuses NaN and marks complete checkpoints")
+
+check_overrides(
+    Trainer,
+    {
+        "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+        "compute_loss": ("inputs", "return_outputs", "num_items_in_batch"),
+        "prediction_step": ("inputs", "prediction_loss_only", "ignore_keys"),
+        "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+        "training_step": ("inputs", "num_items_in_batch"),
+        "_clip_grad_norm": ("model",),
+        "_save": ("output_dir", "state_dict"),
+        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        "_save_checkpoint": ("model", "trial"),
+    },
+    "training draws budgets, refuses NaN and marks complete checkpoints",
+)
+
 
 class StageTrainer(FiniteTrainer, BudgetTrainer, CheckpointTrainer):
     "transformers' `Trainer` for both stages."
@@ -350,19 +382,23 @@ class StageTrainer(FiniteTrainer, BudgetTrainer, CheckpointTrainer):
 # %% ../nbs/31_trainer.ipynb #2daf429f
 class TrainingInterrupted(KeyboardInterrupt):
     "A training that was stopped by a signal; the message says how to go on, `signal` which one it was."
-    def __init__(self,
-        message:str,  # How to go on
-        number:int,  # The signal
+
+    def __init__(
+        self,
+        message: str,  # How to go on
+        number: int,  # The signal
     ):
         super().__init__(message)
         self.signal = number
 
+
 class StopOnSignal(TrainerCallback):
     "SIGINT and SIGTERM finish the step, save a checkpoint and end the training."
+
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.received, self._time, self._previous = 0, 0., {}
+        self.received, self._time, self._previous = 0, 0.0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
@@ -388,54 +424,72 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
 
+
 class KeepIntervals(TrainerCallback):
     "A resumed run saves, logs and evaluates as often as it is told now, not as often as before."
+
     def on_train_begin(self, args, state, control, **kwargs):
         for name in ("save_steps", "logging_steps", "eval_steps"):
             setattr(state, name, getattr(args, name))
 
 # %% ../nbs/31_trainer.ipynb #77de99dd
 def stage_arguments(
-    output_dir:str|Path,  # Gets checkpoints
+    output_dir: str | Path,  # Gets checkpoints
     *,
-    max_steps:int,  # Optimizer steps
-    batch_size:int=16,  # Rows in a pass, on one device
-    learning_rate:float=1e-3,  # Highest learning rate; the authors' of stage 1
-    warmup_ratio:float=.03,  # Part of the steps in which it rises
-    seed:int=0,  # Of the order of the rows and of DropPath
-    save_steps:int=50,  # Steps between checkpoints
+    max_steps: int,  # Optimizer steps
+    batch_size: int = 16,  # Rows in a pass, on one device
+    learning_rate: float = 1e-3,  # Highest learning rate; the authors' of stage 1
+    warmup_ratio: float = 0.03,  # Part of the steps in which it rises
+    seed: int = 0,  # Of the order of the rows and of DropPath
+    save_steps: int = 50,  # Steps between checkpoints
     **more,  # Any field of transformers' `TrainingArguments`
-)->TrainingArguments:
+) -> TrainingArguments:
     "The authors' optimization, for a machine of any size."
     for name, value in dict(max_steps=max_steps, batch_size=batch_size, save_steps=save_steps).items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     fields = dict(
-        max_steps=max_steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup_ratio, weight_decay=0.,
-        max_grad_norm=1., seed=seed, data_seed=seed, save_steps=save_steps, save_total_limit=2,
-        logging_steps=min(10, max_steps), logging_nan_inf_filter=False, ddp_find_unused_parameters=False,
-        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available())
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_ratio,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        data_seed=seed,
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=min(10, max_steps),
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     return TrainingArguments(str(output_dir), **fields | more)
 
 # %% ../nbs/31_trainer.ipynb #84f90dcb
 def checkpoint_bytes(
-    model:DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
-)->tuple[int, int]:
+    model: DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
+) -> tuple[int, int]:
     "Bytes of one checkpoint (weights, and two moments of what is trained), and of the final model."
     trained, _ = count_parameters(model)
     whole = any(p.requires_grad for p in model.get_output_embeddings().parameters())
-    weights = sum(p.numel()*p.element_size() for p in model.parameters()) if whole else 4*trained
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) if whole else 4 * trained
     result = 0
     if any(p.requires_grad for p in model.get_decoder().parameters()):
         for p in model.parameters():  # a byte of two four-bit weights becomes two weights of two bytes
-            result += p.numel()*(4 if p.dtype == torch.uint8 else p.element_size())
-    return weights + 8*trained, result
+            result += p.numel() * (4 if p.dtype == torch.uint8 else p.element_size())
+    return weights + 8 * trained, result
+
 
 def check_space(
-    model:DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
-    output_dir:str|Path,  # Where checkpoints go
+    model: DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
+    output_dir: str | Path,  # Where checkpoints go
 ):
     "Error unless the disk has room for the checkpoints and the result."
     output_dir = Path(output_dir)
@@ -443,32 +497,38 @@ def check_space(
     checkpoint, result = checkpoint_bytes(model)
     kept = sum(f.stat().st_size for f in output_dir.glob("checkpoint-*/**/*") if f.is_file())
     free = shutil.disk_usage(output_dir).free
-    if free + kept < 3*checkpoint + result:
-        raise OSError(f"{output_dir} has {free/2**30:.1f} GiB free, but three checkpoints of "
-                      f"{checkpoint/2**30:.1f} GiB and a model of {result/2**30:.1f} GiB must fit; make "
-                      f"room, or name a folder on another disk.")
+    if free + kept < 3 * checkpoint + result:
+        raise OSError(
+            f"{output_dir} has {free / 2**30:.1f} GiB free, but three checkpoints of "
+            f"{checkpoint / 2**30:.1f} GiB and a model of {result / 2**30:.1f} GiB must fit; make "
+            f"room, or name a folder on another disk."
+        )
 
 # %% ../nbs/31_trainer.ipynb #15087f9e
 def _interrupted(
-    trainer:Trainer,  # That was stopped
-    number:int,  # Signal
-)->TrainingInterrupted:
+    trainer: Trainer,  # That was stopped
+    number: int,  # Signal
+) -> TrainingInterrupted:
     "The exception for a stopped run."
     done = last_checkpoint(trainer.args.output_dir)
     way_out = "Nothing was saved."
     if done is not None:
         way_out = f"{done} is complete: the same command goes on from there."
-    return TrainingInterrupted(f"Stopped by {signal.Signals(number).name} after step "
-                               f"{trainer.state.global_step} of {trainer.args.max_steps}. {way_out}", number)
+    return TrainingInterrupted(
+        f"Stopped by {signal.Signals(number).name} after step "
+        f"{trainer.state.global_step} of {trainer.args.max_steps}. {way_out}",
+        number,
+    )
+
 
 def _run_trainer(
-    trainer:StageTrainer,  # Ready
-    checkpoint:Path|None,  # Where to go on
-)->list[dict]:  # The log
+    trainer: StageTrainer,  # Ready
+    checkpoint: Path | None,  # Where to go on
+) -> list[dict]:  # The log
     "Train to the end, or only load a run that is at its end."
     if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= trainer.args.max_steps > 0:
         trainer._load_from_checkpoint(str(checkpoint))  # `Trainer.train` would take one step more
-        return json.loads((checkpoint/"trainer_state.json").read_text())["log_history"]
+        return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -476,36 +536,39 @@ def _run_trainer(
         raise _interrupted(trainer, stop.received)
     return trainer.state.log_history
 
+
 def _save_result(
-    trainer:StageTrainer,  # At its end
-    model:DeltaLlavaForConditionalGeneration,  # Trained
-    folder:Path,  # Gets the projector, or the whole model
-    lora_rank:int,  # Rank of low-rank updates
+    trainer: StageTrainer,  # At its end
+    model: DeltaLlavaForConditionalGeneration,  # Trained
+    folder: Path,  # Gets the projector, or the whole model
+    lora_rank: int,  # Rank of low-rank updates
 ):
     "Write what was trained."
     trainer.save_model(str(folder))
-    (folder/"training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has the settings
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has the settings
     if lora_rank and trainer.args.should_save and not trainer.is_fsdp_enabled:
         merge_lora(model)
         model.save_pretrained(folder)
         for name in ("projector.safetensors", "projector.json", "lora.safetensors"):
-            (folder/name).unlink(missing_ok=True)  # parts of the whole model now
+            (folder / name).unlink(missing_ok=True)  # parts of the whole model now
 
 # %% ../nbs/31_trainer.ipynb #0d046c9b
 def train_stage(
-    model:DeltaLlavaForConditionalGeneration,  # Its projector is trained, and in stage 2 its LLM
+    model: DeltaLlavaForConditionalGeneration,  # Its projector is trained, and in stage 2 its LLM
     rows,  # Training rows of `load_conversations`
     collator,  # `Collator` or `ElasticCollator`
-    args:TrainingArguments,  # `stage_arguments`
+    args: TrainingArguments,  # `stage_arguments`
     *,
-    stage:Literal["pretrain", "finetune"]="pretrain",  # The projector alone, or the projector and the LLM
-    lora_rank:int=0,  # Rank of low-rank updates in place of the LLM's own weights
-    resume:bool=True,  # Go on from the last complete checkpoint in the folder, if there is one
-    callbacks:Sequence=(),  # transformers' callbacks
-    result_dir:str|Path|None=None,  # Gets what was trained: the projector, or after stage 2 the whole model
+    stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
+    lora_rank: int = 0,  # Rank of low-rank updates in place of the LLM's own weights
+    resume: bool = True,  # Go on from the last complete checkpoint in the folder, if there is one
+    callbacks: Sequence = (),  # transformers' callbacks
+    result_dir: str
+    | Path
+    | None = None,  # Gets what was trained: the projector, or after stage 2 the whole model
     eval_rows=None,  # Validation rows; their loss is computed every `args.eval_steps`
-    eval_budgets:Sequence[int]=(),  # Budgets of the validation loss; empty takes the first training budget
-)->list[dict]:  # The log: step, loss, learning rate, gradient norm
+    eval_budgets: Sequence[int] = (),  # Budgets of the validation loss; empty takes the first training budget
+) -> list[dict]:  # The log: step, loss, learning rate, gradient norm
     "Train one stage (§6)."
     freeze(model, stage, lora_rank)
     checkpoint = last_checkpoint(args.output_dir) if resume else None
@@ -515,8 +578,14 @@ def train_stage(
             collator.at_budget(first, tokens)
     if args.save_strategy != "no":
         check_space(model, args.output_dir)
-    trainer = StageTrainer(model, args, data_collator=collator, train_dataset=rows, eval_dataset=eval_rows,
-                           callbacks=[KeepIntervals(), *callbacks])
+    trainer = StageTrainer(
+        model,
+        args,
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        callbacks=[KeepIntervals(), *callbacks],
+    )
     trainer.eval_budgets = tuple(eval_budgets)
     log = _run_trainer(trainer, checkpoint)
     model.eval()

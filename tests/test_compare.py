@@ -1,4 +1,5 @@
 "The comparison: its plan, a run that is not repeated, one record of all runs."
+
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from delta_llava.compressors.base import COMPRESSORS, VARIANTS
 from delta_llava.quickstart import HELD_OUT_SETS, Quickstart
 from delta_llava.runs import read_record
 
-RUNS = Path(__file__).parent.parent/"runs"
+RUNS = Path(__file__).parent.parent / "runs"
 TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2)
 
 
@@ -19,9 +20,16 @@ def test_each_system_is_trained_as_its_authors_do():
     systems = ["delta", "delta-elastic", "mlp", "m3", "mqt", "fastv", "quecc"]
     runs = plan_runs(systems, (36, 4), (0,), (True,))
     assert [(run_label(run), run.train_budgets, run.eval_budgets) for run in runs] == [
-        ("delta", (36,), (36,)), ("delta", (4,), (4,)), ("delta-elastic", (36, 4), (36, 4)),
-        ("mlp", (144,), (144,)), ("m3", (36, 4), (36, 4)), ("mqt", (36, 4), (36, 4)),
-        ("fastv", (144,), (36, 4)), ("quecc", (36,), (36,)), ("quecc", (4,), (4,))]
+        ("delta", (36,), (36,)),
+        ("delta", (4,), (4,)),
+        ("delta-elastic", (36, 4), (36, 4)),
+        ("mlp", (144,), (144,)),
+        ("m3", (36, 4), (36, 4)),
+        ("mqt", (36, 4), (36, 4)),
+        ("fastv", (144,), (36, 4)),
+        ("quecc", (36,), (36,)),
+        ("quecc", (4,), (4,)),
+    ]
     assert all(run.tokens == run.eval_budgets[0] for run in runs)
 
 
@@ -54,8 +62,8 @@ def test_empty_comparison_is_refused(empty, tmp_path):
     with pytest.raises(ValueError, match=f"{empty} is empty; name at least one"):
         plan_runs(**given | {empty: ()})
     with pytest.raises(ValueError, match="runs is empty"):
-        compare.compare([], tmp_path/"c")
-    assert not (tmp_path/"c").exists()
+        compare.compare([], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
@@ -68,12 +76,19 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
         if len(done) == 3:
             raise KeyboardInterrupt
         config.output_dir.mkdir(parents=True)
-        scores = {"set": {"4": dict(forced_choice_accuracy=.5)}}
-        result = dict(label=run_label(config), scores=scores, flops={"4": 7}, parameters=3, losses=[2., 1.],
-                      matmul_precision="highest")
+        scores = {"set": {"4": dict(forced_choice_accuracy=0.5)}}
+        result = dict(
+            label=run_label(config),
+            scores=scores,
+            flops={"4": 7},
+            parameters=3,
+            losses=[2.0, 1.0],
+            matmul_precision="highest",
+        )
         run = dict(kind="quickstart", commit="c", hardware="h", versions={}, settings=asdict(config))
         run["result"] = result
-        (config.output_dir/"run.json").write_text(json.dumps(run, default=str))
+        (config.output_dir / "run.json").write_text(json.dumps(run, default=str))
+
     monkeypatch.setattr(compare, "train_and_evaluate", train_and_evaluate)
     monkeypatch.setattr(compare, "prepare_data", lambda runs: None)
     with pytest.raises(KeyboardInterrupt):
@@ -81,7 +96,7 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other settings"):
         compare.compare([replace(run, max_steps=9) for run in runs], tmp_path)
     first = done[:2]
-    half = read_record(tmp_path/"record.json")  # written after an interruption, too
+    half = read_record(tmp_path / "record.json")  # written after an interruption, too
     assert len(half["result"]) == 2 and half["hardware"] == "h"
     assert half["not_run"] == [name for name in names if name not in first]
     record = read_record(compare.compare(runs, tmp_path))
@@ -89,18 +104,18 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     assert [r["compressor"] for r in record["result"]] == ["delta", "delta", "m3", "m3"]
     assert record["seeds"] == [0]
     values = {(row["label"], row["closed_form_init"]): row["values"] for row in score_table(record)}
-    assert values == {(name, init): [.5] for name in ("delta", "m3") for init in (True, False)}
+    assert values == {(name, init): [0.5] for name in ("delta", "m3") for init in (True, False)}
 
 
 def test_comparison_of_an_earlier_version_is_not_continued(tmp_path):
-    (tmp_path/"cells").mkdir()
+    (tmp_path / "cells").mkdir()
     with pytest.raises(ValueError, match="earlier version"):
         compare.compare(plan_runs(["delta"], (4,), (0,), (True,), TINY), tmp_path)
 
 
 def test_committed_records_are_read_with_the_new_names():
     for name in ("compare", "compare-short"):
-        rows = score_table(read_record(RUNS/f"{name}.json"))
+        rows = score_table(read_record(RUNS / f"{name}.json"))
         assert {row["images"] for row in rows} == HELD_OUT_SETS.keys()
         assert all(0 <= value <= 1 for row in rows for value in row["values"])
 
@@ -109,9 +124,9 @@ def test_committed_records_are_read_with_the_new_names():
 @pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS, "delta-elastic"])
 def test_every_compressor_is_trained_and_evaluated(name, tmp_path):
     budgets = (16, 4) if name == "delta-elastic" else (16,)
-    run, = plan_runs([name], budgets, (0,), (True,), replace(TINY, max_steps=4, train_images=16))
+    (run,) = plan_runs([name], budgets, (0,), (True,), replace(TINY, max_steps=4, train_images=16))
     record = read_record(compare.compare([run], tmp_path))
-    r, = record["result"]
+    (r,) = record["result"]
     assert all(0 < loss < 20 for loss in r["losses"]) and r["parameters"] > 1e5
     for budgets in r["scores"].values():
         for t, s in budgets.items():

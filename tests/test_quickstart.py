@@ -1,4 +1,5 @@
 "The quickstart on a small scale, with the real vision tower, LLM and images; settings that are refused."
+
 import json
 import re
 import runpy
@@ -30,11 +31,20 @@ from delta_llava.runs import load, read_run
 from delta_llava.tower import open_image
 from delta_llava.train import run_stage
 
-TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2, train_budgets=(16,),
-                  eval_budgets=(4, 16))
-SCORES = {"matched_loss", "mismatched_loss", "p", "forced_choice_accuracy",
-          "pointing_accuracy", "pointing_chance", "energy", "box_area"}
-BENCHMARKS = Path(__file__).parent.parent/"benchmarks"
+TINY = Quickstart(
+    max_steps=2, batch_size=2, train_images=8, test_images=2, train_budgets=(16,), eval_budgets=(4, 16)
+)
+SCORES = {
+    "matched_loss",
+    "mismatched_loss",
+    "p",
+    "forced_choice_accuracy",
+    "pointing_accuracy",
+    "pointing_chance",
+    "energy",
+    "box_area",
+}
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +69,7 @@ def count_optimizer_steps(monkeypatch):
     def counted(self, *args, **kwargs):
         steps.append(1)
         return step(self, *args, **kwargs)
+
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     return steps
 
@@ -74,7 +85,7 @@ def test_two_runs_give_the_same_numbers(runs):
     assert scores.keys() == HELD_OUT_SETS.keys()
     for budgets in scores.values():
         assert budgets.keys() == {"4", "16"} and all(s.keys() == SCORES for s in budgets.values())
-    assert (one/"projector.safetensors").read_bytes() == (two/"projector.safetensors").read_bytes()
+    assert (one / "projector.safetensors").read_bytes() == (two / "projector.safetensors").read_bytes()
     settings = json.loads(json.dumps(asdict(replace(TINY, output_dir=one)), default=str))
     assert first["kind"] == "quickstart" and first["seeds"] == [0]
     assert {k: first["settings"][k] for k in settings} == settings
@@ -83,15 +94,15 @@ def test_two_runs_give_the_same_numbers(runs):
 @pytest.mark.slow
 def test_report_is_whole(runs):
     (folder, _), (run, _) = runs
-    page = (folder/"report.html").read_text()
+    page = (folder / "report.html").read_text()
     body = page.split("</style>")[1]
     assert not re.search(r"[{}]", body) and not re.search(r"\bnan\b", body.lower())
     figures = re.findall(r'src="([^"]+)"', page)
     assert figures == ["examples.png", "gradcam.png", "loss.png"]
     for name in figures:
-        assert min(open_image(folder/name).size) > 100
-    assert body.count("<tr") == 1 + 4*2 and body.count('class="main"') == 4
-    assert 'href="run.json"' in body and (folder/"run.json").exists()
+        assert min(open_image(folder / name).size) > 100
+    assert body.count("<tr") == 1 + 4 * 2 and body.count('class="main"') == 4
+    assert 'href="run.json"' in body and (folder / "run.json").exists()
     for name in HELD_OUT_SETS:
         assert name.replace("_", " ") in body
     assert run["reference"] in body and f"<em>{run['word']}</em>" in body
@@ -113,7 +124,7 @@ def test_trained_model_answers(runs):
 def test_model_card_tells_how_to_load_it(runs):
     (folder, _), _ = runs
     scope = dict(folder=folder)
-    exec(re.search(r"```python\n(.*?)```", (folder/"README.md").read_text(), re.S)[1], scope)
+    exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1], scope)
     ours, theirs = (m.multi_modal_projector.state_dict() for m in (load(folder)[0], scope["model"]))
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
@@ -126,7 +137,7 @@ def test_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, 
     assert reproducible(again) == reproducible(run) and not steps
     with pytest.raises(ValueError, match="seed"):
         run_quickstart(replace(TINY, seed=1, output_dir=folder))
-    assert read_run(folder)["settings"]["seed"] == 0 and (folder/"report.html").exists()
+    assert read_run(folder)["settings"]["seed"] == 0 and (folder / "report.html").exists()
 
 
 @pytest.mark.slow
@@ -173,8 +184,8 @@ def test_evaluation_and_report_of_a_tiny_model(tmp_path):
         for s in budgets.values():
             assert SCORES <= s.keys() and len(s["captions"]) == len(s["references"]) == 2
             assert 0 <= s["pointing_accuracy"] <= 1 and 0 < s["box_area"] < 1
-    shown = draw_figures(model, processor, config, sets, [dict(step=1, loss=2.), dict(step=2, loss=1.)])
-    run = dict(result=dict(scores=scores), settings=asdict(config), seconds=1.)
+    shown = draw_figures(model, processor, config, sets, [dict(step=1, loss=2.0), dict(step=2, loss=1.0)])
+    run = dict(result=dict(scores=scores), settings=asdict(config), seconds=1.0)
     run |= dict(hardware="<cpu>", command="a & b")
     page = write_report(config, run, shown).read_text()
     assert "&lt;cpu&gt;" in page and "a &amp; b" in page and page.count("<tr") == 1 + 2
@@ -189,44 +200,56 @@ def test_held_out_images_differ_from_training_images(tmp_path):
         fewest, most = HELD_OUT_SETS[name][1]
         assert {len(row["objects"]) for row in part} <= set(range(fewest, most + 1))
     captions = [row["conversations"][1]["value"] for row in rows]
-    again = training_images(TINY, tmp_path/"again")
+    again = training_images(TINY, tmp_path / "again")
     assert [row["conversations"][1]["value"] for row in again] == captions
-    other = training_images(replace(TINY, seed=1), tmp_path/"other")
+    other = training_images(replace(TINY, seed=1), tmp_path / "other")
     objects = {tuple(map(str, row["objects"])) for row in rows}
     assert not {tuple(map(str, row["objects"])) for row in other} & objects  # seeds share no scene
 
 
-@pytest.mark.parametrize("name,p,accuracy,expected", [
-    ("heldout_scenes, one object", .001, .32, True),
-    ("heldout_scenes, one object", .001, .30, False),
-    ("heldout_artist, several objects", .001, .19, True),
-    ("heldout_artist, several objects", .001, .18, False),
-    ("heldout_artist, several objects", .02, .9, False)])
+@pytest.mark.parametrize(
+    "name,p,accuracy,expected",
+    [
+        ("heldout_scenes, one object", 0.001, 0.32, True),
+        ("heldout_scenes, one object", 0.001, 0.30, False),
+        ("heldout_artist, several objects", 0.001, 0.19, True),
+        ("heldout_artist, several objects", 0.001, 0.18, False),
+        ("heldout_artist, several objects", 0.02, 0.9, False),
+    ],
+)
 def test_target(name, p, accuracy, expected):
     assert meets_target(name, dict(p=p, forced_choice_accuracy=accuracy)) is expected
 
 
-@pytest.mark.parametrize("fields,error", [
-    (dict(max_steps=0), "max_steps=0 must be at least 1"),
-    (dict(batch_size=0), "batch_size=0 must be at least 1"),
-    (dict(train_images=0), "train_images=0"),
-    (dict(test_images=1), "test_images=1 must be at least 2"),
-    (dict(tokens=4), "tokens=4 must be one of eval_budgets"),
-    (dict(data=Path("rows.json")), "data=rows.json"),
-    (dict(tokens=25, train_budgets=()), "tokens=25 must be one of eval_budgets")])
+@pytest.mark.parametrize(
+    "fields,error",
+    [
+        (dict(max_steps=0), "max_steps=0 must be at least 1"),
+        (dict(batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(train_images=0), "train_images=0"),
+        (dict(test_images=1), "test_images=1 must be at least 2"),
+        (dict(tokens=4), "tokens=4 must be one of eval_budgets"),
+        (dict(data=Path("rows.json")), "data=rows.json"),
+        (dict(tokens=25, train_budgets=()), "tokens=25 must be one of eval_budgets"),
+    ],
+)
 def test_settings_that_are_refused(fields, error):
     with pytest.raises(ValueError, match=re.escape(error)):
         Quickstart(**fields)
 
 
-@pytest.mark.parametrize("fields,error", [
-    (dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
-    (dict(train_budgets=(5,)), "tokens=5 must be the square"),
-    (dict(eval_budgets=(16, 169)), "tokens=169 must be the square")])
+@pytest.mark.parametrize(
+    "fields,error",
+    [
+        (dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
+        (dict(train_budgets=(5,)), "tokens=5 must be the square"),
+        (dict(eval_budgets=(16, 169)), "tokens=169 must be the square"),
+    ],
+)
 def test_settings_that_do_not_fit_the_tower(fields, error, tmp_path):
     with pytest.raises(ValueError, match=re.escape(error)):
-        run_quickstart(replace(TINY, output_dir=tmp_path/"q", **fields))
-    assert not (tmp_path/"q"/"scenes").exists()
+        run_quickstart(replace(TINY, output_dir=tmp_path / "q", **fields))
+    assert not (tmp_path / "q" / "scenes").exists()
 
 
 def test_empty_budgets_are_the_main_one():
@@ -237,8 +260,8 @@ def test_empty_budgets_are_the_main_one():
 
 def test_report_needs_a_map(tmp_path):
     with pytest.raises(ValueError, match="a map over a single token"):
-        run_quickstart(Quickstart(tokens=1, eval_budgets=(), output_dir=tmp_path/"q"))
-    assert not (tmp_path/"q").exists()
+        run_quickstart(Quickstart(tokens=1, eval_budgets=(), output_dir=tmp_path / "q"))
+    assert not (tmp_path / "q").exists()
 
 
 def test_folder_without_a_run(tmp_path):
@@ -247,12 +270,12 @@ def test_folder_without_a_run(tmp_path):
 
 
 def test_recipe_of_an_earlier_version_is_read(tmp_path):
-    record = json.loads((Path(__file__).parent.parent/"runs"/"quickstart-seed0.json").read_text())
-    (tmp_path/"recipe.json").write_text(json.dumps(record["recipe"]))
-    (tmp_path/"record.json").write_text(json.dumps(record))
+    record = json.loads((Path(__file__).parent.parent / "runs" / "quickstart-seed0.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps(record["recipe"]))
+    (tmp_path / "record.json").write_text(json.dumps(record))
     config = read_quickstart(tmp_path)
     assert config == Quickstart(output_dir=tmp_path)
-    (tmp_path/"recipe.json").write_text(json.dumps(record["recipe"] | dict(colour="red")))
+    (tmp_path / "recipe.json").write_text(json.dumps(record["recipe"] | dict(colour="red")))
     with pytest.raises(ValueError, match="unknown fields \\['colour'\\]"):
         read_quickstart(tmp_path)
 
@@ -261,36 +284,37 @@ def test_recipe_of_an_earlier_version_is_read(tmp_path):
 
 
 def test_caption_benchmark_trains_and_evaluates_once(tmp_path, monkeypatch):
-    module = runpy.run_path(str(BENCHMARKS/"captions.py"))
+    module = runpy.run_path(str(BENCHMARKS / "captions.py"))
     scope = module["Captions"].train_and_evaluate.__globals__
     trained, evaluated = [], []
 
     def run_stage(config):
-        if (config.output_dir/"run.json").exists():
+        if (config.output_dir / "run.json").exists():
             return
         trained.append(config.output_dir.name)
         config.output_dir.mkdir(parents=True)
-        run = dict(kind="quickstart", settings=asdict(config), commit="c", seconds=1.)
-        run["result"] = dict(losses=[3., 2.])
-        (config.output_dir/"run.json").write_text(json.dumps(run, default=str))
+        run = dict(kind="quickstart", settings=asdict(config), commit="c", seconds=1.0)
+        run["result"] = dict(losses=[3.0, 2.0])
+        (config.output_dir / "run.json").write_text(json.dumps(run, default=str))
 
     def evaluate_run(folder):
         evaluated.append(folder.name)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         name, seed = folder.name.split("-")
-        row = dict.fromkeys(module["SCORES"], .5) | dict(seed=int(seed), compressor=name, set="one")
-        row |= dict(captions=["A fox."]*5, references=["A key."]*5)
+        row = dict.fromkeys(module["SCORES"], 0.5) | dict(seed=int(seed), compressor=name, set="one")
+        row |= dict(captions=["A fox."] * 5, references=["A key."] * 5)
         return [row | dict(tokens=t) for t in read_quickstart(folder).eval_budgets]
+
     monkeypatch.setitem(scope, "run_stage", run_stage)
     monkeypatch.setitem(scope, "evaluate_run", evaluate_run)
-    captions = module["Captions"](seeds=(0, 1), folder=tmp_path/"c", record=tmp_path/"r.json")
+    captions = module["Captions"](seeds=(0, 1), folder=tmp_path / "c", record=tmp_path / "r.json")
     with pytest.raises(KeyboardInterrupt):
         captions()
     captions()
     assert trained == [f"{name}-{seed}" for seed in (0, 1) for name in ("delta", "fastv")]
     assert evaluated == ["delta-0", "fastv-0", "fastv-0", "delta-1", "fastv-1"]
-    record = json.loads((tmp_path/"r.json").read_text())
+    record = json.loads((tmp_path / "r.json").read_text())
     expected = []
     for seed in (0, 1):
         expected += [(seed, "delta", t) for t in (16, 4, 1)] + [(seed, "fastv", t) for t in (64, 16, 4, 1)]
@@ -300,16 +324,18 @@ def test_caption_benchmark_trains_and_evaluates_once(tmp_path, monkeypatch):
 
 
 def test_caption_benchmark_trains_both_systems_alike():
-    settings = runpy.run_path(str(BENCHMARKS/"captions.py"))["Captions"]().settings()
+    settings = runpy.run_path(str(BENCHMARKS / "captions.py"))["Captions"]().settings()
     assert {(s.compressor, s.train_budgets, s.tokens) for s in settings} == {
-        ("delta", (16, 4, 1), 16), ("fastv", (64,), 64)}
+        ("delta", (16, 4, 1), 16),
+        ("fastv", (64,), 64),
+    }
     differ = ("compressor", "tokens", "train_budgets", "eval_budgets", "seed", "output_dir")
     common = [{k: v for k, v in vars(s).items() if k not in differ} for s in settings]
     assert all(c == common[0] for c in common)
 
 
 def test_initialization_benchmark_compares_equal_settings(tmp_path):
-    benchmark = runpy.run_path(str(BENCHMARKS/"closed_form_init.py"))["Benchmark"]()
+    benchmark = runpy.run_path(str(BENCHMARKS / "closed_form_init.py"))["Benchmark"]()
     authors = benchmark.settings(0, "delta", "authors", tmp_path)
     closed_form = benchmark.settings(0, "delta", "closed_form", tmp_path)
     assert replace(authors, closed_form_init=True) == closed_form and not authors.closed_form_init

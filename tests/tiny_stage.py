@@ -1,5 +1,6 @@
 """A tower, an LLM and conversations small enough to train both stages in seconds, as folders; and a program
 that trains them, alone or on several processes."""
+
 import json
 import os
 import signal
@@ -23,15 +24,29 @@ COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "
 def write_models(folder):
     "A CLIP-like tower with a 4×4 grid, and a two-layer Llama with one token for each byte."
     torch.manual_seed(0)
-    tower = CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=4,
-                             num_attention_heads=2, image_size=56, patch_size=14)
-    CLIPVisionModel(tower).save_pretrained(folder/"tower")
-    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder/"tower")
-    llm = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                      num_attention_heads=2, num_key_value_heads=2, bos_token_id=256, eos_token_id=257,
-                      pad_token_id=257)
-    LlamaForCausalLM(llm).save_pretrained(folder/"llm")
-    byte_tokenizer().save_pretrained(folder/"llm")
+    tower = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
+    CLIPVisionModel(tower).save_pretrained(folder / "tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder / "tower")
+    llm = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
+    LlamaForCausalLM(llm).save_pretrained(folder / "llm")
+    byte_tokenizer().save_pretrained(folder / "llm")
 
 
 def write_parts(folder):
@@ -40,23 +55,36 @@ def write_parts(folder):
     rows = []
     for i in range(24):
         name = list(COLORS)[i % 4]
-        Image.new("RGB", (56, 40 + i), COLORS[name]).save(folder/f"{i}.png")
+        Image.new("RGB", (56, 40 + i), COLORS[name]).save(folder / f"{i}.png")
         turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": name}]
         rows.append(dict(id=f"picture-{i}", image=f"{i}.png", conversations=turns))
     for i in range(4):
-        turns = [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i+1}"*9}]
+        turns = [{"from": "human", "value": f"{i}+1?"}, {"from": "gpt", "value": f"{i + 1}" * 9}]
         rows.append(dict(id=f"text-{i}", conversations=turns))
-    (folder/"data.json").write_text(json.dumps(rows))
+    (folder / "data.json").write_text(json.dumps(rows))
     return folder
 
 
 def stage(kind, parts, folder, **options):
     "A stage on these parts, 6 steps of 4 rows in float32."
     parts = Path(parts)
-    same = dict(data=parts/"data.json", output_dir=Path(folder), tower=str(parts/"tower"),
-                llm=str(parts/"llm"), tokens=4, batch_size=4, per_device_batch_size=4, max_steps=6, seed=0,
-                max_length=512, bf16=False, num_workers=0, save_steps=2, gradient_checkpointing=False,
-                learning_rate=1e-3)
+    same = dict(
+        data=parts / "data.json",
+        output_dir=Path(folder),
+        tower=str(parts / "tower"),
+        llm=str(parts / "llm"),
+        tokens=4,
+        batch_size=4,
+        per_device_batch_size=4,
+        max_steps=6,
+        seed=0,
+        max_length=512,
+        bf16=False,
+        num_workers=0,
+        save_steps=2,
+        gradient_checkpointing=False,
+        learning_rate=1e-3,
+    )
     if kind == "finetune":
         same |= dict(projector=None, sharding="none", group_by_length=False)
     for name in ("data", "projector"):
@@ -70,6 +98,7 @@ def stage(kind, parts, folder, **options):
 
 class EachStep(TrainerCallback):
     "Keep the loss of every step, and the budget of every pass."
+
     def __init__(self):
         self.losses, self.budgets, self.sharded = [], [], False
 
@@ -89,6 +118,7 @@ class EachStep(TrainerCallback):
 
 class DieAt(TrainerCallback):
     "The process is killed after a step."
+
     def __init__(self, step):
         self.step = step
 
@@ -99,25 +129,28 @@ class DieAt(TrainerCallback):
 
 class Announce(TrainerCallback):
     "From a step on, a file says that the run can be stopped; steps take some time then."
+
     def __init__(self, step, file):
         self.step, self.file = step, Path(file)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             self.file.touch()
-            time.sleep(.2)
+            time.sleep(0.2)
 
 
 def die_while_saving(step, place):
     "The process is killed while it writes the checkpoint of `step`; its newest file is cut in half."
+
     def die(folder):
         newest = max((f for f in Path(folder).iterdir() if f.is_file()), key=lambda f: f.stat().st_mtime_ns)
-        os.truncate(newest, newest.stat().st_size//2)
+        os.truncate(newest, newest.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def renamed(event, args):
         if event == "os.rename" and str(args[1]).endswith(f"checkpoint-{step}/{COMPLETE}"):
             die(Path(args[1]).parent)
+
     if place == 4:
         return sys.addaudithook(renamed)
     name = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")[place]
@@ -127,6 +160,7 @@ def die_while_saving(step, place):
         original(self, folder, *args, **kwargs)
         if self.state.global_step == step and f"checkpoint-{step}" in str(folder):
             die(folder)
+
     setattr(StageTrainer, name, dying)
     return None
 
@@ -136,12 +170,14 @@ def allow_fsdp_on_cpu():
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from transformers import TrainingArguments
+
     device = TrainingArguments.device
 
     def patched(self):
         found = device.fget(self)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return found
+
     TrainingArguments.device = property(patched)
 
 

@@ -60,7 +60,7 @@ def count_parameters(
 def freeze(
     model: DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
     stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
-    lora_rank: int = 0,  # Rank of low-rank updates of every matrix in the LLM's layers; 0 trains the LLM itself
+    lora_rank: int = 0,  # Rank of low-rank updates of the LLM's matrices; 0 trains the LLM itself
 ) -> dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "Which parameters learn in a stage (§6)."
     if lora_rank < 0 or lora_rank and stage == "pretrain":

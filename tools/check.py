@@ -70,7 +70,8 @@ def code_style() -> None:
     run("lint", "ruff", "check", *CODE)
     written = [folder for folder in CODE if folder != "delta_llava"]  # nbdev writes that one
     run("format (mend it with: ruff format)", "ruff", "format", "--check", "--quiet", *written)
-    run("types", "mypy")
+    known = "mypy-baseline filter --hide-stats"  # errors of mypy-baseline.txt; new ones fail
+    run("types", "bash", "-c", f"PATH={BIN}:$PATH; mypy --no-error-summary | {known}")
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def check_budgets(
     about = output_dir / "projector.json"
     if not tokens or not about.exists():
         return
-    from .compressors.base import config_from_dict
+    from delta_llava.compressors.base import config_from_dict
 
     saved = read_json(about)
     config = config_from_dict(saved.get("compressor", "delta"), saved["projector"])
@@ -85,7 +85,7 @@ class Train(Quickstart):
     eval_budgets: tuple[int, ...] = ()  # Budgets of a later evaluation; without them the main one alone
 
     def __call__(self):
-        from .train import train_run
+        from delta_llava.train import train_run
 
         output_dir = self.output_dir or Path("runs") / f"train-{self.compressor}"
         settings = {f.name: getattr(self, f.name) for f in fields(Quickstart)}
@@ -130,9 +130,9 @@ class Compare:
                 raise ValueError(f"{name} is empty; name at least one, or leave the option out.")
 
     def __call__(self):
-        from .compare import compare, plan_runs, score_table
-        from .flops import as_table
-        from .runs import read_record
+        from delta_llava.compare import compare, plan_runs, score_table
+        from delta_llava.flops import as_table
+        from delta_llava.runs import read_record
 
         shared = ("max_steps", "batch_size", "train_images", "test_images", "llm_dtype")
         base = Quickstart(**{name: getattr(self, name) for name in shared})
@@ -164,9 +164,9 @@ class Chat:
     def __call__(self):
         check_file("image", self.image)
         check_trained(self.output_dir)
-        from .answerer import Answerer
-        from .runs import load
-        from .tower import open_image
+        from delta_llava.answerer import Answerer
+        from delta_llava.runs import load
+        from delta_llava.tower import open_image
 
         image = open_image(self.image)
         check_budgets(() if self.tokens is None else (self.tokens,), self.output_dir)
@@ -206,10 +206,10 @@ class Gradcam:
         check_trained(self.output_dir)
         if not self.out.absolute().parent.is_dir():
             raise ValueError(f"out={self.out} lies in a folder that does not exist; create it first.")
-        from .answerer import Answerer
-        from .gradcam import draw_answer, word_cams
-        from .runs import load, read_run
-        from .tower import open_image
+        from delta_llava.answerer import Answerer
+        from delta_llava.gradcam import draw_answer, word_cams
+        from delta_llava.runs import load, read_run
+        from delta_llava.tower import open_image
 
         image = open_image(self.image)
         check_budgets(self.tokens, self.output_dir)
@@ -248,7 +248,7 @@ class Doctor:
 
     def __call__(self):
         check_file("data", self.data)
-        from .doctor import check_dataset
+        from delta_llava.doctor import check_dataset
 
         out = self.out or Path("runs") / f"doctor-{self.data.stem}"
         needed = min(os.cpu_count() or 1, 1 + self.data.stat().st_size // 2**20)
@@ -268,9 +268,9 @@ class Doctor:
         "A processor that counts tokens."
         from transformers import AutoTokenizer
 
-        from .adapter import CLIPImageProcessorPil
-        from .assets import resolve
-        from .processor import build_processor
+        from delta_llava.adapter import CLIPImageProcessorPil
+        from delta_llava.assets import resolve
+        from delta_llava.processor import build_processor
 
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(self.llm).path, local_files_only=True, trust_remote_code=False
@@ -292,8 +292,8 @@ class Tasks:
     caption: str = "Provide a one-sentence caption for the provided image."  # Prompt of the captions
 
     def __call__(self):
-        from .harness import harness_cmd
-        from .tasks import write_tasks
+        from delta_llava.harness import harness_cmd
+        from delta_llava.tasks import write_tasks
 
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
         for task, kinds in write_tasks(**settings).items():
@@ -324,7 +324,7 @@ class Convert:
     def __call__(self):
         if not self.source.exists():
             raise ValueError(f"source={self.source} does not exist; check the path.")
-        from .checkpoints.converting import convert
+        from delta_llava.checkpoints.converting import convert
 
         try:
             print(convert(**{f.name: getattr(self, f.name) for f in fields(self)}))
@@ -351,7 +351,7 @@ class Evaluate:
         if self.folders:
             self.score(self.checked())
         if self.tables:
-            from .evaluate import paper_table
+            from delta_llava.evaluate import paper_table
 
             for number in range(1, 7):
                 print(f"\n{paper_table(number, self.runs)}")
@@ -378,9 +378,9 @@ class Evaluate:
         out: Path,  # Gets the record
     ):
         "Score the folders, write the record, print a table and what is missing."
-        from .evaluate import score_rows_table, unavailable_benchmarks
-        from .quickstart import evaluate_run
-        from .runs import write_record
+        from delta_llava.evaluate import score_rows_table, unavailable_benchmarks
+        from delta_llava.quickstart import evaluate_run
+        from delta_llava.runs import write_record
 
         rows = [row for folder in self.folders for row in evaluate_run(folder, self.tokens, self.images)]
         seeds = sorted({row["seed"] for row in rows})
@@ -418,7 +418,7 @@ class Flops(Cost):
     batch: int = 1  # Rows with an image each, for the bytes
 
     def __call__(self):
-        from .flops import DEVICES, Setup, cost_report
+        from delta_llava.flops import DEVICES, Setup, cost_report
 
         setup = Setup(**{f.name: getattr(self, f.name) for f in fields(Cost)})
         print(cost_report(setup, DEVICES[self.device], self.batch))
@@ -429,7 +429,7 @@ class Speed(SpeedSettings):
     "Time tower, projector, prefill and decode on this machine, for several budgets."
 
     def __call__(self):
-        from .speed import run_sweep, speed_report
+        from delta_llava.speed import run_sweep, speed_report
 
         device, rows = run_sweep(self)
         print(
@@ -463,7 +463,7 @@ class Launch:
 
     def __call__(self):
         stage = self.stage_settings()
-        from .launch import ROWS, estimate, estimate_report, torchrun_cmd, write_launch
+        from delta_llava.launch import ROWS, estimate, estimate_report, torchrun_cmd, write_launch
 
         rows = ROWS[self.stage]
         if self.text is not None:

@@ -97,7 +97,7 @@ def _prunes_in_decoder(
     compressor: str,  # Its name
 ) -> bool:
     "Whether a compressor drops tokens inside the LLM."
-    from .compressors.base import compressor_class
+    from delta_llava.compressors.base import compressor_class
 
     return "decoder" in compressor_class(compressor).requires
 
@@ -182,7 +182,7 @@ class Stage(StageSettings):
 
     def load_rows(self):
         "Training rows; a preset may make them."
-        from .conversations import load_conversations
+        from delta_llava.conversations import load_conversations
 
         return load_conversations(self.data, self.images, text_rows=True)
 
@@ -190,7 +190,7 @@ class Stage(StageSettings):
         "Validation rows, or `None`."
         if self.eval_data is None:
             return None
-        from .conversations import load_conversations
+        from delta_llava.conversations import load_conversations
 
         return load_conversations(self.eval_data, self.images, text_rows=True)
 
@@ -201,7 +201,7 @@ class Stage(StageSettings):
                 raise ValueError(f"{name}={path} is not a file; name the file of the conversations.")
         import torch
 
-        from .train import run_stage
+        from delta_llava.train import run_stage
 
         path = run_stage(self)
         if torch.distributed.is_initialized():
@@ -308,13 +308,13 @@ class Quickstart(Pretrain):
 
     def load_rows(self):
         "The training scenes."
-        from .quickstart import check_sizes, training_images
+        from delta_llava.quickstart import check_sizes, training_images
 
         check_sizes(self)
         return training_images(self, self.scenes_folder)
 
     def __call__(self):
-        from .quickstart import report_run
+        from delta_llava.quickstart import report_run
 
         report_run(self)
 

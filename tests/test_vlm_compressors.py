@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from delta_llava.data import Collator
 from PIL import Image
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, llm_config, projector_config
 from torch.testing import assert_close
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from delta_llava.adapter import CLIPImageProcessorPil
+from delta_llava.collator import Collator
 from delta_llava.compressors import fastv
 from delta_llava.compressors.base import (
     COMPRESSORS,
@@ -20,7 +20,8 @@ from delta_llava.compressors.base import (
 )
 from delta_llava.gradcam import word_cams
 from delta_llava.processor import build_processor
-from delta_llava.quickstart import Recipe, run
+from delta_llava.quickstart import run_quickstart
+from delta_llava.settings import Quickstart
 from delta_llava.tower import vision_features
 from delta_llava.vlm import (
     DeltaLlavaConfig,
@@ -242,10 +243,10 @@ def test_every_image_gets_its_own_question():
 
 @pytest.mark.parametrize("name", ["mqt", "qwen", "prumerge"])
 def test_tokens_without_a_place_get_no_map(name):
-    with pytest.raises(ValueError, match="have no place in the image"):
+    with pytest.raises(ValueError, match="have no position in the image"):
         word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
-    with pytest.raises(ValueError, match="have no place in the image"):
-        run(Recipe(compressor=name))
+    with pytest.raises(ValueError, match="without a position in the image"):
+        run_quickstart(Quickstart(compressor=name))
 
 
 @every

@@ -14,7 +14,7 @@ __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'truncated_config', 'required_d
 # %% ../nbs/22_vlm.ipynb #fadcd782
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -450,7 +450,7 @@ def supervised_loss(
 class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     "Output of the LLM, its cache included, and the visual tokens."
 
-    loss: Tensor | None = None  # If there were `labels`
+    loss: Tensor | Mapping | None = None  # With `labels`; accelerate passes all fields in one mapping
     logits: Tensor | None = None  # `[b, t, vocabulary]`; none in training mode with `labels`
     hidden_states: tuple | None = None  # Of each layer of the LLM, if asked for
     attentions: tuple | None = None  # Of each layer of the LLM, if asked for

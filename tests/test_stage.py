@@ -658,6 +658,7 @@ def mixed(parts):
 
 
 @PROCESSES
+@pytest.mark.slow  # starts processes that load torch and transformers each
 def test_two_processes_train_as_one(parts, mixed, tmp_path, kind, options):
     elastic = dict(train_budgets=(1, 4)) if kind == "pretrain" else {}
     one = run_stage(

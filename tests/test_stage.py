@@ -625,6 +625,7 @@ def launch(kind, parts, folder, **options):
     environment = os.environ | dict(
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600",  # torchrun kills after 30 s, too early on a busy machine
         PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
     )
     program = [HERE / "tiny_stage.py", kind, parts, folder, json.dumps(options, default=str)]

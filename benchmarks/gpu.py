@@ -47,8 +47,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = dict(  # of the time, in seconds if there are eight minutes
     tests=65, switches=60, budgets=40, finetune=80, projector=35, speed=80, packing=30, compiled=100
 )
-    tests=70, switches=60, budgets=40, finetune=80, projector=40, speed=90, packing=40, compiled=120
-)
 
 
 @dataclass
@@ -117,7 +115,8 @@ class GPU:
         sizes: dict = dict(tokens=(576, 1)) if cache == "static" else {}
         sizes |= dict(repeats=5 if cache == "static" else 3, warm_up=1)
         if self.tiny:
-            sizes = dict(tokens=(16, 4), text=6, answer=4, batch=(2,), device="cpu", repeats=3, dtype="float32")
+            sizes = dict(tokens=(16, 4), text=6, answer=4, batch=(2,), repeats=3)
+            sizes |= dict(device="cpu", dtype="float32")
         with tiny_parts() as parts:
             settings = FULL | dict(caches=(cache,)) | sizes | (parts if self.tiny else {})
             RecordedSweep(record=self.out / "speed_full.json", keep=True, **settings)()

@@ -5,7 +5,7 @@ UV     := uv==0.13.8
 READY  := .venv/.installed
 EVAL   := .venv-eval/bin/python
 
-.PHONY: help quickstart test sync readme slow net lab eval docs lock
+.PHONY: help quickstart test sync readme slow net lab eval docs lock gpu
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
@@ -28,6 +28,9 @@ slow: $(READY)  ## the slow notebook cells and tests as well; those of JupyterLa
 
 net: $(READY)  ## the cells and tests that download as well
 	@$(PY) tools/check.py --flag net
+
+gpu: $(READY)  ## on a machine with a GPU: its tests and all benchmarks, records in runs/ (ARGS="--minutes 9")
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab nbs $(ARGS)

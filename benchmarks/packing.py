@@ -246,8 +246,9 @@ class Packing:
             intermediate_size=round(2.6875 * self.hidden),
             num_attention_heads=self.hidden // 64 or 1,
         )
-        llm = LlamaForCausalLM(config)
-        return llm.to("cuda" if CUDA else "cpu", torch.bfloat16 if CUDA else torch.float32)
+        with torch.device("cuda" if CUDA else "cpu"):
+            llm = LlamaForCausalLM(config)
+        return llm.to(torch.bfloat16 if CUDA else torch.float32)
 
     def time(self, tokens, lengths):
         "Padded and packed passes over the same batches, on one thread of the CPU or on the GPU."
@@ -305,7 +306,7 @@ class Packing:
             found = self.count(text + tokens * image)
             self.report(tokens, found)
             counted.append(dict(visual_tokens=tokens) | found)
-        others = {} if self.data else self.variants()
+        others = {} if self.data or not self.tokens else self.variants()
         timed = [self.time(v, np.minimum(text + v * image, self.max_length)) for v in self.timed]
         result = dict(
             lengths="measured" if self.data else "assumed",

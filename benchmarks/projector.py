@@ -366,6 +366,11 @@ class ProjectorTimes:
             row = self.time_cell(batch, dtype, tokens)
             tqdm.write(report(row))
             rows.append(row)
+            self.write(rows)
+        print(f"wrote {self.record}")
+
+    def write(self, rows):
+        "The record, after every cell."
         clock = "CPU time of the process" if self.clock is time.process_time else "wall"
         write_record(
             self.record,
@@ -378,7 +383,6 @@ class ProjectorTimes:
             d_vision=self.d_vision,
             d_llm=self.d_llm,
         )
-        print(f"wrote {self.record}")
 
 
 def report(row) -> str:

@@ -11,12 +11,14 @@ with a static cache and compiled steps in CUDA graphs. The second one shows how 
 without the framework's overhead. `delta_llava.speed` describes how each stage is measured.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 import tyro
 
-from delta_llava.runs import write_record
+from delta_llava.flops import Device
+from delta_llava.runs import read_record, write_record
 from delta_llava.settings import SpeedSettings
 from delta_llava.speed import resolve_device, run_sweep, speed_report
 
@@ -35,6 +37,7 @@ FULL = dict(
 class RecordedSweep(SpeedSettings):
     full: bool = False  # The paper's shapes on one large GPU; settings given beside it are kept
     record: Path | None = None  # Without it runs/speed.json, or with --full runs/speed_full.json
+    keep: bool = False  # Keep what the record holds of other types of cache
 
     def settings(self) -> SpeedSettings:
         "The settings of the sweep, with those of `full` in place of defaults."
@@ -47,14 +50,30 @@ class RecordedSweep(SpeedSettings):
 
     def __call__(self):
         settings = self.settings()
-        device, rows = run_sweep(settings)
+        rows = self.others(settings)
+        for cache, batch in product(settings.caches, settings.batch):
+            device, found = run_sweep(replace(settings, batch=(batch,), caches=(cache,)))
+            rows += found
+            self.write(settings, device, rows)
         print(speed_report(rows))
+        print(f"wrote {self.path}")
+
+    def others(self, settings: SpeedSettings) -> list[dict]:
+        "Rows of other types of cache, if they are to be kept."
+        if not self.keep or not self.path.exists():
+            return []
+        return [row for row in read_record(self.path)["result"] if row["cache"] not in settings.caches]
+
+    @property
+    def path(self) -> Path:
+        return self.record or Path("runs") / ("speed_full.json" if self.full else "speed.json")
+
+    def write(self, settings: SpeedSettings, device: Device, rows: list[dict]):
+        "The record, after every batch size and type of cache."
         recorded = asdict(settings)
         seed = recorded.pop("seed")
         recorded |= dict(device=device.name, peak=device.peak, bandwidth=device.bandwidth)
-        path = self.record or Path("runs") / ("speed_full.json" if self.full else "speed.json")
-        write_record(path, [seed], rows, clock=clock_name(settings), **recorded)
-        print(f"wrote {path}")
+        write_record(self.path, [seed], rows, clock=clock_name(settings), **recorded)
 
 
 def clock_name(settings: SpeedSettings) -> str:

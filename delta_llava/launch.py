@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'H100_PEAK', 'UTILIZATION', 'PAPER_TIMES', 'NF4', 'image_side', 'meta_model', 'decoder_linears',
-           'parameter_counts', 'RowLengths', 'llm_flops', 'row_flops', 'step_seconds', 'format_duration', 'block_bytes',
-           'SavedBytes', 'projector_bytes', 'gathered_bytes', 'state_bytes', 'memory_bytes', 'disk_bytes', 'stage_cmd',
-           'torchrun_cmd', 'deepspeed_config', 'accelerate_config', 'accelerate_cmd', 'slurm_script', 'estimate',
-           'paper_table', 'estimate_report', 'write_launch']
+           'parameter_counts', 'RowLengths', 'llm_flops', 'llm_row_flops', 'row_flops', 'step_seconds',
+           'format_duration', 'block_bytes', 'SavedBytes', 'projector_bytes', 'gathered_bytes', 'state_bytes',
+           'memory_bytes', 'disk_bytes', 'stage_cmd', 'torchrun_cmd', 'deepspeed_config', 'accelerate_config',
+           'accelerate_cmd', 'slurm_script', 'estimate', 'paper_table', 'estimate_report', 'write_launch']
 
 # %% ../nbs/32_launch.ipynb #eeca0a60
 import json
@@ -112,12 +112,12 @@ def llm_flops(
     return linear * length + attention + passes * config.vocab_size * d * answer
 
 # %% ../nbs/32_launch.ipynb #23116c1a
-def row_flops(
+def llm_row_flops(
     stage: Stage,  # What is trained
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     rows: RowLengths,  # Lengths
-) -> dict[str, int]:  # Part -> FLOPs
-    "FLOPs of an average row with its image, forward and backward, through each part."
+) -> int:
+    "FLOPs of an average row, forward and backward, through the LLM with its updates, if there are any."
     trained, everything = parameter_counts(stage, model)["llm"]
     length = rows.text + model.config.image_seq_length
     weights = sum(m.weight.numel() for m in decoder_linears(model))
@@ -131,10 +131,23 @@ def row_flops(
     )
     if trained != everything:
         llm += 6 * trained * length  # LoRA beside the frozen weights
+    return llm
+
+
+def row_flops(
+    stage: Stage,  # What is trained
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+    rows: RowLengths,  # Lengths
+) -> dict[str, int]:  # Part -> FLOPs
+    "FLOPs of an average row with its image, forward and backward, through each part."
     projector = model.multi_modal_projector
     config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
     tower = tower_flops(config, depth, image_side(stage), "attention" in projector.requires)
-    return dict(tower=tower, projector=counted(projector_forward(projector), backward=True), llm=llm)
+    return dict(
+        tower=tower,
+        projector=counted(projector_forward(projector), backward=True),
+        llm=llm_row_flops(stage, model, rows),
+    )
 
 # %% ../nbs/32_launch.ipynb #df9f7b87
 H100_PEAK = DEVICES["h100"].peak  # FLOP/s of one H100 SXM, bfloat16, dense

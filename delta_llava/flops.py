@@ -23,7 +23,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +30,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from .adapter import cache_argument
+from .adapter import DynamicCache, cache_argument
 from .assets import default_levels, resolve
 from delta_llava.compressors.base import (
     COST_FORMULAS,

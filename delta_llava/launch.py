@@ -22,6 +22,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .adapter import layer_class_names
 from .files import write_atomic
 from delta_llava.flops import (
     DEVICES,
@@ -374,7 +375,7 @@ def _fsdp_config(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> dict:
     "The FSDP2 part of accelerate's file."
-    ours = sharding_fields(stage, sorted(model.get_decoder()._no_split_modules))["fsdp_config"]
+    ours = sharding_fields(stage, layer_class_names(model.get_decoder()))["fsdp_config"]
     config = {f"fsdp_{k}": ",".join(v) if isinstance(v, list) else v for k, v in ours.items()}
     return config | dict(
         fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from .adapter import layer_class_names
 from .closed_form_init import answer_embeddings, closed_form_init
 from .collator import Collator, encode_row
 from .compressors.base import compressor_class
@@ -461,7 +462,7 @@ def _train(
     budgets = training_budgets(stage, model.multi_modal_projector.config)
     collator = stage_collator(stage, processor, budgets, features, paths)
     rows = add_lengths(rows, processor, stage) if stage.group_by_length else rows
-    layers = model.get_decoder()._no_split_modules or []
+    layers = layer_class_names(model.get_decoder())
     args = trainer_arguments(stage, len(rows), layers, **more)
     plan = freeze(model, stage.stage, stage.lora_rank)
     if args.process_index == 0:

@@ -129,7 +129,7 @@ class Compare:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; name at least one, or leave the option out.")
 
-    def __call__(self):
+    def __call__(self) -> None:
         from delta_llava.compare import compare, plan_runs, score_table
         from delta_llava.flops import as_table
         from delta_llava.runs import read_record

@@ -164,7 +164,8 @@ def step_seconds(
             f"utilization={utilization} must be two rising fractions of the peak in (0, 1], "
             f"such as {UTILIZATION}."
         )
-    return tuple(flops * batch_size / (gpus * peak * u) for u in reversed(utilization))
+    fastest = flops * batch_size / (gpus * peak)  # at the full peak
+    return fastest / utilization[1], fastest / utilization[0]
 
 
 def format_duration(
@@ -199,7 +200,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         for x in known:
             tensors += [x] if isinstance(x, torch.Tensor) else [*x.parameters(), *x.buffers()]
         self.known = {t.untyped_storage()._cdata for t in tensors}
-        self.kept = {}
+        self.kept: dict[int, torch.UntypedStorage] = {}  # by address
         super().__init__(self.note, self.same)
 
     def note(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -101,6 +102,7 @@ def load_stage_projector(
     model: DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
 ):
     "Install the projector of the stage before; it must be what this stage's settings say."
+    assert stage.projector is not None  # the caller has seen to it
     saved = read_json(stage.projector / "projector.json", dict)
     trained = dict(compressor=saved.get("compressor", "delta"), standardize=saved["projector"]["standardize"])
     for name, value in trained.items():
@@ -200,7 +202,7 @@ def _answers(
     paths: Sequence[str],  # Images
 ) -> tuple[list[str], str]:  # An answer for each image; the first question
     "The first answer about each image."
-    first = {}
+    first: dict[str, list[dict]] = {}
     for image, turns in zip(rows["image"], rows["conversations"], strict=True):
         first.setdefault(image, turns)
     question = next(turn["value"] for turn in first[paths[0]] if turn["from"] == "human")
@@ -269,6 +271,7 @@ FREE_SETTINGS = {  # where and how, not what is learned
     "images",
     "eval_data",
     "output_dir",
+    "scenes_dir",
     "projector",
     "tower",
     "llm",
@@ -366,7 +369,7 @@ def check_run_dir(
     return dict(kind=stage.kind, settings=settings, fingerprints=fingerprints, resumed=resumed, result=None)
 
 # %% ../nbs/31b_train.ipynb #b7ef9bed
-ZERO3 = dict(
+ZERO3: dict[str, Any] = dict(
     zero_optimization=dict(
         stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True
     ),

@@ -266,8 +266,8 @@ def state_bytes(
     sharded = stage.sharding != "none"
     frozen_bytes = (4 if sharded else element) * frozen
     if stage.load_in_4bit:
-        packed = sum(m.in_features * m.out_features for m in decoder_linears(model))
-        frozen_bytes -= round((element - NF4) * packed)
+        n_quantized = sum(m.in_features * m.out_features for m in decoder_linears(model))
+        frozen_bytes -= round((element - NF4) * n_quantized)
     if sharded:
         buffers = gathered_bytes(model, element)
     else:

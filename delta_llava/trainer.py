@@ -398,7 +398,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class KeepIntervals(TrainerCallback):
-    "A resumed run saves, logs and evaluates as often as it is told now, not as often as before."
+    "A resumed run saves, logs and evaluates as often as its new settings say, not as often as before."
 
     def on_train_begin(self, args, state, control, **kwargs):
         for name in ("save_steps", "logging_steps", "eval_steps"):

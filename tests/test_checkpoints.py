@@ -716,7 +716,7 @@ def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
 
 
 def test_a_model_of_ours_that_never_was_the_authors(tmp_path):
-    "It holds no config of the authors', so the tower's name must be given; their fields come from ours."
+    "It holds no config, so the tower's name must be given; the fields come from ours."
     convert(authors(tmp_path / "authors"), tmp_path / "ours", **DELTA)
     (tmp_path / "ours" / "authors_config.json").unlink()
     with pytest.raises(ValueError, match="tower is missing: the authors' code loads the tower by name"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_vlm import IMAGE, TOWERS, images, prompt
+from tiny_vlm import IMAGE, LLM_SIZES, TOWERS, images, prompt
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, TrainingArguments
 
@@ -21,17 +21,6 @@ from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "delta_llava"
 OPTIONAL = {"lmms_eval"}
-SIZES = dict(
-    vocab_size=264,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=256,
-    eos_token_id=257,
-    pad_token_id=257,
-)
 HEADS = {  # LLM: what its head does besides a product with a matrix
     "llama": {},
     "phi": {},  # bias
@@ -44,7 +33,7 @@ HEADS = {  # LLM: what its head does besides a product with a matrix
 
 def causal_lm(kind, seed=0):
     torch.manual_seed(seed)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | HEADS[kind])).eval()
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LLM_SIZES | HEADS[kind])).eval()
     with torch.no_grad():
         for p in llm.get_output_embeddings().parameters():
             p.normal_()

@@ -268,12 +268,12 @@ def score_candidates(
     before = answer_ids[:, :-1]  # the last token predicts nothing that is scored
     if before.shape[1]:
         read.past_key_values.batch_select_indices(owner)
-        places = position_ids[owner, -1:] + 1 + torch.arange(before.shape[1], device=model.device)
-        seen = torch.cat([mask[owner], torch.ones_like(before)], dim=1)
+        positions = position_ids[owner, -1:] + 1 + torch.arange(before.shape[1], device=model.device)
+        full_mask = torch.cat([mask[owner], torch.ones_like(before)], dim=1)
         later = model(
             before,
-            attention_mask=seen,
-            position_ids=places,
+            attention_mask=full_mask,
+            position_ids=positions,
             past_key_values=read.past_key_values,
             use_cache=True,
             tokens=inputs.get("tokens"),
@@ -305,8 +305,8 @@ def end_before(
     until: Sequence[str],  # It ends before the first of these
 ) -> str:
     "The answer up to the first stop text."
-    ends = [text.index(stop) for stop in until if stop and stop in text]
-    return text[: min(ends, default=None)].strip()
+    stop_indices = [text.index(stop) for stop in until if stop and stop in text]
+    return text[: min(stop_indices, default=None)].strip()
 
 
 def request_batches(
@@ -319,10 +319,10 @@ def request_batches(
     groups: dict[tuple[int, str | None], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.n_images, request.source), []).append(i)
-    for _, places in sorted(groups.items(), key=lambda item: -item[0][0]):
-        places = sorted(places, key=lambda i: -len(str(requests[i].question)))
-        for k in range(0, len(places), batch_size):
-            yield places[k : k + batch_size]
+    for _, indices in sorted(groups.items(), key=lambda item: -item[0][0]):
+        indices = sorted(indices, key=lambda i: -len(str(requests[i].question)))
+        for k in range(0, len(indices), batch_size):
+            yield indices[k : k + batch_size]
 
 # %% ../nbs/27_answerer.ipynb #7ecb5515
 class RequestRunner:
@@ -394,9 +394,9 @@ class RequestRunner:
 
     def _to_end_of_turn(self, ids: list[int]) -> list[int]:
         "Without the padding after the end of the turn."
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        eos_ids = self.model.generation_config.eos_token_id
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        stop = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
         return ids[:stop]
 
 # %% ../nbs/27_answerer.ipynb #b2c9a511

@@ -68,6 +68,19 @@ class CompressorConfig:
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive int.")
 
+    def _check_heads(self, heads: int, width: str = "d_vision", most: int = 32, also: str = ""):
+        channels = getattr(self, width)
+        if channels % heads:
+            possible = [h for h in range(1, most + 1) if channels % h == 0]
+            raise ValueError(f"heads={heads} must divide {width}={channels}; use one of {possible}{also}.")
+
+    def _check_sincos(self, width: str = "d_vision"):
+        channels = getattr(self, width)
+        if channels % 4:
+            raise ValueError(
+                f"{width}={channels} must be a multiple of 4: sine and cosine of row and column."
+            )
+
     def budgets(
         self,
         grid: int,  # Patches per side
@@ -155,7 +168,8 @@ class ProjectorConfig(CompressorConfig):
         super().__post_init__()
         self._check_positive("rank", "heads", "head_dim")
         self._check_choices()
-        self._check_widths()
+        self._check_heads(self.heads)
+        self._check_sincos()
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1).")
 
@@ -171,17 +185,6 @@ class ProjectorConfig(CompressorConfig):
             raise ValueError(
                 "share_base=True needs a base to share, and projection='tokenpacker' has none; "
                 "use 'delta', 'base' or 'linear'."
-            )
-
-    def _check_widths(self):
-        if self.d_vision % self.heads:
-            possible = [h for h in range(1, 33) if self.d_vision % h == 0]
-            raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {possible}."
-            )
-        if self.d_vision % 4:
-            raise ValueError(
-                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column."
             )
 
     def check_budget(

@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapter import attention_implementation
 from .answerer import Answerer, Request
 
 # %% ../nbs/40_gradcam.ipynb #8c1c8adb
@@ -489,7 +490,7 @@ def eager_attention(
     model: nn.Module,  # Ours, or a LLaVA of transformers
 ) -> Iterator[None]:
     "Inside, the LLM computes attention weights, which fused kernels do not keep; afterwards as before."
-    kind = model.config.text_config._attn_implementation
+    kind = attention_implementation(model.config.text_config)
     model.set_attn_implementation({"text_config": "eager"})
     try:
         yield

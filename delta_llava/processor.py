@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'JOIN_PARTS', 'ROLES', 'text_of_content', 'as_message', 'as_messages', 'expand_images', 'flatten_images',
-           'PromptMixin', 'DeltaLlavaProcessor', 'template_text', 'build_processor', 'answer_spans',
+           'square_pixels', 'PromptMixin', 'DeltaLlavaProcessor', 'template_text', 'build_processor', 'answer_spans',
            'tokenize_conversation', 'expand_row', 'encode_conversation', 'tower_sizes', 'build_pretrained']
 
 # %% ../nbs/23_processor.ipynb #d0b9a66f
@@ -15,6 +15,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import no_type_check
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .assets import default_levels, load_llm, tower_config
+from .assets import GRIDS, default_levels, load_llm, tower_config
 from .compressors.base import compressor_class, compressor_config
 from .config import ProjectorConfig
 from .tower import image_processor_for, load_tower, open_image
@@ -170,6 +171,22 @@ def flatten_images(
         return [open_image(images)]
     return list(images) if images.ndim == 4 else [images]  # an array or a tensor, perhaps a batch of them
 
+
+def square_pixels(
+    image_processor,  # The vision tower's
+    images: list,  # From `flatten_images`
+    return_tensors: str | None,  # As in transformers
+) -> BatchFeature:  # `pixel_values` `[b, 3, s, s]`
+    "Pixels of square images; a processor that keeps an image's shape is refused."
+    batch = image_processor(images, return_tensors=return_tensors)
+    shape = np.shape(batch["pixel_values"][0])
+    if len(shape) == 3 and shape[-1] == shape[-2]:
+        return batch
+    raise ValueError(
+        f"{type(image_processor).__name__} gives pixel_values of shape {list(shape)} for an image, not "
+        f"[3, side, side]. {GRIDS} Use image_processor_for(tower, image_size=336), which makes square images."
+    )
+
 # %% ../nbs/23_processor.ipynb #6a963b42
 class PromptMixin:
     "Conversations to prompts, and texts to token ids; for training and inference alike."
@@ -311,7 +328,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             )
         )
         if images:
-            batch |= self.image_processor(images, return_tensors=return_tensors)
+            batch |= square_pixels(self.image_processor, images, return_tensors)
         if images and self.questions:
             of_images = [
                 question for question, n in zip(questions or [], counts, strict=True) for _ in range(n)

@@ -296,15 +296,17 @@ class DeltaProjector(Compressor):
 
 # %% ../nbs/06_projector.ipynb #d1b6bcb9
 def _layer(
-    ours: str, *theirs: str, parameters: tuple[str, ...] = ("weight", "bias")
+    ours: str, *authors: str, parameters: tuple[str, ...] = ("weight", "bias")
 ) -> dict[str, tuple[str, ...]]:
     "Our name -> the authors' names, for the parameters of one layer."
-    return {f"{ours}.{p}": tuple(f"{name}.{p}" for name in theirs) for p in parameters}
+    return {f"{ours}.{p}": tuple(f"{name}.{p}" for name in authors) for p in parameters}
 
 
-def _nest(ours: str, theirs: str, state_dict_map: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _nest(ours: str, authors: str, state_dict_map: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     "`state_dict_map` of a part, for the module in which the part has these two names."
-    return {f"{ours}.{k}": tuple(f"{theirs}.{name}" for name in names) for k, names in state_dict_map.items()}
+    return {
+        f"{ours}.{k}": tuple(f"{authors}.{name}" for name in names) for k, names in state_dict_map.items()
+    }
 
 
 _WEIGHT = ("weight",)  # of a layer without bias
@@ -342,14 +344,14 @@ def part_state_dict_map(
     part: str,  # Prefix of a part of the projector, such as `"mix.emhsa."`
 ) -> dict[str, tuple[str, ...]]:  # The part's own names -> the authors'
     "The map of one part of the projector."
-    found = {ours: theirs for ours, theirs in AUTHORS_STATE_DICT_MAP.items() if ours.startswith(part)}
+    found = {ours: authors for ours, authors in AUTHORS_STATE_DICT_MAP.items() if ours.startswith(part)}
     if not found:
         raise ValueError(f"part={part!r} names no part; use one such as 'q.', 'mix.' or 'mix.emhsa.'.")
-    every_name = [name for theirs in found.values() for name in theirs]
+    every_name = [name for authors in found.values() for name in authors]
     common = os.path.commonprefix(every_name).rpartition(".")[0] + "."
     return {
-        ours.removeprefix(part): tuple(name.removeprefix(common) for name in theirs)
-        for ours, theirs in found.items()
+        ours.removeprefix(part): tuple(name.removeprefix(common) for name in authors)
+        for ours, authors in found.items()
     }
 
 # %% ../nbs/06_projector.ipynb #478cafe7
@@ -387,14 +389,14 @@ def from_authors_state(
     state: dict[
         str, Tensor
     ],  # The authors' tensors; a checkpoint's prefix `model.mm_projector.` may be there
-    state_dict_map: dict[str, tuple[str, ...]] = AUTHORS_STATE_DICT_MAP,  # Our name -> theirs
+    state_dict_map: dict[str, tuple[str, ...]] = AUTHORS_STATE_DICT_MAP,  # Our name -> the authors'
 ) -> dict[str, Tensor]:  # The same tensors for `DeltaProjector.load_state_dict`
     "The authors' state by our names: 1×1 convolutions become matrices, EMHSA's q, k, v one stack."
     state = {key.removeprefix("model.").removeprefix("mm_projector."): v for key, v in state.items()}
-    check_keys(set(state), {name for theirs in state_dict_map.values() for name in theirs}, "authors'")
+    check_keys(set(state), {name for authors in state_dict_map.values() for name in authors}, "authors'")
     ours = {}
-    for key, theirs in state_dict_map.items():
-        parts = [flatten_pointwise(state[name]) for name in theirs]
+    for key, authors in state_dict_map.items():
+        parts = [flatten_pointwise(state[name]) for name in authors]
         ours[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours
 
@@ -404,11 +406,11 @@ def to_authors_state(
 ) -> dict[str, Tensor]:  # The authors' 45 tensors by their names
     "Our state by the authors' names: the inverse of `from_authors_state`."
     check_keys(set(state), set(AUTHORS_STATE_DICT_MAP), "our")
-    theirs = {}
+    authors_state = {}
     for key, names in AUTHORS_STATE_DICT_MAP.items():
         for name, part in zip(names, state[key].chunk(len(names)), strict=True):
-            theirs[name] = part[..., None, None] if name.endswith(POINTWISE_CONVOLUTIONS) else part
-    return theirs
+            authors_state[name] = part[..., None, None] if name.endswith(POINTWISE_CONVOLUTIONS) else part
+    return authors_state
 
 # %% ../nbs/06_projector.ipynb #109c421e
 def _wide(tensor: Tensor) -> Tensor:

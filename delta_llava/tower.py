@@ -26,8 +26,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from delta_llava.adapter import (
+    LlavaImageProcessorPil,
+    vision_blocks,
+    vision_hidden_states,
+    vision_projections,
+)
 from .assets import GRIDS, Asset, cache_dir, default_tower, load_tower_model, resolve, tower_config
 from .compressors.base import Compressor
 from .config import CompressorConfig
@@ -135,31 +140,6 @@ def load_tower(
         _check_attention(config, levels[-1])
     return load_tower_model(asset, config).requires_grad_(False)
 
-# %% ../nbs/21_tower.ipynb #3188063f
-def _blocks(
-    model: PreTrainedModel,  # Vision tower
-) -> nn.ModuleList:
-    "Its transformer blocks, from first to last."
-    return model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
-
-
-def _hidden_states(
-    model: PreTrainedModel,  # Vision tower
-    pixel_values: Float[Tensor, "b 3 h w"],  # Images
-    depth: int,  # Blocks to compute
-    **resize,  # For the position embeddings
-) -> list[Float[Tensor, "b t c"]]:  # $h_0$ to $h_{depth}$, CLS first
-    "Those of `output_hidden_states`, block by block, without computing the blocks above `depth`."
-    x = model.embeddings(pixel_values, **resize)
-    if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
-        x = model.pre_layrnorm(x)
-    states = [x]
-    # CLIP's blocks require the argument, DINOv2's do not take it in all versions
-    mask = {} if hasattr(model.encoder, "layer") else dict(attention_mask=None)
-    for block in _blocks(model)[:depth]:
-        states.append(block(states[-1], **mask))
-    return states
-
 # %% ../nbs/21_tower.ipynb #9e4d2618
 def _check_attention(
     config: PreTrainedConfig,  # Of the tower
@@ -185,13 +165,7 @@ def _cls_attention(
     n: int,  # Patches, which come last
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention to each patch, and the patches' keys
     "Attention of the CLS token, all heads taken as one (@eq-cls)."
-    is_clip = hasattr(block, "self_attn")
-    norm = block.layer_norm1 if is_clip else block.norm1
-    attn = block.self_attn if is_clip else block.attention
-    if hasattr(attn, "q_proj"):
-        q_proj, k_proj = attn.q_proj, attn.k_proj
-    else:  # DINOv2 before transformers 5.20
-        q_proj, k_proj = attn.attention.query, attn.attention.key
+    norm, q_proj, k_proj = vision_projections(block)
     x = norm(x)
     q = q_proj(x[:, 0])
     k = k_proj(x)
@@ -238,8 +212,8 @@ def vision_features(
     if attention:
         query_level = levels[-1]
         _check_attention(config, query_level)
-        states = _hidden_states(model, pixel_values, max(levels), **resize)
-        cls_attention, keys = _cls_attention(_blocks(model)[query_level], states[query_level], n)
+        states = vision_hidden_states(model, pixel_values, max(levels), **resize)
+        cls_attention, keys = _cls_attention(vision_blocks(model)[query_level], states[query_level], n)
         extra = dict(cls_attention=cls_attention, keys=keys)
     else:
         states = model(pixel_values, output_hidden_states=True, **resize).hidden_states

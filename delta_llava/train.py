@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from .adapter import layer_class_names
 from .closed_form_init import answer_embeddings, closed_form_init
 from .collator import Collator, encode_row
 from .compressors.base import compressor_class
@@ -100,6 +102,7 @@ def load_stage_projector(
     model: DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
 ):
     "Install the projector of the stage before; it must be what this stage's settings say."
+    assert stage.projector is not None  # the caller has seen to it
     saved = read_json(stage.projector / "projector.json", dict)
     trained = dict(compressor=saved.get("compressor", "delta"), standardize=saved["projector"]["standardize"])
     for name, value in trained.items():
@@ -199,7 +202,7 @@ def _answers(
     paths: Sequence[str],  # Images
 ) -> tuple[list[str], str]:  # An answer for each image; the first question
     "The first answer about each image."
-    first = {}
+    first: dict[str, list[dict]] = {}
     for image, turns in zip(rows["image"], rows["conversations"], strict=True):
         first.setdefault(image, turns)
     question = next(turn["value"] for turn in first[paths[0]] if turn["from"] == "human")
@@ -268,6 +271,7 @@ FREE_SETTINGS = {  # where and how, not what is learned
     "images",
     "eval_data",
     "output_dir",
+    "scenes_dir",
     "projector",
     "tower",
     "llm",
@@ -365,7 +369,7 @@ def check_run_dir(
     return dict(kind=stage.kind, settings=settings, fingerprints=fingerprints, resumed=resumed, result=None)
 
 # %% ../nbs/31b_train.ipynb #b7ef9bed
-ZERO3 = dict(
+ZERO3: dict[str, Any] = dict(
     zero_optimization=dict(
         stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True
     ),
@@ -461,7 +465,7 @@ def _train(
     budgets = training_budgets(stage, model.multi_modal_projector.config)
     collator = stage_collator(stage, processor, budgets, features, paths)
     rows = add_lengths(rows, processor, stage) if stage.group_by_length else rows
-    layers = model.get_decoder()._no_split_modules or []
+    layers = layer_class_names(model.get_decoder())
     args = trainer_arguments(stage, len(rows), layers, **more)
     plan = freeze(model, stage.stage, stage.lora_rank)
     if args.process_index == 0:

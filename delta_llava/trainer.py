@@ -24,9 +24,17 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from .adapter import check_overrides, forget_adapters, is_lora_layer, moving_part
+from delta_llava.adapter import (
+    HookedTrainer,
+    add_adapters,
+    checkpoint_dir,
+    forget_adapters,
+    inputs_on_device,
+    is_lora_layer,
+    merged_linear,
+)
 from .collator import Collator
 from .files import read_safetensors, write_json, write_safetensors
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
@@ -39,7 +47,7 @@ def add_lora(
     "Low-rank updates of every matrix in the LLM's layers, with LLaVA's settings but for the rank."
     linears = {m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)}
     names = [name for name, module in model.named_modules() if module in linears]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names))
+    add_adapters(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names))
 
 
 def lora_parameters(
@@ -86,32 +94,13 @@ def freeze(
     return plan
 
 # %% ../nbs/31_trainer.ipynb #5cec9d65
-def _merged_linear(
-    layer: nn.Module,  # PEFT's: a matrix and its low-rank update
-    dtype: torch.dtype,  # Of the result, where the matrix was in four bits
-) -> nn.Linear:
-    "A layer with its update added."
-    base = layer.get_base_layer()
-    if base.weight.is_floating_point():
-        layer.merge()
-        return base
-    dequantize = moving_part("dequantize_module_weight")
-    weight = dequantize(base).float() + layer.get_delta_weight("default")
-    state = dict(weight=weight.to("cpu", dtype))
-    if layer.bias is not None:
-        state["bias"] = layer.bias.data.cpu()
-    linear = nn.Linear(base.in_features, base.out_features, layer.bias is not None, device="meta")
-    linear.load_state_dict(state, assign=True)
-    return linear
-
-
 def merge_lora(
     model: DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
 ):
     "Add the updates to the LLM's matrices; a model in four bits becomes one of full precision, on the CPU."
     dtype = model.get_output_embeddings().weight.dtype
     for name, layer in [(n, m) for n, m in model.named_modules() if is_lora_layer(m)]:
-        model.set_submodule(name, _merged_linear(layer, dtype))
+        model.set_submodule(name, merged_linear(layer, dtype))
     if hasattr(model.config.text_config, "quantization_config"):
         del model.config.text_config.quantization_config
         model.cpu()
@@ -187,7 +176,7 @@ class RowIdCollator:
         return {**self.collator(rows), "ids": [row["id"] for row in rows]}
 
 # %% ../nbs/31_trainer.ipynb #f62ae1e0
-class BudgetTrainer(Trainer):
+class BudgetTrainer(HookedTrainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
 
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
@@ -221,7 +210,7 @@ class BudgetTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.elastic is not None:
             inputs = self.elastic.at_budget(inputs, self._eval_tokens)
-        inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k != "ids"}
+        inputs = {k: v for k, v in inputs_on_device(self, inputs).items() if k != "ids"}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -238,7 +227,7 @@ class BudgetTrainer(Trainer):
         return metrics
 
 # %% ../nbs/31_trainer.ipynb #b34eab4d
-class FiniteTrainer(Trainer):
+class FiniteTrainer(HookedTrainer):
     "No optimizer step on a loss or a gradient that is not finite."
 
     _step, _ids = None, ()
@@ -252,8 +241,8 @@ class FiniteTrainer(Trainer):
         self._check_finite(loss, "loss")
         return loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def clip_gradients(self, model):
+        norm = super().clip_gradients(model)
         sharded = hasattr(norm, "full_tensor")  # by FSDP2
         self._check_finite(norm.full_tensor() if sharded else norm, "gradient norm")
         return norm
@@ -305,19 +294,19 @@ def _is_write_error(
     )
 
 # %% ../nbs/31_trainer.ipynb #feb8f431
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(HookedTrainer):
     "Checkpoints of what is trained, marked when they are complete."
 
     def _trains_llm(self, model):
         return any(p.requires_grad and "lora_" not in n for n, p in model.get_decoder().named_parameters())
 
-    def _save(self, output_dir=None, state_dict=None):
+    def save_weights(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
             return None
         model = self.accelerator.unwrap_model(self.model)
         folder = Path(output_dir or self.args.output_dir)
         if self._trains_llm(model):
-            return super()._save(output_dir, state_dict)
+            return super().save_weights(output_dir, state_dict)
         projector = None
         if state_dict is not None:  # gathered from all processes
             parts = {k.partition("multi_modal_projector."): v for k, v in state_dict.items()}
@@ -328,10 +317,10 @@ class CheckpointTrainer(Trainer):
             write_safetensors(folder / "lora.safetensors", lora)
         return None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
+    def load_weights(self, checkpoint, model=None):
+        folder = Path(checkpoint)
         if self.is_fsdp_enabled or not (folder / "projector.safetensors").exists():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return super().load_weights(checkpoint, model)
         model = self.accelerator.unwrap_model(model or self.model)
         model.multi_modal_projector.load_state_dict(load_projector(folder).state_dict())
         if (folder / "lora.safetensors").exists():
@@ -339,10 +328,10 @@ class CheckpointTrainer(Trainer):
             assert not keys.unexpected_keys and not any("lora_" in k for k in keys.missing_keys)
         return None
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    def write_checkpoint(self, model, trial):
+        folder = checkpoint_dir(self, trial)
         try:
-            super()._save_checkpoint(model, trial)
+            super().write_checkpoint(model, trial)
         except Exception as e:
             if not _is_write_error(e):
                 raise
@@ -357,23 +346,6 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save:
             names = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE]
             write_json(folder / COMPLETE, {str(p.relative_to(folder)): p.stat().st_size for p in names})
-
-
-check_overrides(
-    Trainer,
-    {
-        "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
-        "compute_loss": ("inputs", "return_outputs", "num_items_in_batch"),
-        "prediction_step": ("inputs", "prediction_loss_only", "ignore_keys"),
-        "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
-        "training_step": ("inputs", "num_items_in_batch"),
-        "_clip_grad_norm": ("model",),
-        "_save": ("output_dir", "state_dict"),
-        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-        "_save_checkpoint": ("model", "trial"),
-    },
-    "training draws budgets, refuses NaN and marks complete checkpoints",
-)
 
 
 class StageTrainer(FiniteTrainer, BudgetTrainer, CheckpointTrainer):
@@ -426,7 +398,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class KeepIntervals(TrainerCallback):
-    "A resumed run saves, logs and evaluates as often as it is told now, not as often as before."
+    "A resumed run saves, logs and evaluates as often as its new settings say, not as often as before."
 
     def on_train_begin(self, args, state, control, **kwargs):
         for name in ("save_steps", "logging_steps", "eval_steps"):
@@ -506,7 +478,7 @@ def check_space(
 
 # %% ../nbs/31_trainer.ipynb #15087f9e
 def _interrupted(
-    trainer: Trainer,  # That was stopped
+    trainer: HookedTrainer,  # That was stopped
     number: int,  # Signal
 ) -> TrainingInterrupted:
     "The exception for a stopped run."
@@ -527,7 +499,7 @@ def _run_trainer(
 ) -> list[dict]:  # The log
     "Train to the end, or only load a run that is at its end."
     if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= trainer.args.max_steps > 0:
-        trainer._load_from_checkpoint(str(checkpoint))  # `Trainer.train` would take one step more
+        trainer.load_weights(str(checkpoint))  # `Trainer.train` would take one step more
         return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     with StopOnSignal() as stop:
         trainer.add_callback(stop)

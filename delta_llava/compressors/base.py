@@ -276,8 +276,10 @@ def from_reference(
     prefix: str = "",  # Prefix of the whole module in the reference's checkpoint, removed if it is there
 ) -> dict[str, Tensor]:  # The same tensors by our names
     "A reference's state by our names."
-    prefixes = {theirs: ours for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
-    transposed = {theirs[:-2]: ours for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
+    prefixes = {reference: ours for ours, reference in state_dict_map.items() if not reference.endswith(".T")}
+    transposed = {
+        reference[:-2]: ours for ours, reference in state_dict_map.items() if reference.endswith(".T")
+    }
     return _rename({key.removeprefix(prefix): v for key, v in state.items()}, prefixes, transposed)
 
 
@@ -287,8 +289,10 @@ def to_reference(
     prefix: str = "",  # Prefix of the whole module in the reference's checkpoint
 ) -> dict[str, Tensor]:  # The same tensors by the reference's names
     "The inverse of `from_reference`."
-    prefixes = {ours: theirs for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
-    transposed = {ours: theirs[:-2] for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
+    prefixes = {ours: reference for ours, reference in state_dict_map.items() if not reference.endswith(".T")}
+    transposed = {
+        ours: reference[:-2] for ours, reference in state_dict_map.items() if reference.endswith(".T")
+    }
     return {prefix + key: v for key, v in _rename(state, prefixes, transposed).items()}
 
 # %% ../../nbs/05_compressor.ipynb #2a063e19

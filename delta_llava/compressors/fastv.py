@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FastVConfig', 'FastV', 'attention_row', 'select_tokens', 'last_visible', 'end_of_prompt', 'PrunedLayer',
-           'pruned_layer_class', 'unsupported_attention', 'check_decoder', 'Pruning', 'match_rows', 'PruningHooks',
-           'check_pass', 'fastv_context']
+           'pruned_layer_class', 'unsupported_attention', 'check_decoder', 'append_axes', 'Pruning', 'RankingAttention',
+           'match_rows', 'match_pass', 'check_pass', 'check_not_packed', 'check_no_new_images', 'shorten_cache',
+           'announce_update', 'continued_mask', 'PruningHooks', 'fastv_context']
 
 # %% ../../nbs/18_fastv.ipynb #02f9afc6
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -157,7 +159,8 @@ class PrunedLayer:
                 "`with fastv_context(decoder, None, ...)`, which makes masks of its length."
             )
         self.expected = False
-        return super().update(key_states, value_states, *args, **kwargs)
+        dynamic_layer: Any = super()  # transformers' class is joined below
+        return dynamic_layer.update(key_states, value_states, *args, **kwargs)
 
     def mask(
         self,
@@ -165,12 +168,13 @@ class PrunedLayer:
         new: int,  # Tokens to come
     ) -> Tensor | None:  # The same for what this layer has, and the new ones
         "2D attention mask of this layer."
-        if mask is None and self.shown is None:
-            return None
         shown = self.shown
         if shown is None:
+            if mask is None:
+                return None
             shown = torch.ones(len(mask), self.kept, dtype=torch.bool, device=mask.device)
-        later = self.get_seq_length() - self.kept + new  # tokens after the prompt
+        dynamic_layer: Any = self
+        later = dynamic_layer.get_seq_length() - self.kept + new  # tokens after the prompt
         rest = shown.new_ones(len(shown), later) if mask is None else mask[:, mask.shape[1] - later :].bool()
         return torch.cat([shown, rest], dim=1)
 
@@ -187,7 +191,8 @@ class PrunedLayer:
         beam_idx: Tensor,  # Row that each beam continues
     ):
         "Beam search: rows are picked."
-        super().reorder_cache(beam_idx)
+        dynamic_layer: Any = super()
+        dynamic_layer.reorder_cache(beam_idx)
         self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(
@@ -195,7 +200,8 @@ class PrunedLayer:
         repeats: int,  # Copies of each row
     ):
         "Rows are repeated."
-        super().batch_repeat_interleave(repeats)
+        dynamic_layer: Any = super()
+        dynamic_layer.batch_repeat_interleave(repeats)
         self.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(
@@ -203,7 +209,8 @@ class PrunedLayer:
         indices: Tensor,  # Rows that stay
     ):
         "Rows are selected."
-        super().batch_select_indices(indices)
+        dynamic_layer: Any = super()
+        dynamic_layer.batch_select_indices(indices)
         self.change_rows(lambda x: x[indices])
 
 # %% ../../nbs/18_fastv.ipynb #44bd1529
@@ -259,34 +266,81 @@ def check_decoder(
         )
 
 # %% ../../nbs/18_fastv.ipynb #86ee27bb
+def append_axes(
+    index: Int[Tensor, "b k"],  # Positions
+    ndim: int,  # Axes of what they index
+) -> Tensor:  # `[b, k, 1, ...]`
+    "Positions with axes of size 1 at the end."
+    return index.reshape(*index.shape, *[1] * (ndim - 2))
+
+
 class Pruning:
     "What the last pass that began a sequence kept."
 
-    def __init__(self):
-        self.attention_received = None  # `[b, t]` Attention of the ranking token
-        self.index = None  # `[b, k]` Positions that were kept
-        self.length = None  # $t$, tokens of that pass
+    def __init__(self) -> None:
+        self.attention_received: Tensor | None = None  # `[b, t]` Attention of the ranking token
+        self.index: Tensor | None = None  # `[b, k]` Positions that were kept
+        self.length = 0  # $t$, tokens of that pass
         self.current = False  # whether the newest pass was the one that was pruned
-
-    def _index_like(self, x: Tensor) -> Tensor:
-        return self.index.reshape(*self.index.shape, *[1] * (x.ndim - 2))
 
     def gather(
         self,
         x: Tensor,  # `[b, t, ...]` or `[1, t, ...]`: one entry for each token of the pass
     ) -> Tensor:  # `[b, k, ...]`
         "Entries of the kept tokens, such as their labels or positions."
-        return x if self.index is None else torch.take_along_dim(x, self._index_like(x), dim=1)
+        if self.index is None:
+            return x
+        return torch.take_along_dim(x, append_axes(self.index, x.ndim), dim=1)
 
     def restore(
         self,
         x: Tensor,  # `[b, k, ...]` One entry for each kept token
     ) -> Tensor:  # `[b, t, ...]`
         "Entries at their old positions, and zeros where tokens were dropped."
-        if not self.current:
+        if self.index is None or not self.current:
             return x
         full = x.new_zeros(len(x), self.length, *x.shape[2:])
-        return full.scatter(1, self._index_like(x).expand_as(x), x)
+        return full.scatter(1, append_axes(self.index, x.ndim).expand_as(x), x)
+
+# %% ../../nbs/18_fastv.ipynb #383e4140
+class RankingAttention:
+    "Records queries and keys of one layer, and gives the attention of one token to all others."
+
+    def __init__(
+        self,
+        attention: nn.Module,  # Attention of layer $K$
+    ):
+        self.attention = attention
+        self.recorded: dict[str, Tensor] = {}  # `"q"` and `"k"`, before rotation
+
+    def register(self) -> list[RemovableHandle]:
+        "Put both hooks on the layer."
+        handles = []
+        for name in "qk":
+            source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
+            handles.append(source.register_forward_hook(partial(self._record, name)))
+        return handles
+
+    def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.recorded[name] = output.detach()
+
+    def _heads(self, name: str) -> Float[Tensor, "b h t e"]:
+        return rearrange(
+            self.recorded.pop(name).flatten(2), "b t (h e) -> b h t e", e=self.attention.head_dim
+        )
+
+    @torch.no_grad()
+    def attention_of(
+        self,
+        position: Int[Tensor, "b"],  # Token of each row whose attention is wanted
+        rotation: tuple,  # Cosines and sines of all positions
+        attendable: Bool[Tensor, "b t"],  # `False` on padding and on later tokens
+    ) -> Float[Tensor, "b t"]:
+        "@eq-received, for one token of each row."
+        rotate: Any = adapter.rotary_function(self.attention)  # `check_decoder` made sure that there is one
+        q, k = rotate(self._heads("q"), self._heads("k"), *rotation)
+        rows = torch.arange(len(q), device=q.device)
+        return attention_row(q[rows, :, position], k, self.attention.scaling, attendable)
 
 # %% ../../nbs/18_fastv.ipynb #dd1510f8
 def match_rows(
@@ -296,137 +350,27 @@ def match_rows(
     "Rows repeated as beam search and sampling repeat those of the prompts."
     return x if len(x) == rows or rows % len(x) else x.repeat_interleave(rows // len(x), dim=0)
 
-# %% ../../nbs/18_fastv.ipynb #2e259c76
-class PruningHooks:
-    "The hooks of one `fastv_context`."
 
-    def __init__(
-        self,
-        decoder: nn.Module,  # Checked by `check_decoder`
-        image_mask: Bool[Tensor, "b t"] | None,  # Positions of the image tokens
-        keep: int,  # Image tokens of a row that are kept, $V$
-        layer: int,  # Layers that read all tokens, $K$
-        prompt_end: Tensor
-        | None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
-    ):
-        self.decoder = decoder
-        self.image_mask = image_mask
-        self.keep = keep
-        self.layer = layer
-        self.prompt_end = prompt_end
-        self.attention = decoder.layers[layer - 1].self_attn
-        self.result = Pruning()
-
-    def register(self) -> list[RemovableHandle]:
-        "Put all hooks on the decoder."
-        handles = [self.decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)]
-        if self.image_mask is not None:
-            for name in "qk":
-                source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
-                handles.append(source.register_forward_hook(partial(self._record, name)))
-        for number, block in list(enumerate(self.decoder.layers))[self.layer :]:
-            hook = partial(self._before_layer, number)
-            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
-
-    def _before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        "Note the padding mask, and refuse what cannot work before the cache is changed."
-        self.result.current = False
-        self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.changes = {}  # arguments of the later layers
-        self.recorded = {}  # queries and keys of layer K
-        check_pass(decoder, self.mask, adapter.cache_of(kwargs), self.layer)
-
-    def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        "Queries or keys of layer K, before rotation."
-        self.recorded[name] = output.detach()
-
-    def _before_layer(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        "Give a later layer the kept tokens, and the arguments that belong to them."
-        past = adapter.cache_of(kwargs)
-        if number == self.layer:
-            adapter.check_dynamic_cache(past, (PrunedLayer,))
-            if past is not None and past.get_seq_length(number):
-                self._continue_sequence(args[0], past, kwargs["attention_mask"])
-            elif self.image_mask is not None:
-                args = (self._begin_sequence(args[0], past, kwargs), *args[1:])
-        if past is not None and number < len(past.layers) and isinstance(past.layers[number], PrunedLayer):
-            past.layers[number].expected = True
-        return args, kwargs | self.changes
-
-    def _begin_sequence(self, x: Float[Tensor, "b t d"], past, kwargs: dict) -> Float[Tensor, "b k d"]:
-        "Rank the image tokens, and drop all but the best."
-        image_mask, end, visible = self._match_pass(x)
-        positions = kwargs.get("position_ids")
-        rotation = kwargs["position_embeddings"]
-        if self.mask is None and past is None and adapter.is_packed(positions):
-            raise ValueError(
-                "the rows are packed: FastV ranks by the last prompt token of a row, which must "
-                "belong to the image. Put one conversation into each row."
-            )
-        position = torch.arange(x.shape[1], device=x.device)
-        seen = position <= end[:, None] if visible is None else visible & (position <= end[:, None])
-        result = self.result
-        result.attention_received = self._rank(rotation, end, seen)
-        ranked = image_mask & (position < end[:, None])  # the ranking token stays, and images of later turns
-        result.index, shown = select_tokens(result.attention_received, ranked, self.keep, visible)
-        result.length, result.current = x.shape[1], True
-        if past is not None:
-            kept = result.index.shape[1]
-            later = self.decoder.layers[self.layer :]
-            past.layers[self.layer :] = [pruned_layer_class()(kept, shown) for _ in later]
-        x = result.gather(x)
-        self.changes = dict(
-            attention_mask=adapter.causal_mask(self.decoder.config, x, shown, past, self.layer),
-            position_ids=None if positions is None else result.gather(positions),
-            position_embeddings=tuple(map(result.gather, rotation)),
+def match_pass(
+    image_mask: Bool[Tensor, "b p"],  # Positions of the image tokens in the prompts
+    prompt_end: Tensor | None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+    mask: Tensor | None,  # `[n, t]` The pass's attention mask, 0 on padding
+    x: Float[Tensor, "n t d"],  # Hidden states of the pass
+) -> tuple[Bool[Tensor, "n t"], Int[Tensor, "n"], Tensor | None]:  # Image mask, end of prompt, not padding
+    "Image mask and end of the prompt for the rows and the length of a pass."
+    rows, length = x.shape[:2]
+    full = match_rows(image_mask, rows)
+    later = length - full.shape[1]  # tokens of an answer, if the end of the prompt is known
+    if len(full) != rows or later < 0 or (later > 0 and prompt_end is None):
+        raise ValueError(
+            f"image_mask is {list(image_mask.shape)}, but the pass has "
+            f"{[rows, length]} tokens; give the positions of this very pass."
         )
-        return x
-
-    def _match_pass(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        "Image mask and end of the prompt for the rows and the length of this pass, and what is no padding."
-        rows, length = x.shape[:2]
-        image_mask = match_rows(self.image_mask, rows)
-        later = length - image_mask.shape[1]  # tokens of an answer, if the end of the prompt is known
-        if len(image_mask) != rows or later < 0 or (later > 0 and self.prompt_end is None):
-            raise ValueError(
-                f"image_mask is {list(self.image_mask.shape)}, but the pass has "
-                f"{[rows, length]} tokens; give the positions of this very pass."
-            )
-        image_mask = nn.functional.pad(image_mask, (0, later))
-        visible = None if self.mask is None else self.mask.bool()
-        if self.prompt_end is None:
-            return image_mask, last_visible(image_mask, visible), visible
-        return image_mask, match_rows(self.prompt_end, rows).to(x.device), visible
-
-    @torch.no_grad()
-    def _rank(
-        self, rotation: tuple, end: Int[Tensor, "b"], seen: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "b t"]:
-        "@eq-received, for the token at `end` in each row."
-
-        def heads(x):
-            return rearrange(x.flatten(2), "b t (h e) -> b h t e", e=self.attention.head_dim)
-
-        q, k = heads(self.recorded.pop("q")), heads(self.recorded.pop("k"))
-        q, k = adapter.rotary_function(self.attention)(q, k, *rotation)
-        rows = torch.arange(len(q), device=q.device)
-        return attention_row(q[rows, :, end], k, self.attention.scaling, seen)
-
-    def _continue_sequence(self, x: Float[Tensor, "b t d"], past, mask) -> None:
-        "Nothing is dropped, but a pruned cache needs masks of its length."
-        pictured = self.image_mask is not None and x.shape[1] > 1 and self.image_mask.shape == x.shape[:2]
-        if pictured and self.image_mask.any():
-            raise ValueError(
-                "an image in a pass that continues a cache cannot be pruned: "
-                "give the whole prompt in one pass."
-            )
-        layer = past.layers[self.layer]
-        if not isinstance(layer, PrunedLayer) or (mask is None and layer.shown is None):
-            return  # the model's own mask is right
-        shown = layer.mask(self.mask, x.shape[1])
-        mask = adapter.causal_mask(self.decoder.config, x, shown, past, self.layer)
-        self.changes = dict(attention_mask=mask)
+    full = nn.functional.pad(full, (0, later))
+    visible = None if mask is None else mask.bool()
+    if prompt_end is None:
+        return full, last_visible(full, visible), visible
+    return full, match_rows(prompt_end, rows).to(x.device), visible
 
 # %% ../../nbs/18_fastv.ipynb #7681b967
 def check_pass(
@@ -452,6 +396,155 @@ def check_pass(
     pruned = [number for number, entry in entries if isinstance(entry, PrunedLayer)]
     if pruned and pruned[0] != layer:
         raise ValueError(f"layer={layer}, but the cache was pruned after layer {pruned[0]}; use that one.")
+
+# %% ../../nbs/18_fastv.ipynb #694294fb
+def check_not_packed(
+    mask: Tensor | None,  # Attention mask of a pass that begins a sequence
+    past,  # Its cache
+    positions: Tensor | None,  # Its position ids
+) -> None:
+    "Error if a row holds several conversations."
+    if mask is None and past is None and adapter.is_packed(positions):
+        raise ValueError(
+            "the rows are packed: FastV ranks by the last prompt token of a row, which must "
+            "belong to the image. Put one conversation into each row."
+        )
+
+
+def check_no_new_images(
+    image_mask: Tensor | None,  # Positions of the image tokens
+    x: Float[Tensor, "b t d"],  # Hidden states of a pass that continues a sequence
+) -> None:
+    "Error if a pass that continues a cache brings images."
+    if image_mask is None or x.shape[1] == 1 or image_mask.shape != x.shape[:2]:
+        return
+    if image_mask.any():
+        raise ValueError(
+            "an image in a pass that continues a cache cannot be pruned: give the whole prompt in one pass."
+        )
+
+# %% ../../nbs/18_fastv.ipynb #7e136bb7
+def shorten_cache(
+    past,  # Cache of a pass that begins a sequence, or `None`
+    depth: int,  # Layers of the decoder
+    layer: int,  # Layers that read all tokens, $K$
+    kept: int,  # Tokens that the others read
+    shown: Tensor | None,  # `[b, k]` `False` on fill; `None`: no fill
+) -> None:
+    "Give the later layers caches of their own length."
+    if past is not None:
+        past.layers[layer:] = [pruned_layer_class()(kept, shown) for _ in range(layer, depth)]
+
+
+def announce_update(
+    past,  # Cache of a pass, or `None`
+    number: int,  # Decoder layer that runs next
+) -> None:
+    "Tell a pruned cache that its next update has a mask of its length."
+    if past is not None and number < len(past.layers) and isinstance(past.layers[number], PrunedLayer):
+        past.layers[number].expected = True
+
+
+def continued_mask(
+    decoder: nn.Module,  # Its later layers read fewer tokens
+    x: Float[Tensor, "b t d"],  # Hidden states of a pass that continues a sequence
+    past,  # Its cache
+    layer: int,  # Layers that read all tokens, $K$
+    mask: Tensor | None,  # `[b, n]` Attention mask of the whole sequence
+) -> dict:  # Arguments of the later layers
+    "The mask that later layers need when their cache was pruned."
+    shown = past.layers[layer].mask(mask, x.shape[1])
+    return dict(attention_mask=adapter.causal_mask(decoder.config, x, shown, past, layer))
+
+# %% ../../nbs/18_fastv.ipynb #2e259c76
+class PruningHooks:
+    "The hooks of one `fastv_context`."
+
+    def __init__(
+        self,
+        decoder: nn.Module,  # Checked by `check_decoder`
+        image_mask: Bool[Tensor, "b t"] | None,  # Positions of the image tokens
+        keep: int,  # Image tokens of a row that are kept, $V$
+        layer: int,  # Layers that read all tokens, $K$
+        prompt_end: Tensor
+        | None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
+    ):
+        self.decoder = decoder
+        self.image_mask = image_mask
+        self.keep = keep
+        self.layer = layer
+        self.prompt_end = prompt_end
+        self.ranking = RankingAttention(decoder.layers[layer - 1].self_attn)
+        self.result = Pruning()
+        self.mask: Tensor | None = None  # of the pass
+        self.changes: dict = {}  # arguments of the later layers
+
+    def register(self) -> list[RemovableHandle]:
+        "Put all hooks on the decoder."
+        handles = [self.decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)]
+        if self.image_mask is not None:
+            handles += self.ranking.register()
+        for number, block in list(enumerate(self.decoder.layers))[self.layer :]:
+            hook = partial(self._before_layer, number)
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def _before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        "Note the padding mask, and refuse what cannot work before the cache is changed."
+        self.result.current = False
+        self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.changes = {}
+        self.ranking.recorded = {}
+        check_pass(decoder, self.mask, adapter.cache_of(kwargs), self.layer)
+
+    def _before_layer(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        "Give a later layer the kept tokens, and the arguments that belong to them."
+        past = adapter.cache_of(kwargs)
+        if number == self.layer:
+            args = (self._first_shortened_layer(args[0], past, kwargs), *args[1:])
+        announce_update(past, number)
+        return args, kwargs | self.changes
+
+    def _first_shortened_layer(self, x: Float[Tensor, "b t d"], past, kwargs: dict) -> Tensor:
+        "Prune a pass that begins a sequence; nothing is dropped in one that continues a sequence."
+        adapter.check_dynamic_cache(past, (PrunedLayer,))
+        if past is None or not past.get_seq_length(self.layer):
+            return x if self.image_mask is None else self._begin_sequence(x, self.image_mask, past, kwargs)
+        check_no_new_images(self.image_mask, x)
+        entry = past.layers[self.layer]
+        hidden = kwargs["attention_mask"] is not None
+        if isinstance(entry, PrunedLayer) and (hidden or entry.shown is not None):
+            self.changes = continued_mask(self.decoder, x, past, self.layer, self.mask)
+        return x  # otherwise the model's own mask is right
+
+    def _begin_sequence(self, x: Tensor, image_mask: Tensor, past, kwargs: dict) -> Float[Tensor, "b k d"]:
+        "Rank the image tokens, and drop all but the best."
+        positions = kwargs.get("position_ids")
+        rotation = kwargs["position_embeddings"]
+        check_not_packed(self.mask, past, positions)
+        image_mask, end, visible = match_pass(image_mask, self.prompt_end, self.mask, x)
+        shown = self._select(image_mask, end, visible, rotation)
+        x = self.result.gather(x)
+        shorten_cache(past, len(self.decoder.layers), self.layer, x.shape[1], shown)
+        self.changes = dict(
+            attention_mask=adapter.causal_mask(self.decoder.config, x, shown, past, self.layer),
+            position_ids=None if positions is None else self.result.gather(positions),
+            position_embeddings=tuple(map(self.result.gather, rotation)),
+        )
+        return x
+
+    def _select(self, image_mask: Tensor, end: Tensor, visible: Tensor | None, rotation: tuple):
+        "Note which tokens are kept; the result is `False` on fill."
+        position = torch.arange(image_mask.shape[1], device=image_mask.device)
+        attendable = position <= end[:, None]
+        if visible is not None:
+            attendable = visible & attendable
+        attention = self.ranking.attention_of(end, rotation, attendable)
+        ranked = image_mask & (position < end[:, None])  # the ranking token stays, and images of later turns
+        index, shown = select_tokens(attention, ranked, self.keep, visible)
+        self.result.attention_received, self.result.index = attention, index
+        self.result.length, self.result.current = image_mask.shape[1], True
+        return shown
 
 # %% ../../nbs/18_fastv.ipynb #96ef04c6
 @contextmanager

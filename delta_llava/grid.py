@@ -110,9 +110,7 @@ class VisionFeatures:
     def of(
         cls,
         x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, `levels`, or one hidden state per level
-        grid: int
-        | tuple[int, int]
-        | None = None,  # Patches per side, or rows and columns; `None` takes a square
+        grid: int | tuple[int, int] | None = None,  # Patches per side, or (rows, columns); `None`: from `n`
     ) -> "VisionFeatures":
         "`x` itself if it is features already; else the features made of it."
         if isinstance(x, cls):
@@ -142,8 +140,8 @@ class VisionFeatures:
 
     def to(
         self,
-        *args,
-        **kwargs,  # Device and dtype, as for a tensor
+        *args,  # Device and dtype, as for a tensor
+        **kwargs,  # The same by name
     ) -> "VisionFeatures":
         "All tensors moved; the attention keeps its precision, because patches are ranked by it."
         levels = self.levels.to(*args, **kwargs)

@@ -58,12 +58,17 @@ def check_sizes(
     vision: PreTrainedConfig,  # Of the vision tower
     text: PreTrainedConfig,  # Of the LLM
 ) -> None:
-    "Error unless projector, tower and LLM fit together."
+    "An error unless the sizes of projector, tower and LLM agree."
+    if not all(hasattr(vision, name) for name in ("num_hidden_layers", "hidden_size")):
+        raise ValueError(
+            f"vision_config is a {type(vision).__name__} without hidden_size or num_hidden_layers; use a "
+            "vision transformer: CLIP, SigLIP or DINOv2."
+        )
     depth = vision.num_hidden_layers
     if max(config.levels) > depth:
         raise ValueError(
-            f"levels={config.levels} are above the vision tower's {depth} blocks; "
-            f"take relative_levels({depth})."
+            f"levels={config.levels} must lie in 0..{depth}, as the vision tower has {depth} blocks; "
+            f"take some of these, such as relative_levels({depth})."
         )
     if config.d_vision != vision.hidden_size:
         raise ValueError(
@@ -102,6 +107,10 @@ class DeltaLlavaConfig(LlavaConfig):
 
     def projector_config(self) -> CompressorConfig:
         "The projector's own config."
+        if self.projector is not None and not isinstance(self.projector, dict):
+            raise ValueError(
+                f"projector={self.projector!r} must be a dict: pass config.to_dict() of its config."
+            )
         return config_from_dict(self.compressor, self.projector or {})
 
 # %% ../nbs/22_vlm.ipynb #12f65123
@@ -111,7 +120,7 @@ FINGERPRINT_TOLERANCE = 0.02  # bfloat16 changes a number by less than .01, othe
 def tensor_projection(
     weight: Tensor,  # Any weight
 ) -> float:  # About normally distributed over towers
-    "The first 4096 numbers of a weight, projected on a fixed direction and divided by their norm."
+    "The first 4096 numbers of a weight, projected on a fixed direction, over their norm (@eq-fingerprint)."
     numbers = weight.detach().flatten()[:4096].double().cpu()
     direction = torch.cos(torch.arange(1, len(numbers) + 1, dtype=torch.float64) ** 2)
     return ((numbers @ direction) / numbers.norm().clamp_min(1e-12)).item()
@@ -126,7 +135,7 @@ def tower_fingerprint(
         if weight.is_meta:
             return None
         if weight.ndim < 2:
-            continue  # norms and biases of different towers are much alike
+            continue  # norms and biases of different towers are nearly equal
         block = next((part for part in name.split(".") if part.isdigit()), "embeddings")
         sums[block] = sums.get(block, 0.0) + tensor_projection(weight)
     return {block: round(total, 4) for block, total in sums.items()}
@@ -255,7 +264,8 @@ def visual_tokens(
 ) -> Float[Tensor, "b v d"]:  # Input embeddings for the LLM
     "Visual tokens of each image (Fig. 2)."
     if (pixel_values is None) == (vision_features is None):
-        raise ValueError("give either pixel_values or vision_features, not both and not neither.")
+        given = "neither was" if pixel_values is None else "both were"
+        raise ValueError(f"give either pixel_values or vision_features; {given} given.")
     tower = model.vision_tower
     projector = model.multi_modal_projector
     if pixel_values is not None:
@@ -334,7 +344,7 @@ class VisualInputs(nn.Module):
         self,
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
     ) -> Float[Tensor, "1 v d"]:
-        "Visual tokens of an image of zeros. Times 0, they give a batch without images gradients of 0."
+        "Visual tokens of patch tokens that are 0, to be added times 0 where a batch has no image (for DDP)."
         projector = self.multi_modal_projector
         config = projector.config
         weight = next(projector.parameters())
@@ -361,6 +371,10 @@ class VisualInputs(nn.Module):
         visual = [] if images is None else list(images.pooler_output)
         if visual and input_ids is None:
             raise ValueError("images need input_ids, whose placeholders say where they belong.")
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                "give input_ids (or inputs_embeds, without images); processor(...) returns input_ids."
+            )
         if input_ids is not None and not torch.compiler.is_compiling():
             tokens = len(visual[0]) if visual else 0
             check_placeholders(input_ids, self.config.image_token_id, len(visual), tokens)
@@ -393,7 +407,7 @@ class VisualInputs(nn.Module):
 def shifted_targets(
     labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
 ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:  # Next token of each position, and which are supervised
-    "What each position must predict."
+    "The label of each position: the token after it."
     target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     supervised = target != -100
     if not supervised.any():
@@ -662,7 +676,7 @@ def build_vlm(
         compressor=compressor,
         projector=projector_config.to_dict(),
     )
-    with torch.device("meta"):  # the frame takes no memory
+    with torch.device("meta"):  # the modules take no memory; those with weights replace them below
         model = DeltaLlavaForConditionalGeneration(config)
     model.vision_tower = truncate_tower(tower, config.vision_config.num_hidden_layers).requires_grad_(False)
     model.multi_modal_projector = build_compressor(compressor, projector_config).to(llm.device, llm.dtype)
@@ -767,8 +781,8 @@ def check_projector_fits(
         )
     if not force and not same_weights(trained_on.get("fingerprint"), here["fingerprint"]):
         raise ValueError(
-            "The projector was trained on a vision tower with other weights, and cannot read "
-            "this one. Build the model with that tower, or pass force=True."
+            "The projector was trained on a vision tower with other weights than this model's. "
+            "Build the model with that tower, or pass force=True to use this one."
         )
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 from delta_llava import adapter
 from delta_llava.config import clip_b32_224
+from delta_llava.trainer import freeze, merge_lora
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,6 +217,17 @@ def test_the_private_methods_of_trainer_call_the_hooks(tmp_path):
     more = TrainingArguments(str(tmp_path), max_steps=2, **options)
     Recorder(causal_lm("llama", 1), more, train_dataset=rows).train(resume_from_checkpoint=True)
     assert calls[3:] == ["load", "clip", "write", "save"]
+
+
+def test_low_rank_updates_are_added_and_merged():
+    "`model.add_adapter` of transformers 5.24 refuses the PEFT that pip installs."
+    model = vlm("llama")
+    logits = model(prompt(4), images(), tokens=4).logits
+    plan = freeze(model, "finetune", lora_rank=2)
+    assert 0 < plan["llm"][0] < plan["llm"][1] and any(map(adapter.is_lora_layer, model.modules()))
+    merge_lora(model)
+    assert not any(map(adapter.is_lora_layer, model.modules()))
+    assert_close(model(prompt(4), images(), tokens=4).logits, logits)  # an update begins at zero
 
 
 def test_private_attributes_are_there():

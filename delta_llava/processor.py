@@ -346,7 +346,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             batch |= self.encode_questions(of_images)
         return BatchFeature(batch)
 
-    def _check_arguments(self, texts: list[str], text, others: dict) -> None:
+    def _check_arguments(self, texts: list, text, others: dict) -> None:
         "An error for arguments that this processor does not have, and for texts that are no prompts."
         if unknown := sorted(name for name, value in others.items() if value is not None):
             raise ValueError(

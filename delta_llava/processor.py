@@ -319,7 +319,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         **kwargs,  # Refused; named by transformers' `apply_chat_template`
     ) -> BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
         self._check_arguments(texts, text, dict(kwargs, videos=videos, audio=audio))
         images = flatten_images(images)
         counts = [t.count(self.image_token) for t in texts]

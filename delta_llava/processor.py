@@ -336,7 +336,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         **kwargs,  # Refused; named by transformers' `apply_chat_template`
     ) -> BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
         self._check_arguments(texts, text, dict(kwargs, videos=videos, audio=audio))
         images = flatten_images(images)
         counts = [t.count(self.image_token) for t in texts]
@@ -363,7 +363,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             batch |= self.encode_questions(of_images)
         return BatchFeature(batch)
 
-    def _check_arguments(self, texts: list[str], text, others: dict) -> None:
+    def _check_arguments(self, texts: list, text, others: dict) -> None:
         "An error for arguments that this processor does not have, and for texts that are no prompts."
         if unknown := sorted(name for name, value in others.items() if value is not None):
             raise ValueError(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TurnTokenizer', 'question_pairs', 'join_questions', 'SharedImageCollator']
 
-# %% ../nbs/30e_shared_image.ipynb #6cbf4be2
+# %% ../nbs/30e_shared_image.ipynb #ab41fc9a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .collator import Collator
 from .conversations import row_name
 from .grid import VisionFeatures
 
-# %% ../nbs/30e_shared_image.ipynb #fcf02119
+# %% ../nbs/30e_shared_image.ipynb #fad9e1fa
 _QUESTION, _ANSWER = "What is it?", "A fox."
 
 
@@ -69,7 +69,7 @@ class TurnTokenizer:
             rows.append((ids, [-100] * start + ids[start:end] + [-100] * (len(ids) - end)))
         return rows
 
-# %% ../nbs/30e_shared_image.ipynb #a9c20f39
+# %% ../nbs/30e_shared_image.ipynb #6e530906
 def question_pairs(
     turns: Sequence[dict],  # Of a conversation about one image
 ) -> list[tuple[str, str]]:  # Questions without `<image>`, and their answers
@@ -101,7 +101,7 @@ def join_questions(
         for name, column in rows.items()
     }
 
-# %% ../nbs/30e_shared_image.ipynb #887d92fd
+# %% ../nbs/30e_shared_image.ipynb #87c1bbe7
 @dataclass(kw_only=True)
 class SharedImageCollator(Collator):
     "Conversations to batches in which each question sees the image and itself only."
@@ -154,12 +154,14 @@ class SharedImageCollator(Collator):
             parts = [first.expand(rows, -1), then, then.new_full((rows, padding), fill)]
             return torch.cat(parts, dim=1)[:, :length]
 
-        first = torch.tensor(head)
+        first = torch.tensor(head, device=prepared["ids"].device)
         inputs = {k: v for k, v in prepared.items() if k not in ("ids", "labels", "segments", "places")}
         batch = dict(
             input_ids=joined(first, prepared["ids"], self.processor.tokenizer.pad_token_id),
             labels=joined(torch.full_like(first, -100), prepared["labels"], -100),
             segments=joined(torch.zeros_like(first), prepared["segments"], -1),
-            position_ids=joined(torch.arange(len(head)), prepared["places"] + len(head), 0),
+            position_ids=joined(
+                torch.arange(len(head), device=first.device), prepared["places"] + len(head), 0
+            ),
         )
         return batch | self._read_features(inputs) | ({} if tokens is None else dict(tokens=tokens))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'HELD_OUT', 'HELD_OUT_SCENES_SEED', 'write_recipe_scenes', 'scene_rows', 'SceneSet', 'read_scene_sets',
-           'right_answers', 'binomial_interval', 'score_tasks', 'score_sets', 'curve_line', 'TaskCurves', 'PrintLog',
+           'QuestionSet', 'binomial_interval', 'score_tasks', 'score_sets', 'curve_line', 'TaskCurves', 'PrintLog',
            'export_weights', 'recipe_processor', 'recipe_settings', 'run_recipe']
 
-# %% ../nbs/47_recipe.ipynb #1810fbe3
+# %% ../nbs/47_recipe.ipynb #1bd85619
 import logging
 import os
 import time
@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import AutoTokenizer, TrainerCallback
 
 from .adapter import selected_logits
-from .assets import load_llm
+from .assets import resolve
 from .conversations import load_conversations
 from .evaluate import derangement
 from .files import file_sha256, write_json
-from .lora import save_lora
+from .lora import lora_parameters, save_lora
 from .processor import DeltaLlavaProcessor, build_processor, tower_sizes
 from .questions import QUESTION_TASKS, write_questions
 from .runs import read_run, write_run
@@ -35,7 +35,7 @@ from .tower import features_in_memory, image_processor_for, load_tower
 from .train import image_paths, local_device, train_run
 from .vlm import DeltaLlavaForConditionalGeneration, save_projector, shifted_targets
 
-# %% ../nbs/47_recipe.ipynb #c6f3861e
+# %% ../nbs/47_recipe.ipynb #206110f0
 log = logging.getLogger(__name__)
 HELD_OUT = ("heldout_scenes", "heldout_artist")
 HELD_OUT_SCENES_SEED = 5_000_000  # far from the seeds of the training scenes and of other tests
@@ -56,9 +56,9 @@ def write_recipe_scenes(
     return written
 
 
-def _caption_alone(row: dict) -> dict:
-    "A row with its first question, the caption."
-    return dict(conversations=row["conversations"][:2])
+def _first_turns(conversations: list) -> dict:
+    "Conversations with their first question alone, the caption."
+    return dict(conversations=[turns[:2] for turns in conversations])
 
 
 def scene_rows(
@@ -67,7 +67,9 @@ def scene_rows(
 ) -> Dataset:
     "Rows of scenes."
     rows = load_conversations(file)
-    return rows.map(_caption_alone, desc="captions") if captions else rows
+    if not captions:
+        return rows
+    return rows.map(_first_turns, input_columns=["conversations"], batched=True, desc="captions")
 
 
 @dataclass(frozen=True)
@@ -100,36 +102,58 @@ def read_scene_sets(
         sets[split] = SceneSet(rows, found)
     return sets
 
-# %% ../nbs/47_recipe.ipynb #519eb6ad
-@torch.no_grad()
-def right_answers(
-    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor: DeltaLlavaProcessor,  # Its processor
-    rows: Sequence[dict] | Dataset,  # Conversations about one image each
-    features: Tensor,  # `[b, n, l·c]` Patch tokens for each row: of its own image, or of another
-    tokens: int,  # Budget $V$
-    batch_size: int = 32,  # Images in one pass
-) -> list[list[bool]]:  # For each row, whether greedy decoding would answer each question exactly so
-    "Exact match of every answer, in one pass for all questions about an image."
-    names = [str(i) for i in range(len(rows))]
-    collator = SharedImageCollator(processor=processor, tokens=tokens, features=features, paths=names)
-    device = model.device
-    found = []
-    for start in range(0, len(rows), batch_size):
-        part = [rows[i] | dict(image=names[i]) for i in range(start, min(start + batch_size, len(rows)))]
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator(part).items()}
-        target, supervised = shifted_targets(inputs.pop("labels"))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits, _ = selected_logits(
-                model, lambda hidden, at=supervised: hidden[at], use_cache=False, **inputs
+# %% ../nbs/47_recipe.ipynb #882a34ff
+class QuestionSet:
+    "Scenes with their questions as tokens, ready for any model and budget."
+
+    def __init__(
+        self,
+        processor: DeltaLlavaProcessor,  # Of the models that are asked
+        scenes: SceneSet,  # Conversations about one image each
+        batch_size: int = 64,  # Images in one pass
+    ):
+        self.rows = list(scenes.rows)
+        self.features = scenes.features
+        self.image_token_id = processor.image_token_id
+        names = [str(i) for i in range(len(self.rows))]
+        self.collator = SharedImageCollator(processor=processor, features=scenes.features, paths=names)
+        self.batches = []
+        for start in range(0, len(self.rows), batch_size):
+            part = [
+                self.rows[i] | dict(image=names[i]) for i in range(start, min(start + batch_size, len(names)))
+            ]
+            self.batches.append(self.collator.prepare(part))
+
+    @torch.no_grad()
+    def right_answers(
+        self,
+        model: nn.Module,  # `DeltaLlavaForConditionalGeneration` in evaluation mode
+        tokens: int,  # Budget $V$
+        order: Tensor | None = None,  # Numbers of the images that are shown instead of the questions' own
+    ) -> list[list[bool]]:  # For each row, whether greedy decoding would answer each question exactly so
+        "Exact match of every answer, in one pass for all questions about an image."
+        device, found = model.device, []
+        for batch in self.batches:
+            prepared = {name: value.to(device) for name, value in batch.items()}
+            numbers = (
+                prepared["image_numbers"] if order is None else order.to(device)[prepared["image_numbers"]]
             )
-        logits[:, processor.image_token_id] = -torch.inf  # generation never writes it
-        wrong = (logits.argmax(-1) != target[supervised]).int()
-        places = supervised.nonzero()[:, 0], inputs["segments"][supervised] - 1
-        questions = [len(row["conversations"]) // 2 for row in part]
-        errors = wrong.new_zeros(len(part), max(questions)).index_put(places, wrong, accumulate=True)
-        found += [(row[:n] == 0).tolist() for row, n in zip(errors, questions, strict=True)]
-    return found
+            prepared["image_numbers"] = numbers.to(self.features.device)
+            inputs = self.collator.assemble(prepared, tokens)
+            target, supervised = shifted_targets(inputs.pop("labels"))
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits, _ = selected_logits(
+                    model, lambda hidden, at=supervised: hidden[at], use_cache=False, **inputs
+                )
+            logits[:, self.image_token_id] = -torch.inf  # generation never writes it
+            wrong = (logits.argmax(-1) != target[supervised]).int()
+            segments = inputs["segments"]
+            places = supervised.nonzero()[:, 0], segments[supervised] - 1
+            errors = wrong.new_zeros(len(segments), int(segments.max())).index_put(
+                places, wrong, accumulate=True
+            )
+            found += (errors == 0).tolist()
+        return [hits[: len(row["conversations"]) // 2] for hits, row in zip(found, self.rows, strict=True)]
 
 
 def binomial_interval(
@@ -142,7 +166,7 @@ def binomial_interval(
     spread = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
     return center - spread, center + spread
 
-# %% ../nbs/47_recipe.ipynb #0f361683
+# %% ../nbs/47_recipe.ipynb #77161c2d
 def _f1(answers: list[tuple[str, bool]]) -> float:
     "F1 of yes; a wrong answer is taken for the opposite."
     true_yes = sum(hit for truth, hit in answers if truth == "Yes")
@@ -152,18 +176,14 @@ def _f1(answers: list[tuple[str, bool]]) -> float:
 
 def score_tasks(
     model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor: DeltaLlavaProcessor,  # Its processor
-    scenes: SceneSet,  # A held-out set
+    questions: QuestionSet,  # Of a held-out set
     tokens: int,  # Budget $V$
-    batch_size: int = 32,  # Images in one pass
 ) -> dict[str, dict]:  # Task -> `n`, `accuracy`, `low`, `high`, `blind`; of existence also `f1`, `blind_f1`
     "Exact match of each task, with its interval, beside the blind model's."
-    rows = list(scenes.rows)
-    own = right_answers(model, processor, rows, scenes.features, tokens, batch_size)
-    other = scenes.features[derangement(len(rows)).to(scenes.features.device)]
-    blind = right_answers(model, processor, rows, other, tokens, batch_size)
+    own = questions.right_answers(model, tokens)
+    blind = questions.right_answers(model, tokens, derangement(len(questions.rows)))
     answers: dict[str, list[tuple[str, bool, bool]]] = {}
-    for row, hits, blind_hits in zip(rows, own, blind, strict=True):
+    for row, hits, blind_hits in zip(questions.rows, own, blind, strict=True):
         truths = [turn["value"] for turn in row["conversations"][1::2]]
         for task, *answer in zip(row["task"].split(","), truths, hits, blind_hits, strict=True):
             answers.setdefault(task, []).append(tuple(answer))
@@ -184,18 +204,16 @@ def score_tasks(
 
 def score_sets(
     model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    processor: DeltaLlavaProcessor,  # Its processor
-    sets: dict[str, SceneSet],  # Held-out sets
+    sets: dict[str, QuestionSet],  # Held-out sets
     budgets: Sequence[int],  # Budgets $V$
-    batch_size: int = 32,  # Images in one pass
 ) -> dict[str, dict[str, dict]]:  # Set -> budget -> task -> scores
     "All tasks of all sets at all budgets."
     return {
-        name: {str(tokens): score_tasks(model, processor, scenes, tokens, batch_size) for tokens in budgets}
-        for name, scenes in sets.items()
+        name: {str(tokens): score_tasks(model, questions, tokens) for tokens in budgets}
+        for name, questions in sets.items()
     }
 
-# %% ../nbs/47_recipe.ipynb #8bb7be3e
+# %% ../nbs/47_recipe.ipynb #dbc5ef3f
 def curve_line(
     scores: dict[str, dict[str, dict]],  # From `score_sets`
 ) -> Iterator[str]:  # One text for each set and budget
@@ -213,20 +231,19 @@ class TaskCurves(TrainerCallback):
 
     def __init__(
         self,
-        processor: DeltaLlavaProcessor,  # Of the model
-        sets: dict[str, SceneSet],  # Held-out sets
+        sets: dict[str, QuestionSet],  # Held-out sets
         budgets: Sequence[int],  # Budgets $V$
         every: int,  # Steps
         keep: Callable[[DeltaLlavaForConditionalGeneration], None] | None = None,  # Called after each scoring
     ):
-        self.processor, self.sets, self.budgets, self.every, self.keep = processor, sets, budgets, every, keep
+        self.sets, self.budgets, self.every, self.keep = sets, budgets, every, keep
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
         start = time.perf_counter()
         model.eval()
-        scores = score_sets(model, self.processor, self.sets, self.budgets)
+        scores = score_sets(model, self.sets, self.budgets)
         model.train()
         short = {
             name: {
@@ -258,7 +275,7 @@ class PrintLog(TrainerCallback):
             flush=True,
         )
 
-# %% ../nbs/47_recipe.ipynb #a7d1bec1
+# %% ../nbs/47_recipe.ipynb #c24dae42
 def export_weights(
     model: DeltaLlavaForConditionalGeneration,  # Trained; its low-rank updates not merged
     folder: str | Path,  # Gets `projector.safetensors`, `projector.json`, and `lora.safetensors`
@@ -268,16 +285,21 @@ def export_weights(
     state = model.multi_modal_projector.state_dict()
     small = {name: (w.to(dtype) if w.ndim > 1 else w).cpu() for name, w in state.items()}
     folder = save_projector(model, folder, small)
+    if not lora_parameters(model) and model.get_output_embeddings().weight.requires_grad:
+        model.save_pretrained(folder)  # the LLM itself was trained
+        for name in ("projector.safetensors", "projector.json"):
+            (folder / name).unlink()
     save_lora({name: p.cpu() for name, p in model.state_dict().items() if "lora_" in name}, folder, dtype)
     return {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
 
-# %% ../nbs/47_recipe.ipynb #c64c6d4d
+# %% ../nbs/47_recipe.ipynb #8e57f2c4
 def recipe_processor(
     recipe: Recipe,  # Names tower and LLM
 ) -> DeltaLlavaProcessor:
     "The processor of the recipe's models."
     stage = recipe.stage1()
-    _, tokenizer = load_llm(stage.llm)
+    path = resolve(stage.llm).path
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     pixels = image_processor_for(stage.tower, stage.image_size, stage.pad)
     return build_processor(pixels, tokenizer, stage.tokens, template=stage.template)
 
@@ -314,16 +336,15 @@ def run_recipe(
     train = sets.pop("train")
     known = image_paths(train.rows), train.features
     processor = recipe_processor(recipe)
-    few = {name: scenes.first(recipe.curve_images) for name, scenes in sets.items()}
+    few = {name: QuestionSet(processor, scenes.first(recipe.curve_images)) for name, scenes in sets.items()}
+    many = {name: QuestionSet(processor, scenes) for name, scenes in sets.items()}
     settings, logs, plans = recipe_settings(recipe), {}, {}
     for number, stage in enumerate((recipe.stage1(), recipe.stage2()), 1):
 
         def keep(model):
             export_weights(model, recipe.output_dir)
 
-        curves = TaskCurves(
-            processor, few, recipe.curve_budgets, recipe.curve_steps, keep if number == 2 else None
-        )
+        curves = TaskCurves(few, recipe.curve_budgets, recipe.curve_steps, keep if number == 2 else None)
         callbacks = [PrintLog(), curves]
         model, _, logs[f"stage{number}"] = train_run(stage, callbacks, known, disable_tqdm=True)
         plans[f"stage{number}"] = read_run(stage.output_dir).get("plan")
@@ -333,7 +354,9 @@ def run_recipe(
         lap(f"stage {number} trained")
     model.to(local_device())
     weights = export_weights(model, recipe.output_dir)
-    scores = score_sets(model, processor, sets, recipe.eval_budgets)
+    if not recipe.lora_rank:
+        processor.save_pretrained(recipe.output_dir)
+    scores = score_sets(model, many, recipe.eval_budgets)
     print(*curve_line(scores), sep="\n", flush=True)
     lap("scored")
     seconds = {name: round(t - clock["start"], 1) for name, t in clock.items() if name != "start"}

@@ -66,6 +66,7 @@ class StageSettings:
     packing: bool = False  # Rows share sequences instead of being padded
     group_by_length: bool = False  # Rows of similar length in one step
     lora_rank: int = 0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
+    lora_dropout: float = 0.05  # Part of an update's inputs that is dropped in training
     keep_lora: bool = False  # Save the low-rank updates themselves, not a whole model that contains them
     load_in_4bit: bool = False  # With low-rank updates: keep the LLM's own matrices in four bits (QLoRA)
     sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Of weights and moments over processes
@@ -333,7 +334,7 @@ class Quickstart(Pretrain):
 
         report_run(self)
 
-# %% ../nbs/07_settings.ipynb #983e7762
+# %% ../nbs/07_settings.ipynb #98167f31
 @dataclass(frozen=True, kw_only=True)
 class SceneStage(StageSettings):
     "What both stages of the recipe share: planted scenes, small pretrained parts."
@@ -369,7 +370,9 @@ class ScenePretrain(SceneStage, Pretrain):
 class SceneFinetune(SceneStage, Finetune):
     "Stage 2 of the recipe."
 
-# %% ../nbs/07_settings.ipynb #8bea343f
+    lora_dropout: float = 0.0  # Part of an update's inputs that is dropped in training
+
+# %% ../nbs/07_settings.ipynb #88dddce7
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Train both stages on planted scenes, and score every kind of question at several budgets."
@@ -399,6 +402,7 @@ class Recipe:
     bf16: bool = False  # Compute in bfloat16
     num_workers: int = 0  # Processes that draw scenes and prepare batches
     save_steps: int = 100  # Steps between checkpoints
+    logging_steps: int = 10  # Steps between lines of the log
     seed: int = 0  # Of the scenes, the initialization, the order of the images
 
     def __post_init__(self):
@@ -427,6 +431,7 @@ class Recipe:
             bf16=self.bf16,
             num_workers=self.num_workers,
             save_steps=self.save_steps,
+            logging_steps=self.logging_steps,
             seed=self.seed,
         )
 
@@ -471,20 +476,21 @@ class LongRecipe(Recipe):
     train_images: int = 32_000  # Scenes with one to four objects
     test_images: int = 500  # In each held-out set, for the final scores
     curve_images: int = 128  # In each held-out set, for the scores during training
-    curve_steps: int = 100  # Steps between them
+    curve_steps: int = 200  # Steps between them
     train_budgets: tuple[int, ...] = (36, 36, 144, 16, 16, 9, 4, 1)  # One named twice is drawn twice as often
     eval_budgets: tuple[int, ...] = (144, 36, 16, 9, 4, 1)  # Budgets of the final scores
     stage1_steps: int = 2000  # Optimizer steps of stage 1
-    stage2_steps: int = 2000  # Optimizer steps of stage 2
+    stage2_steps: int = 2500  # Optimizer steps of stage 2
     stage1_minutes: float = 1.5  # Longest time of stage 1
     stage2_minutes: float = 3.5  # Longest time of stage 2
     stage1_batch_size: int = 128  # Images in a step of stage 1
-    stage2_batch_size: int = 64  # Images in a step of stage 2, each with all its questions
-    stage1_learning_rate: float = 1e-3  # Highest learning rate of stage 1
+    stage2_batch_size: int = 48  # Images in a step of stage 2, each with all its questions
+    stage1_learning_rate: float = 7e-4  # Highest learning rate of stage 1
     stage2_learning_rate: float = 5e-4  # Highest learning rate of stage 2
     bf16: bool = True  # Compute in bfloat16
     num_workers: int = 14  # Processes that draw scenes and prepare batches
     save_steps: int = 500  # Steps between checkpoints
+    logging_steps: int = 50  # Steps between lines of the log
 
 # %% ../nbs/07_settings.ipynb #9f216a22
 @dataclass(frozen=True, kw_only=True)

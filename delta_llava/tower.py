@@ -616,7 +616,7 @@ def cache_features(
     _compute_entries(_missing(images, files, root), batch_size, progress, compute)
     return CachedFeatures(files, attention)
 
-# %% ../nbs/21_tower.ipynb #5542f274
+# %% ../nbs/21_tower.ipynb #9e874191
 class _Pixels(torch.utils.data.Dataset):
     "Images as the tower's input, made when they are asked for."
 
@@ -644,7 +644,7 @@ def features_in_memory(
 ) -> Float[Tensor, "i n lc"]:  # Patch tokens of each image, on the tower's device
     "Pass each image through the tower once, and keep its patch tokens in memory."
     loader = torch.utils.data.DataLoader(_Pixels(images, processor), batch_size, num_workers=workers)
-    result, start = None, 0
+    result, start, finite = None, 0, torch.ones((), dtype=torch.bool, device=tower.device)
     with tqdm(
         total=len(images), desc="vision tower", unit="image", disable=not progress, mininterval=2
     ) as bar:
@@ -653,10 +653,11 @@ def features_in_memory(
             if result is None:
                 result = features.new_empty(len(images), *features.shape[1:], dtype=dtype)
             result[start : start + len(features)] = features
+            finite &= result[start : start + len(features)].isfinite().all()
             start += len(features)
             bar.update(len(features))
     if result is None:
         raise ValueError("images is empty; give at least one.")
-    if not result.isfinite().all():
+    if not finite:
         raise ValueError(f"some features do not fit into dtype={dtype}; use dtype=torch.bfloat16.")
     return result

@@ -484,7 +484,7 @@ def _train(
     rows = add_lengths(rows, processor, stage) if stage.group_by_length else rows
     layers = model.get_decoder()._no_split_modules or []
     args = trainer_arguments(stage, len(rows), layers, **more)
-    plan = freeze(model, stage.stage, stage.lora_rank)
+    plan = freeze(model, stage.stage, stage.lora_rank, stage.lora_dropout)
     if args.process_index == 0:
         _log_plan(plan)
     log = train_stage(

@@ -28,7 +28,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .adapter import check_overrides
 from .collator import Collator
 from .files import write_json
-from .lora import LORA_FILE, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from delta_llava.lora import (
+    LORA_FILE,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    save_lora,
+    uncast_lora,
+)
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector, save_projector
 
 # %% ../nbs/31_trainer.ipynb #70c0731d
@@ -44,6 +52,7 @@ def freeze(
     model: DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
     stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
     lora_rank: int = 0,  # Rank of low-rank updates of the LLM's matrices; 0 trains the LLM itself
+    lora_dropout: float = 0.05,  # Part of an update's inputs that is dropped in training
 ) -> dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "Which parameters learn in a stage (§6)."
     if lora_rank < 0 or lora_rank and stage == "pretrain":
@@ -52,7 +61,7 @@ def freeze(
             f"'finetune' trains: take lora_rank=0, or a rank such as 128 there."
         )
     if lora_rank and not lora_parameters(model):
-        add_lora(model, lora_rank)
+        add_lora(model, lora_rank, lora_dropout)
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
     if lora_rank:
@@ -593,7 +602,8 @@ def train_stage(
     if max_minutes:
         trainer.time_limit = TimeLimit(max_minutes)
         trainer.add_callback(trainer.time_limit)
-    log = _run_trainer(trainer, checkpoint)
+    with uncast_lora(model, args.bf16):
+        log = _run_trainer(trainer, checkpoint)
     model.eval()
     if result_dir is not None:
         _save_result(trainer, model, Path(result_dir), 0 if keep_lora else lora_rank)

@@ -614,7 +614,8 @@ class DeltaLlavaForConditionalGeneration(
         question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
         question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
         prompt_end: Tensor | None = None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
-        segments: Tensor | None = None,  # `[b, t]` 0 is seen by all, others by their own; for `attention_mask`
+        segments: Tensor
+        | None = None,  # `[b, t]` 0 is seen by all, others by their own; for `attention_mask`
         **kwargs,  # To the LLM
     ) -> DeltaLlavaOutput | tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."

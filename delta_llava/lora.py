@@ -35,7 +35,7 @@ def uncast_lora(
     model: DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
     active: bool,  # Whether autocast is on
 ):  # A context manager
-    "Inside, updates read bfloat16 inputs as they are, which autocast allows; PEFT would copy them to float32."
+    "Inside, updates read bfloat16 inputs as they are, as autocast allows; PEFT would copy them to float32."
     if not (active and lora_parameters(model)):
         return nullcontext()
     return moving_part("disable_input_dtype_casting")(model)
@@ -110,7 +110,7 @@ def load_lora(
     if found != expected:
         differ = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(
-            f"{path} does not fit this LLM: {len(differ)} updates differ, e.g. {differ[0]!r}; build the model "
-            f"with the LLM that the updates were trained on."
+            f"{path} does not fit this LLM: {len(differ)} updates differ, e.g. {differ[0]!r}; build the "
+            f"model with the LLM that the updates were trained on."
         )
     model.load_state_dict(state, strict=False)

@@ -24,7 +24,7 @@ from .adapter import selected_logits
 from .assets import resolve
 from .conversations import load_conversations
 from .evaluate import derangement
-from .files import file_sha256, write_json
+from .files import file_sha256
 from .lora import lora_parameters, save_lora
 from .processor import DeltaLlavaProcessor, build_processor, tower_sizes
 from .questions import QUESTION_TASKS, write_questions

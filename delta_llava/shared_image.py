@@ -42,7 +42,7 @@ class TurnTokenizer:
         found = dict(input_ids=self.head_ids + image + ids, labels=[-100] * (len(self.head_ids) + 1) + labels)
         if found != dict(expected):
             raise ValueError(
-                "with this tokenizer and chat template a question has other tokens alone than after an image; "
+                "with this tokenizer and template a question has other tokens alone than after an image; "
                 "use separate_turns=False, or template='chatml'."
             )
 

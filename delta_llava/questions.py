@@ -269,7 +269,7 @@ def write_questions(
     tasks: Sequence[str] = QUESTION_TASKS,  # Kinds of question
     workers: int = 0,  # Processes that draw; 0 draws in this one
 ) -> Path:  # The JSON file
-    "Write `n` scenes with their questions: the same bytes for the same arguments, with any number of workers."
+    "Write `n` scenes with their questions: the same bytes for the same arguments, with any `workers`."
     if n < 1:
         raise ValueError(f"n={n} must be at least 1.")
     folder = Path(folder)

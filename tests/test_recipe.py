@@ -238,7 +238,7 @@ def test_a_time_limit_ends_the_run_with_the_rate_at_zero(tmp_path, monkeypatch):
     assert trainer.state.global_step == 10
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates[0] == 0 and rates[1:] == sorted(rates[1:], reverse=True)  # one step of warm-up
-    assert rates[-1] < 0.05 * args.learning_rate
+    assert rates[-1] < 0.1 * args.learning_rate  # of ten steps, each a tenth of the time
     assert [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][:3] == [
         1.0,
         2.0,

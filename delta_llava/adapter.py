@@ -87,6 +87,7 @@ PARTS = {  # name: (module that holds it, reason)
     "MultiModalData": ("transformers.processing_utils", "serving engines ask for numbers of placeholders"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
     "inject_adapter_in_model": ("peft", "LoRA layers are added without a check of versions"),
+    "disable_input_dtype_casting": ("peft.helpers", "LoRA reads bfloat16 as it is where autocast is on"),
     "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are added to dequantized weights"),
     "ModelManifest": ("lmms_eval.models.registry_v2", "the plug-in registers itself with lmms-eval"),
     "GenerationResult": ("lmms_eval.api.instance", "the plug-in answers requests of lmms-eval"),
@@ -417,6 +418,7 @@ TRAINER_METHODS = {  # method -> parameters that the class below, or training, r
     "_save_checkpoint": ("model", "trial"),
     "_get_output_dir": ("trial",),
     "_prepare_inputs": ("inputs",),
+    "create_scheduler": ("num_training_steps", "optimizer"),
 }
 
 

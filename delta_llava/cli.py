@@ -24,7 +24,7 @@ import tyro
 
 from . import __version__
 from .files import read_json
-from .settings import Cost, Finetune, Pretrain, Quickstart, SpeedSettings
+from .settings import Cost, Finetune, LongRecipe, Pretrain, Quickstart, Recipe, SpeedSettings
 
 # %% ../nbs/52_cli.ipynb #7398e823
 def program_name() -> str:  # Such as `delta-llava`
@@ -492,8 +492,9 @@ class Launch:
         return kind(**settings)
 
 # %% ../nbs/52_cli.ipynb #8d3c6e35
-COMMANDS = dict(
+COMMANDS = {"recipe-long": LongRecipe} | dict(
     quickstart=Quickstart,
+    recipe=Recipe,
     train=Train,
     compare=Compare,
     pretrain=Pretrain,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'required_depth', 'truncated_config', 'truncate_tower', 'load_tower',
            'vision_features', 'resolve_image_path', 'open_image', 'check_image', 'image_processor_for', 'image_aspect',
-           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features']
+           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features', 'features_in_memory']
 
 # %% ../nbs/21_tower.ipynb #a9b50ee9
 import hashlib
@@ -589,3 +589,49 @@ def cache_features(
     files = [folder / f"{image_sha256(image, root)}.safetensors" for image in images]
     _compute_entries(_missing(images, files, root), batch_size, progress, compute)
     return CachedFeatures(files, attention)
+
+# %% ../nbs/21_tower.ipynb #9e874191
+class _Pixels(torch.utils.data.Dataset):
+    "Images as the tower's input, made when they are asked for."
+
+    def __init__(self, images: Sequence[str | Path | Image.Image], processor: BaseImageProcessor):
+        self.images = images
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.processor(open_image(self.images[i]), return_tensors="pt").pixel_values[0]
+
+
+@torch.no_grad()
+def features_in_memory(
+    images: Sequence[str | Path | Image.Image],  # Paths or images
+    tower: PreTrainedModel,  # Frozen vision tower, on the device that is to hold the features
+    processor: BaseImageProcessor,  # Makes its pixels
+    levels: Sequence[int],  # Hidden states to keep
+    dtype: torch.dtype = torch.float16,  # Precision of the result
+    batch_size: int = 64,  # Images in one pass of the tower
+    workers: int = 0,  # Processes that open images; 0 opens them in this one
+    progress: bool = True,  # Show a bar
+) -> Float[Tensor, "i n lc"]:  # Patch tokens of each image, on the tower's device
+    "Pass each image through the tower once, and keep its patch tokens in memory."
+    loader = torch.utils.data.DataLoader(_Pixels(images, processor), batch_size, num_workers=workers)
+    result, start, finite = None, 0, torch.ones((), dtype=torch.bool, device=tower.device)
+    with tqdm(
+        total=len(images), desc="vision tower", unit="image", disable=not progress, mininterval=2
+    ) as bar:
+        for pixels in loader:
+            features = vision_features(tower, pixels.to(tower.device, tower.dtype), levels).levels
+            if result is None:
+                result = features.new_empty(len(images), *features.shape[1:], dtype=dtype)
+            result[start : start + len(features)] = features
+            finite &= result[start : start + len(features)].isfinite().all()
+            start += len(features)
+            bar.update(len(features))
+    if result is None:
+        raise ValueError("images is empty; give at least one.")
+    if not finite:
+        raise ValueError(f"some features do not fit into dtype={dtype}; use dtype=torch.bfloat16.")
+    return result

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'check_sizes', 'DeltaLlavaConfig', 'tensor_projection', 'tower_fingerprint',
            'DeltaLlavaPreTrainedModel', 'check_loaded', 'reload_projector', 'question_embedding', 'visual_tokens',
-           'check_placeholders', 'place_visual_tokens', 'VisualInputs', 'shifted_targets', 'supervised_loss',
-           'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt', 'LanguageModelAccess',
+           'check_placeholders', 'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs', 'shifted_targets',
+           'supervised_loss', 'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt', 'LanguageModelAccess',
            'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings', 'build_vlm',
            'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
            'check_projector_fits', 'install_projector']
@@ -305,6 +305,17 @@ def place_visual_tokens(
     "Embeddings with visual tokens in place of the placeholders."
     return embeds.masked_scatter(image_mask[..., None].to(embeds.device), visual.to(embeds))
 
+# %% ../nbs/22_vlm.ipynb #9cf50095
+def shared_prefix_mask(
+    segments: Int[Tensor, "b t"],  # 0 for what all see, 1, 2, … for what only its own segment sees
+) -> Bool[Tensor, "b 1 t t"]:  # `True` where the second position is seen by the first
+    "Causal attention to the first segment and to the own one (@eq-segments)."
+    t = segments.shape[1]
+    shared = (segments == 0)[:, None]
+    own = segments[:, None] == segments[:, :, None]
+    causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
+    return ((shared | own) & causal)[:, None]
+
 # %% ../nbs/22_vlm.ipynb #950f8df5
 class VisualInputs(nn.Module):
     "The part of the model before the LLM: images to visual tokens, and visual tokens into the sequence."
@@ -586,6 +597,8 @@ class DeltaLlavaForConditionalGeneration(
         question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
         question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
         prompt_end: Tensor | None = None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
+        segments: Tensor
+        | None = None,  # `[b, t]` 0 is seen by all, others by their own; for `attention_mask`
         **kwargs,  # To the LLM
     ) -> DeltaLlavaOutput | tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."
@@ -596,7 +609,9 @@ class DeltaLlavaForConditionalGeneration(
         embeds, image_mask, visual = self.merge_visual_tokens(input_ids, inputs_embeds, images)
         if visual is None and self.training and torch.is_grad_enabled():
             embeds = embeds + 0 * self.dummy_visual_tokens(tokens).sum()
-        if prompt_end is None and labels is not None:
+        if segments is not None:
+            attention_mask = self._segment_mask(segments, embeds.dtype)
+        elif prompt_end is None and labels is not None:
             prompt_end = end_of_prompt(labels, attention_mask)
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a cache would hide that rows are packed
@@ -609,6 +624,21 @@ class DeltaLlavaForConditionalGeneration(
         known = {field.name for field in fields(DeltaLlavaOutput)}
         out = DeltaLlavaOutput(**{k: v for k, v in out.items() if k in known}, image_hidden_states=visual)
         return out.to_tuple() if return_dict is False else out
+
+    def _segment_mask(self, segments: Tensor, dtype: torch.dtype) -> Tensor:
+        "The mask of `segments` as the LLM's attention reads it."
+        kind = self.language_model.config._attn_implementation
+        if kind not in ("sdpa", "eager") or "decoder" in self.multi_modal_projector.requires:
+            raise ValueError(
+                f"segments with attn_implementation={kind!r} and compressor={self.config.compressor!r}: only "
+                "'sdpa' and 'eager' read masks of any form, and FastV none; use separate_turns=False."
+            )
+        mask = shared_prefix_mask(segments)
+        if kind == "sdpa":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
 
     def _run_llm(self, labels, logits_to_keep, restore, num_items_in_batch=None, **inputs) -> dict:
         "The LLM's output with the loss; in training mode with logits at the supervised positions only."

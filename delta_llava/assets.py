@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitImageProcessorPil,
     BitsAndBytesConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -37,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from . import adapter
 from .config import dinov2_s14, relative_levels
 from .files import file_sha256, read_json, text_sha256, write_json, write_safetensors
 
@@ -164,7 +164,7 @@ def convert_dinov2(
     )
     config.save_pretrained(dst)
     write_safetensors(dst / "model.safetensors", state)
-    processor = BitImageProcessorPil(
+    processor = adapter.BitImageProcessorPil(
         size={"height": 224, "width": 224},
         do_center_crop=False,
         image_mean=IMAGENET_MEAN,
@@ -182,8 +182,6 @@ def convert_gguf(
         import gguf
     except ImportError as e:
         raise ValueError("gguf is not installed; get it with `pip install gguf`.") from e
-    from transformers import GgufConfig
-
     with _quiet(), patch("gguf.GGUFReader", lru_cache(gguf.GGUFReader)):
         tokenizer = AutoTokenizer.from_pretrained(src.parent, gguf_file=src.name, trust_remote_code=False)
         tokenizer.save_pretrained(dst)
@@ -192,7 +190,7 @@ def convert_gguf(
             gguf_file=src.name,
             dtype=torch.float32,
             trust_remote_code=False,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=adapter.GgufConfig(dequantize=True),
         )
         model.save_pretrained(dst)
 

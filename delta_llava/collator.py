@@ -180,7 +180,7 @@ class Collator:
     def prepare(
         self,
         rows: Sequence[dict],  # With `id`, `image` and `conversations`
-    ) -> dict:  # `names`, `rows`, `has_image`; with images `pixel_values` or `vision_features`, and questions
+    ) -> dict:  # `names`, `rows`, `has_image`; with images their pixels, features or numbers, and questions
         "All that does not depend on the budget."
         names = [row_name(row) for row in rows]
         tokenized = []
@@ -200,6 +200,8 @@ class Collator:
         if self.features is None:
             pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
             prepared = dict(pixel_values=pixels)
+        elif isinstance(self.features, Tensor):  # in memory, perhaps on a GPU that only one process can read
+            prepared = dict(image_numbers=torch.tensor(images))
         else:
             prepared = dict(vision_features=index_batch(self.features, images))
         if self.processor.questions:
@@ -235,7 +237,14 @@ class Collator:
             inputs = self._reorder(inputs, prepared["has_image"], packed)
         else:
             batch = pad_left(rows, pad_id)
-        return batch | inputs | ({} if tokens is None else dict(tokens=tokens))
+        return batch | self._read_features(inputs) | ({} if tokens is None else dict(tokens=tokens))
+
+    def _read_features(self, inputs: dict) -> dict:
+        "The inputs with patch tokens in place of the numbers of their images."
+        if "image_numbers" not in inputs:
+            return inputs
+        others = {name: value for name, value in inputs.items() if name != "image_numbers"}
+        return others | dict(vision_features=self.features[inputs["image_numbers"]])
 
     def _expand(self, prepared: dict, tokens: int | None) -> list[dict]:
         "The rows with all of their image tokens, cut to `max_length`."

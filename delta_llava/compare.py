@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets.utils.logging import disable_progress_bar
@@ -96,7 +97,9 @@ def plan_runs(
     for name in compressors:
         compressor = "delta" if name == ELASTIC_DELTA else name
         for train_budgets, eval_budgets in run_budgets(name, sizes, budgets):
-            fields = dict(tokens=eval_budgets[0], train_budgets=train_budgets, eval_budgets=eval_budgets)
+            fields: dict[str, Any] = dict(
+                tokens=eval_budgets[0], train_budgets=train_budgets, eval_budgets=eval_budgets
+            )
             run = replace(base, compressor=compressor, **fields)
             runs += [replace(run, closed_form_init=init) for init in closed_form_init]
     if not runs:
@@ -300,6 +303,7 @@ def compare(
         )
     finally:
         record = collect_runs(runs, output_dir)
+    assert record is not None  # all runs are finished
     return record
 
 # %% ../nbs/51_compare.ipynb #3bee5ad1
@@ -308,7 +312,7 @@ def score_table(
     score: str = "forced_choice_accuracy",  # Or `"matched_loss"`, `"mismatched_loss"`, `"p"`
 ) -> list[dict]:  # One row for each system, initialization, budget and held-out set; `values` has all seeds
     "A record as flat rows, ready for pandas."
-    rows = {}
+    rows: dict[tuple, dict] = {}
     for r in record["result"]:
         for images, budgets in r["scores"].items():
             for tokens, scores in budgets.items():

@@ -33,7 +33,7 @@ LEGACY_CONFIG_VALUES = {"query_pool": {"taps": "bilinear"}}  # Field -> value in
 def upgrade_config(
     d: dict,  # Fields of a config, as an older version of this package may have written them
 ) -> dict:  # The same fields with the values of this version
-    "A config's fields with the values of older versions replaced (`LEGACY_CONFIG_VALUES`)."
+    "A config's fields with values of older versions (`LEGACY_CONFIG_VALUES`) replaced by today's."
     upgraded = dict(d)
     for field, renamed in LEGACY_CONFIG_VALUES.items():
         if upgraded.get(field) in renamed:
@@ -43,7 +43,7 @@ def upgrade_config(
 # %% ../nbs/01_config.ipynb #b475641c
 @dataclass(frozen=True, kw_only=True)
 class CompressorConfig:
-    "Sizes that tower and LLM dictate to any compressor; the default is CLIP ViT-L/14 at 336 px and a 7B LLM."
+    "Sizes that every compressor needs; the default is CLIP ViT-L/14 at 336 px and a 7B LLM."
 
     grid: int = 24  # Patches per side of the tower's grid, $H/P$
     tokens: int = 144  # Default budget $V$; a call may ask for another
@@ -53,20 +53,42 @@ class CompressorConfig:
     standardize: bool = False  # Standardize each channel by statistics that are kept with the compressor
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels))  # a list would make the config unhashable
         self._check_positive("grid", "d_vision", "d_llm")
-        if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels):
-            raise ValueError(
-                f"levels={self.levels} must be distinct indices of hidden states, 0 or more; "
-                "relative_levels(depth) gives sensible ones."
-            )
+        self._check_levels()
+        object.__setattr__(self, "levels", tuple(self.levels))  # a list would make the config unhashable
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be True or False.")
         self.check_budget(self.tokens, self.grid)
 
     def _check_positive(self, *names: str):
         for name in names:
             value = getattr(self, name)
-            if value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive int.")
+
+    def _check_heads(self, heads: int, width: str = "d_vision", most: int = 32, also: str = ""):
+        channels = getattr(self, width)
+        if channels % heads:
+            possible = [h for h in range(1, most + 1) if channels % h == 0]
+            raise ValueError(f"heads={heads} must divide {width}={channels}; use one of {possible}{also}.")
+
+    def _check_sincos(self, width: str = "d_vision"):
+        channels = getattr(self, width)
+        if channels % 4:
+            raise ValueError(
+                f"{width}={channels} must be a multiple of 4: sine and cosine of row and column."
+            )
+
+    def _check_levels(self):
+        levels = self.levels
+        are_indices = isinstance(levels, list | tuple) and all(type(i) is int and i >= 0 for i in levels)
+        if not are_indices or not levels or len(set(levels)) < len(levels):
+            raise ValueError(
+                f"levels={levels!r} must be a tuple of distinct indices of hidden states, 0 or more; "
+                "relative_levels(depth) gives the authors' choice."
+            )
 
     def budgets(
         self,
@@ -112,12 +134,12 @@ class CompressorConfig:
         cls,
         d: dict,  # What `to_dict` gave, in this version or an older one
     ) -> "CompressorConfig":  # Of this class
-        "The config that `to_dict` wrote; an unknown key is an error, because it may change the computation."
+        "The config that `to_dict` wrote; an unknown key is an error and not ignored."
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(d) - set(known)):
-            raise ValueError(f"unknown projector settings {unknown}; known are {known}.")
+            raise ValueError(f"unknown projector settings {unknown}; {cls.__name__} has {known}.")
         values = upgrade_config(d)
-        if "levels" in values:  # JSON has lists only
+        if isinstance(values.get("levels"), list):  # JSON has no tuples
             values["levels"] = tuple(values["levels"])
         return cls(**values)
 
@@ -155,7 +177,22 @@ class ProjectorConfig(CompressorConfig):
         super().__post_init__()
         self._check_positive("rank", "heads", "head_dim")
         self._check_choices()
-        self._check_widths()
+        self._check_fractions()
+        self._check_heads(self.heads)
+        self._check_sincos()
+
+    def _check_fractions(self):
+        for name in ("mix_ratio", "mlp_ratio", "drop_path"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}={value!r} must be a number.")
+        if not 0 < self.mix_ratio < 1:
+            raise ValueError(
+                f"mix_ratio={self.mix_ratio} must lie between 0 and 1, both excluded; "
+                "mixing='no_emhsa' or 'no_mhca' leaves one part out."
+            )
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must be positive; the authors use 2.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1).")
 
@@ -164,8 +201,7 @@ class ProjectorConfig(CompressorConfig):
             value = getattr(self, name)
             if value not in possible:
                 raise ValueError(f"{name}={value!r}; use one of {list(possible)}.")
-        is_number = not isinstance(self.kv_reduction, str) and self.kv_reduction >= 1
-        if self.kv_reduction != "scale" and not is_number:
+        if self.kv_reduction != "scale" and not (type(self.kv_reduction) is int and self.kv_reduction >= 1):
             raise ValueError(f"kv_reduction={self.kv_reduction!r} must be a positive int or 'scale'.")
         if self.share_base and self.projection == "tokenpacker":
             raise ValueError(
@@ -173,23 +209,12 @@ class ProjectorConfig(CompressorConfig):
                 "use 'delta', 'base' or 'linear'."
             )
 
-    def _check_widths(self):
-        if self.d_vision % self.heads:
-            possible = [h for h in range(1, 33) if self.d_vision % h == 0]
-            raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {possible}."
-            )
-        if self.d_vision % 4:
-            raise ValueError(
-                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column."
-            )
-
     def check_budget(
         self,
         tokens: int,  # Budget $V$
         grid: int,  # Patches per side
     ) -> int:  # The budget
-        "As for every compressor; the error also says which budgets cut the grid evenly."
+        "The budget itself, or an error that also says which budgets cut the grid evenly."
         return check_tokens(tokens, grid) ** 2
 
     @property
@@ -221,7 +246,7 @@ def clip_l14_336(
     tokens: int = 144,  # Budget, visual tokens
     d_llm: int = 4096,  # Width of the LLM; 5120 for 13B
 ) -> ProjectorConfig:
-    "CLIP ViT-L/14 at 336 px, 24×24 patches: the paper's tower (§6). Stage 1: 0:33:32 on 8×H100 (Table 4)."
+    "CLIP ViT-L/14 at 336 px, 24×24 patches: the paper's tower (§6)."
     return ProjectorConfig(tokens=tokens, d_llm=d_llm)
 
 
@@ -229,7 +254,7 @@ def clip_l14_224(
     tokens: int = 64,  # Budget, visual tokens
     d_llm: int = 4096,  # Width of the LLM
 ) -> ProjectorConfig:
-    "CLIP ViT-L/14 at 224 px, 16×16 patches; Table 5 must mean 64 tokens."
+    "CLIP ViT-L/14 at 224 px, 16×16 patches; the row CLIP 224 of Table 5 has 64 tokens, a scale of 2."
     return ProjectorConfig(grid=16, tokens=tokens, d_llm=d_llm)
 
 # %% ../nbs/01_config.ipynb #65283e0b
@@ -262,7 +287,7 @@ def dinov2_s14(
     tokens: int = 36,  # Budget, visual tokens
     d_llm: int = 576,  # Width of the LLM; 576 is SmolLM2-135M
 ) -> ProjectorConfig:
-    "DINOv2 ViT-S/14, the offline default tower; features standardized, its saliency-tuned end unused."
+    "DINOv2 ViT-S/14 tuned for saliency, the tower that needs no download; its last two blocks are not read."
     if image_size < 14 or image_size % 14:
         raise ValueError(
             f"image_size={image_size} must be a multiple of the patch size 14, such as 112, 168 or 336."
@@ -348,9 +373,9 @@ def split_variant(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
 ) -> tuple[str, dict]:  # A key of `COMPRESSORS`, and the fields of its config that the variant sets
     "The compressor that a name stands for, and the settings that the name implies."
-    if name in VARIANTS:
+    if isinstance(name, str) and name in VARIANTS:
         return VARIANTS[name]
-    if name in COMPRESSORS:
+    if isinstance(name, str) and name in COMPRESSORS:
         return name, {}
     raise ValueError(
         f"compressor={name!r} is unknown; use one of {[*COMPRESSORS, *VARIANTS]}, or add your own with "

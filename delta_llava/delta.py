@@ -59,7 +59,8 @@ class DeltaProjection(nn.Module):
         d_in: int,  # Channels in, $C$
         d_out: int,  # Channels out, $d_v$
         rank: int = 16,  # Rank $r$ of the update; 0 leaves the update out
-        base: nn.Linear | None = None,  # Shared $W_s$: its last `d_in` columns; `None` makes its own
+        base: nn.Linear
+        | None = None,  # Shared $W_s$, of which the last `d_in` columns are used; `None`: its own
         activate: bool = True,  # GELU and LayerNorm after the product: in the authors' code, not in Eq. 4
     ):
         super().__init__()
@@ -81,7 +82,9 @@ class DeltaProjection(nn.Module):
     def _check(d_in: int, d_out: int, rank: int, base: nn.Linear | None):
         if not 0 <= rank <= min(d_in, d_out):
             most = min(d_in, d_out)
-            raise ValueError(f"rank={rank} must lie in 0..{most} for {d_in} -> {d_out} channels.")
+            raise ValueError(
+                f"rank={rank} must lie in 0..{most} for {d_in} -> {d_out} channels; the authors use 16."
+            )
         if base is not None and (base.in_features < d_in or base.out_features != d_out):
             raise ValueError(
                 f"base maps {base.in_features} -> {base.out_features} channels; it must give {d_out} and "
@@ -89,7 +92,7 @@ class DeltaProjection(nn.Module):
             )
 
     def reset_parameters(self):
-        "The authors' initialization: normal with std 0.02 for the base, Xavier for the update."
+        "The authors' initialization: normal for the base (standard deviation 0.02), Xavier for the update."
         if hasattr(self, "base"):
             nn.init.trunc_normal_(self.base.weight, std=0.02)
         if self.rank:
@@ -112,8 +115,9 @@ class DeltaProjection(nn.Module):
         x: Float[Tensor, "b n {self.d_in}"],  # Tokens
     ) -> Float[Tensor, "b n {self.d_out}"]:  # Projected tokens
         y = self.base(x) if hasattr(self, "base") else F.linear(x, self.base_weight)
-        if self.rank:  # @eq-delta, without forming ΔW: y + (x U) V in one call
-            y = torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ self.U, self.V).view_as(y)
+        if self.rank:  # @eq-delta, without forming ΔW: y + (x U) V
+            x_U = x.flatten(0, -2) @ self.U  # [b·n, r]
+            y = torch.addmm(y.flatten(0, -2), x_U, self.V).view_as(y)
         if self.norm is None:
             return y
         if torch.is_grad_enabled():

@@ -412,43 +412,44 @@ def _in_order(
 # %% ../nbs/33_doctor.ipynb #0b5b5531
 def _iterate_results(
     file: str | Path,  # JSON list of rows, or JSON lines
-    workers: int,  # Processes; 1 works in this one
+    num_workers: int,  # Processes; 1 works in this one
     options: dict,  # Of `_check_chunk`
 ) -> Generator[RowResult, None, None]:
     "Results of all rows, in the order of the file."
     texts = enumerate(text for _, text in read_rows(file))
     chunks = iter(lambda: list(islice(texts, 64)), [])
     with ExitStack() as stack:
-        if workers == 1:
+        if num_workers == 1:
             results: Iterator[list[RowResult]] = (_check_chunk(chunk, **options) for chunk in chunks)
         else:
-            pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options,))
+            pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (options,))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            results = _in_order(pool, chunks, 3 * workers)
+            results = _in_order(pool, chunks, 3 * num_workers)
         try:
             for chunk in results:
                 yield from chunk
         except BrokenProcessPool as e:
             raise ValueError(
-                f"workers={workers}: one of them was killed, perhaps because memory ran out; use fewer."
+                f"num_workers={num_workers}: one of them was killed, perhaps because memory ran out; "
+                "use fewer."
             ) from e
 
 
 def check_rows(
     file: str | Path,  # JSON list of rows, or JSON lines
     folder: str | Path,  # Image folder
-    workers: int = 1,  # Processes; 1 works in this one
+    num_workers: int = 1,  # Processes; 1 works in this one
     **options,  # `text_rows`, `processor` and `max_length` of `row_problems`
 ) -> Generator[RowResult, None, None]:  # In the order of the file
     "Check every row of a file."
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be 1 or more.")
+    if num_workers < 1:
+        raise ValueError(f"num_workers={num_workers} must be 1 or more.")
     if not Path(folder).is_dir():
         raise ValueError(
             f"images={str(folder)!r} is not a folder; name the one that the paths of the rows start from."
         )
     next(read_rows(file), None)  # a file that is no list of rows is an error now
-    return _iterate_results(file, workers, dict(options, folder=Path(folder)))
+    return _iterate_results(file, num_workers, dict(options, folder=Path(folder)))
 
 # %% ../nbs/33_doctor.ipynb #4512751b
 OUTCOMES = ("kept", "repaired", "left out")
@@ -628,7 +629,7 @@ def check_dataset(
     text_rows: bool = True,  # Allow rows without an image
     processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
     max_length: int = 2048,  # Most tokens of a row, if there is a processor
-    workers: int = 1,  # Processes
+    num_workers: int = 1,  # Processes
 ) -> DatasetReport:
     "Check a data set, and write an index of the rows to train on."
     file = Path(file)
@@ -638,7 +639,7 @@ def check_dataset(
     checked = dict(text_rows=text_rows, max_length=max_length if processor else None)
     report = DatasetReport(str(file), str(folder), checked)
     results = check_rows(
-        file, folder, workers, text_rows=text_rows, processor=processor, max_length=max_length
+        file, folder, num_workers, text_rows=text_rows, processor=processor, max_length=max_length
     )
     with ExitStack() as stack:
         stack.callback(results.close)

@@ -415,7 +415,7 @@ def accuracy_by_system(
     record: dict,  # Of the comparison of compressors
 ) -> dict[tuple[str, int | None], list[float]]:  # (system, budget) -> a value for each seed
     "Forced-choice accuracy of closed-form initialized runs, mean over the sets; `None` is all patches."
-    found = {}
+    found: dict[tuple[str, int | None], list[float]] = {}
     for run in record["result"]:
         if not run["closed_form_init"]:
             continue
@@ -431,11 +431,11 @@ def caption_scores_by_system(
     score: str,  # Such as `"cider"`
 ) -> dict[tuple[str, int | None], list[float]]:  # (system, budget) -> a value for each seed
     "A score of the captions, mean over the held-out sets; budget `None` is all patches."
-    by_seed = {}
+    by_seed: dict[tuple[str, int | None, int], list[float]] = {}
     for run in record["result"]:
         budget = None if run["tokens"] == record["patches"] else run["tokens"]
         by_seed.setdefault((run["compressor"], budget, run["seed"]), []).append(run[score])
-    found = {}
+    found: dict[tuple[str, int | None], list[float]] = {}
     for (system, budget, _), values in by_seed.items():
         found.setdefault((system, budget), []).append(float(np.mean(values)))
     return found
@@ -504,7 +504,7 @@ def recorded_columns(
 ) -> dict[str, list[str]]:  # Heading -> one text for each row of the table
     "Our numbers beside one of the paper's tables: another task (1, 6), relative times (4), or nothing."
     rows = _table_rows(_table(number))
-    columns = {}
+    columns: dict[str, list[str]] = {}
     for heading, texts in _recorded_texts(number, Path(runs)).items():
         columns[heading] = []
         for row in rows:
@@ -602,7 +602,7 @@ def draw_captions(
     )
     for line, (score, label) in zip(axes, scores.items(), strict=True):
         for ax, name in zip(line, sets, strict=True):
-            values = {}
+            values: dict[tuple[str, int], list[float]] = {}
             for run in record["result"]:
                 if run["set"] == name:
                     values.setdefault((run["compressor"], run["tokens"]), []).append(run[score])

@@ -23,7 +23,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +30,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from .adapter import cache_argument
+from .adapter import DynamicCache, cache_argument
 from .assets import default_levels, resolve
 from delta_llava.compressors.base import (
     COST_FORMULAS,
@@ -42,7 +41,14 @@ from delta_llava.compressors.base import (
     cost_formula,
     split_variant,
 )
+from .compressors.cabstractor import CAbstractorConfig
 from .compressors.fastv import attention_row
+from .compressors.mlp import MLPConfig
+from .compressors.mqt import MQTConfig
+from .compressors.prumerge import PruMergeConfig
+from .compressors.quecc import QueCCConfig
+from .compressors.qwen import QwenConfig
+from .compressors.tokenpacker import TokenPackerConfig
 from .config import CompressorConfig, ProjectorConfig
 from .grid import VisionFeatures
 from .mixing import split_channels
@@ -229,7 +235,9 @@ def _mlp_flops(m: int, c: int, d: int, depth: int = 2) -> int:
     return 2 * m * (c * d + (depth - 1) * d * d)
 
 
-def _window_attention(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _window_attention(
+    config: ProjectorConfig | TokenPackerConfig, n: int, v: int, reference: bool
+) -> dict[str, int]:
     "Windowed attention (@eq-shared)."
     c, h, g = config.d_vision, config.heads, math.isqrt(v)
     patches = (g * math.ceil(math.isqrt(n) / g)) ** 2  # in all windows together
@@ -242,11 +250,11 @@ def _window_attention(config: CompressorConfig, n: int, v: int, reference: bool)
     }
 
 
-def _mlp(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _mlp(config: MLPConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     return {"mlp": _mlp_flops(n, config.d_vision, config.d_llm, config.depth)}
 
 
-def _prumerge(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _prumerge(config: PruMergeConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     if config.adaptive:
         raise ValueError(
             "adaptive=True gives each image its own number of tokens, so there is no formula;"
@@ -260,7 +268,7 @@ def _prumerge(config: CompressorConfig, n: int, v: int, reference: bool) -> dict
     }
 
 
-def _tokenpacker(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _tokenpacker(config: TokenPackerConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
         "queries": 2 * v * c * c,
@@ -270,7 +278,7 @@ def _tokenpacker(config: CompressorConfig, n: int, v: int, reference: bool) -> d
     }
 
 # %% ../nbs/26_flops.ipynb #7f2a4ca5
-def _quecc(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _quecc(config: QueCCConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
         "question": 2 * (config.d_text or config.d_llm) * c,
@@ -282,7 +290,7 @@ def _quecc(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[st
     }
 
 
-def _mqt(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _mqt(config: MQTConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c = config.d_vision
     return {
         "keys, values": 4 * n * c * c,
@@ -292,7 +300,7 @@ def _mqt(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str,
     }
 
 
-def _qwen(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _qwen(config: QwenConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c, d = config.d_vision, config.d_llm
     return {
         "width": 0 if c == d else 2 * n * c * d,
@@ -312,7 +320,7 @@ def _reg_stage(m: int, a: int, b: int, depth: int) -> int:
     return flops
 
 
-def _cabstractor(config: CompressorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+def _cabstractor(config: CAbstractorConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     c, w = config.d_vision, config.width
     cells = v - config.eos
     return {
@@ -328,7 +336,8 @@ def _mix_flops(config: ProjectorConfig, n: int, v: int, reference: bool) -> dict
         return {}
     c, h, g = config.d_vision, config.head_dim, math.isqrt(v)
     attn, conv = split_channels(c, config.mix_ratio, h)
-    r = min(g, math.ceil(math.isqrt(n) / g) if config.kv_reduction == "scale" else config.kv_reduction)
+    scale = math.ceil(math.isqrt(n) / g)
+    r = min(g, scale if isinstance(config.kv_reduction, str) else config.kv_reduction)
     if r == 1:
         keys = v
     else:
@@ -372,7 +381,7 @@ def _delta(config: ProjectorConfig, n: int, v: int, reference: bool) -> dict[str
     }
 
 
-_FORMULAS = dict(
+_FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     delta=_delta,
     mlp=_mlp,
     m3=_mlp,
@@ -509,14 +518,14 @@ def counted_llm(
         last = i == len(layer_tokens) - 1
         run = partial(llm, logits_to_keep=1) if last else llm.base_model
         run = partial(run, **{cache_argument(): DynamicCache()})
-        prefill += counted(partial(run, inputs_embeds=meta_zeros(s, config.hidden_size)))
+        prefill += counted(partial(run, inputs_embeds=meta_zeros(int(s), config.hidden_size)))
         for _ in range(answer - 1):
             decode += counted(partial(run, inputs_embeds=meta_zeros(1, config.hidden_size)))
     if len(layer_tokens) > 1:  # FastV's ranking
         q, k = attention_widths(config)
         heads = config.num_attention_heads
         query = meta_zeros(heads, q // heads)
-        keys = meta_zeros(k * heads // q, layer_tokens[0][1], q // heads)
+        keys = meta_zeros(k * heads // q, int(layer_tokens[0][1]), q // heads)
         prefill += counted(lambda: attention_row(query, keys, 1.0))
     return prefill, decode
 
@@ -571,7 +580,8 @@ class Setup(CostSettings):
         kept = self.text + self.tokens
         if entering == kept:
             return ((layers, kept),)
-        return ((projector.layer, entering), (layers - projector.layer, kept))
+        first = projector.to_dict()["layer"]  # of a compressor that drops tokens in the LLM
+        return ((first, entering), (layers - first, kept))
 
 # %% ../nbs/26_flops.ipynb #e7541e35
 @cache
@@ -597,7 +607,7 @@ def cost(
     config = setup.config
     projector = config.projector_config()
     llm = pretrained_config(setup.llm)
-    question = 0
+    question: int | float = 0
     if setup.question_tokens:  # no logits are needed
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
         question -= 2 * llm.hidden_size * llm.vocab_size
@@ -620,14 +630,14 @@ def counted_cost(
             raise ValueError(f"{name}={value} must be whole to be counted; `cost` takes means.")
     config = setup.config
     with torch.device("meta"):
-        projector = build_compressor(setup.compressor, config.projector)
+        projector = build_compressor(setup.compressor, config.projector_config())
     question = 0
     if setup.question_tokens:
         llm = _meta_llm(setup.llm, pretrained_config(setup.llm).num_hidden_layers).base_model
-        embeds = meta_zeros(setup.question_tokens, projector.config.d_llm)
+        embeds = meta_zeros(int(setup.question_tokens), projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
     attention = "attention" in projector.requires
-    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, setup.answer)
+    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer))
     return Cost(
         tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
         projector=counted(projector_forward(projector)),
@@ -674,7 +684,7 @@ def at_budget(
     return Setup(compressor="mlp" if tokens == 576 else "delta", tokens=tokens, **options)
 
 # %% ../nbs/26_flops.ipynb #50da19f0
-_PRINTED = {  # (where, what) -> {budgets: as printed}
+_PRINTED: dict[tuple[str, str], dict[tuple[int, ...], str]] = {  # (where, what) -> {budgets: as printed}
     ("§5", "prefill"): {(576,): "6.72", (144,): "2.16", (16,): "0.85", (1,): "0.70"},
     ("§5", "decode"): {(576,): "0.31", (16,): "0.28", (4,): "0.28"},
     ("§5", "tower"): {(576,): "0.382", (1,): "0.382"},
@@ -729,7 +739,10 @@ def paper_numbers(
     answer: int | float = 29,  # Mean length of the answer that is tried first
 ) -> list[dict[str, str]]:  # One row for each number
     "The numbers that the paper prints, both formulas, and which of them matches."
-    formulas = {"authors' formula": authors_cost, "exact": partial(cost, reference=True)}
+    formulas: dict[str, Callable[..., Cost]] = {
+        "authors' formula": authors_cost,
+        "exact": partial(cost, reference=True),
+    }
     rows = []
     for where, what, budgets, printed in PAPER_NUMBERS:
         row = {"where": where, "what": what, "V": " → ".join(map(str, budgets)), "paper": printed}
@@ -762,7 +775,7 @@ def _num_weights(setup: Setup) -> tuple[int, int]:
     config = setup.config
     with torch.device("meta"):
         tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        projector = build_compressor(setup.compressor, config.projector)
+        projector = build_compressor(setup.compressor, config.projector_config())
     return num_parameters(tower), num_parameters(projector)
 
 

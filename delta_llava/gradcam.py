@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapter import attention_implementation
 from .answerer import Answerer, Request
 
 # %% ../nbs/40_gradcam.ipynb #8c1c8adb
@@ -31,7 +32,7 @@ def grad_cam(
     tokens: Float[Tensor, "b v d"],  # Visual tokens $A$
     grads: Float[Tensor, "b v d"],  # Gradient of the answer's score with respect to $A$
 ) -> Float[Tensor, "b v"]:  # One weight, never negative, for each visual token
-    r"Grad-CAM over visual tokens: $\mathrm{ReLU}(\sum_d \alpha_d A_d)$, $\alpha$ the mean gradient (Fig. 1)."
+    r"Grad-CAM over visual tokens: $\mathrm{ReLU}(\sum_k \alpha_k A_{ik})$ (@eq-gradcam; Fig. 1)."
     alpha = grads.float().mean(dim=1, keepdim=True)  # float32: a bfloat16 mean over tokens loses digits
     return (alpha * tokens.float()).sum(dim=-1).relu()
 
@@ -64,7 +65,7 @@ def upsample(
 def minmax(
     cams: Float[Tensor, "*b h w"],  # Maps over a grid or over pixels
 ) -> Float[Tensor, "*b h w"]:  # Each map stretched to 0..1
-    "Each map between its minimum and maximum, as in the authors' figures; meaningless if it is constant."
+    "Each map between its minimum and maximum (@eq-scales), as in the authors' figures."
     low = cams.amin((-2, -1), keepdim=True)
     high = cams.amax((-2, -1), keepdim=True)
     return (cams - low) / (high - low + 1e-8)
@@ -73,7 +74,7 @@ def minmax(
 def relative(
     cams: Float[Tensor, "*b v"],  # Maps over visual tokens
 ) -> Float[Tensor, "*b v"]:  # Relative to uniform: 1 for a uniform map, 0..V; an all-zero map stays zero
-    "Each map divided by its own mean, so that different budgets share one scale."
+    "Each map divided by its own mean (@eq-scales), so that different budgets share one scale."
     mean = cams.mean(-1, keepdim=True)
     return cams / mean.where(mean > 0, 1)
 
@@ -179,7 +180,7 @@ WORD = r"\w+(?:['’-]\w+)*"
 
 @dataclass(frozen=True)
 class Word:
-    "A word of an answer and the tokens that wrote it."
+    "A word of an answer and its tokens."
 
     text: str  # As it reads, without punctuation
     start: int  # First token of the answer that belongs to it
@@ -283,16 +284,12 @@ def library_cam(
     targets = []
     for mark, ids in zip(word, inputs["input_ids"], strict=True):
         targets.append(WordTarget(tuple(mark.nonzero().flatten().tolist()), tuple(ids[mark].tolist())))
-    with (
-        frozen_eval(model),
-        leaf_output(projector),
-        torch.enable_grad(),
-    ):  # our hook first: the library sees the leaf
+    # our hook is registered first, so the library's hook sees the leaf
+    with frozen_eval(model), leaf_output(projector), torch.enable_grad():
         cam = GradCAM(_Logits(model, inputs), [projector], reshape_transform)
         try:
-            cam(
-                torch.zeros(len(word), 1, 1, 1), targets
-            )  # only its size is read, for a resize that we do not use
+            size = torch.zeros(len(word), 1, 1, 1)  # only its shape is read, for a resize that we do not use
+            cam(size, targets)
             found = cam.activations_and_grads
             activations, grads = found.activations[0].numpy(), found.gradients[0].numpy()
             raw = cam.get_cam_image(None, projector, targets, activations, grads)
@@ -489,7 +486,7 @@ def eager_attention(
     model: nn.Module,  # Ours, or a LLaVA of transformers
 ) -> Iterator[None]:
     "Inside, the LLM computes attention weights, which fused kernels do not keep; afterwards as before."
-    kind = model.config.text_config._attn_implementation
+    kind = attention_implementation(model.config.text_config)
     model.set_attn_implementation({"text_config": "eager"})
     try:
         yield
@@ -632,9 +629,7 @@ def word_cams(
 
 # %% ../nbs/40_gradcam.ipynb #bff7dd3a
 def draw_answer(
-    results: Mapping[
-        int, AnswerCams
-    ],  # Budget to the maps of the same words of the same answer, from left to right
+    results: Mapping[int, AnswerCams],  # Budget to maps of the same words of one answer, from left to right
     boxes: Mapping[str, Sequence[float | int]] | None = None,  # Word to the box to draw in its row, px
 ):  # A matplotlib figure
     "The image and the maps of several words at several budgets (Fig. 1)."
@@ -647,11 +642,13 @@ def draw_answer(
         raise ValueError(
             "results hold different answers or words; give word_cams the same ones at each budget."
         )
-    image, boxes = first.image, boxes or {}
+    image = first.image
+    boxes = boxes or {}
     maps = {v: relative(r.cams.detach().cpu().float()) for v, r in results.items()}
     frame = _frame(image, maps.values())
-    columns, rows = 1 + len(results), len(first.words)
-    size = 1.9 * columns + 0.6, 2 * rows * image.height / image.width
+    columns = 1 + len(results)
+    rows = len(first.words)
+    size = (1.9 * columns + 0.6, 2 * rows * image.height / image.width)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for i, (row, word) in enumerate(zip(axes, first.words, strict=True)):
         row[0].imshow(image, extent=frame["extent"])
@@ -664,5 +661,5 @@ def draw_answer(
                 draw_box(ax, boxes[word.text])
     for ax, title in zip(axes[0], ["image", *(f"{v} tokens" for v in results)], strict=True):
         ax.set_title(title)
-    fig.colorbar(shown, ax=axes, label="relative to uniform", fraction=0.03).solids.set_alpha(1)
+    fig.colorbar(shown, ax=axes, label="Grad-CAM, relative to uniform", fraction=0.03).solids.set_alpha(1)
     return fig

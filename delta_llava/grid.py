@@ -27,7 +27,8 @@ def grid_side(
     if n < 1 or side**2 != n:
         raise ValueError(
             f"{n} tokens form no square grid; drop the CLS token and registers first, and give the tower "
-            "square images (then it gives 49, 144, 256, 576, … patches)."
+            "square images (then it gives 49, 144, 256, 576, … patches). A list of hidden states may keep "
+            "the CLS token; grids of other shapes (NaFlex, Qwen-VL) are not supported."
         )
     return side
 
@@ -94,6 +95,8 @@ class VisionFeatures:
     keys: Tensor | None = None  # Keys of the last block, `[b, n, c]`
 
     def __post_init__(self):
+        if isinstance(self.grid, tuple):
+            object.__setattr__(self, "grid", square_side(self.grid))
         shape = tuple(self.levels.shape)
         if len(shape) != 3:
             raise ValueError(f"levels has shape {shape}; it must be [batch, patches, levels·channels].")
@@ -107,9 +110,7 @@ class VisionFeatures:
     def of(
         cls,
         x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, `levels`, or one hidden state per level
-        grid: int
-        | tuple[int, int]
-        | None = None,  # Patches per side, or rows and columns; `None` takes a square
+        grid: int | tuple[int, int] | None = None,  # Patches per side, or (rows, columns); `None`: from `n`
     ) -> "VisionFeatures":
         "`x` itself if it is features already; else the features made of it."
         if isinstance(x, cls):
@@ -139,8 +140,8 @@ class VisionFeatures:
 
     def to(
         self,
-        *args,
-        **kwargs,  # Device and dtype, as for a tensor
+        *args,  # Device and dtype, as for a tensor
+        **kwargs,  # The same by name
     ) -> "VisionFeatures":
         "All tensors moved; the attention keeps its precision, because patches are ranked by it."
         levels = self.levels.to(*args, **kwargs)
@@ -221,7 +222,7 @@ def _sincos_1d(
 
 def _combine_coordinates(
     code: Float[Tensor, "g d"],  # Code of each position along one side
-) -> Float[Tensor, "g*g 2*d"]:  # Code of each place, row by row
+) -> Float[Tensor, "g*g 2*d"]:  # Code of each position, row by row
     "Code of the column in the first half of the channels, of the row in the second (@eq-sincos)."
     g = len(code)
     return torch.cat([code.repeat(g, 1), code.repeat_interleave(g, 0)], dim=1)
@@ -230,7 +231,7 @@ def _combine_coordinates(
 def sincos_2d(
     grid: int,  # Positions per side
     channels: int,  # Channels $D$, a multiple of 4
-) -> Float[Tensor, "{grid**2} {channels}"]:  # One code for each place, row by row
+) -> Float[Tensor, "{grid**2} {channels}"]:  # One code for each position, row by row
     "Fixed 2-D sine-cosine positions: column in the first half of the channels, row in the second (§4.1)."
     if channels % 4:
         raise ValueError(f"channels={channels} must be a multiple of 4: sine and cosine of row and column.")
@@ -243,7 +244,7 @@ def pos_embed(
     channels: int,  # Channels $D$, a multiple of 4
     device: torch.device | str = "cpu",  # Where the result is computed
     dtype: torch.dtype = torch.float32,  # Its precision; the resizing is always done in float32
-) -> Float[Tensor, "{g**2} {channels}"]:  # One code for each place, row by row
+) -> Float[Tensor, "{g**2} {channels}"]:  # One code for each position, row by row
     "The table of `grid` resized bicubically to `g`, as the authors do (§4.1)."
     if channels % 4:
         raise ValueError(f"channels={channels} must be a multiple of 4: sine and cosine of row and column.")

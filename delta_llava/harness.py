@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .adapter import moving_part
+from .adapter import attention_implementation, hub_commit, moving_part, task_request
 from .answerer import Answerer, Request
 from .assets import resolve
 from .files import file_sha256
@@ -41,7 +41,7 @@ def checkpoint_origin(
     checksums = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     origin = dict(pretrained=str(pretrained), sha256=checksums)
     if (folder / "config.json").exists() or not folder.exists():
-        return origin | dict(revision=getattr(model.config, "_commit_hash", None))
+        return origin | dict(revision=hub_commit(model.config))
     settings = read_run(folder)["settings"]
     for part in ("tower", "llm"):
         origin[part] = dict(name=settings[part], sha256=resolve(settings[part]).sha256)
@@ -112,7 +112,7 @@ def model_settings(
         visual_tokens=model.config.projector_config().tokens,
         dtype={name: str(next(part.parameters()).dtype) for name, part in parts.items()},
         device=str(model.device),
-        attention=model.config.text_config._attn_implementation,
+        attention=attention_implementation(model.config.text_config),
         template=names[0] if names else "the LLM's own",
         system_prompt=answerer.encoder.system_prompt,
         image_aspect=image_aspect(processor.image_processor),
@@ -132,25 +132,24 @@ class TaskRequests:
 
     def _document(self, request):
         "The row of the task that a request belongs to."
-        *_, doc, task, split = request.args
-        return self.task_dict[task][split][doc]
+        values = task_request(request)
+        return self.task_dict[values.task][values.split][values.row]
 
     def _request(self, request) -> Request:
         "A request of lmms-eval as one of ours."
-        context, _, to_visual, *_ = request.args
-        images = list(to_visual(self._document(request)) or []) if to_visual else []
+        values = task_request(request)
+        images = list(values.to_visual(self._document(request)) or []) if values.to_visual else []
         if other := sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)}):
             raise ValueError(
                 f"a request holds {other}, but this model reads images only; "
                 "leave out tasks with video or sound."
             )
-        return Request(context, images)
+        return Request(values.context, images)
 
     def _write_settings(self, requests) -> None:
         "Write the settings of model and tasks to where lmms-eval takes them into its result."
         for request in requests:
-            task = getattr(request.args[2], "__self__", None)
-            name = request.args[4]
+            task, name = task_request(request).task_object, task_request(request).task
             if task is None or name in self.task_settings:
                 continue
             self.task_settings[name] = self._settings_of_task(task, request)
@@ -165,11 +164,11 @@ class TaskRequests:
 
     def _settings_of_task(self, task, request) -> dict:  # JSON-safe
         "Everything about one task that affects a score."
-        ours, kwargs = self._request(request), request.args[1]
+        ours, kwargs = self._request(request), task_request(request).argument
         prompts = getattr(task, "lmms_eval_specific_kwargs", None) or {}
         settings = {key: prompts.get(key) for key in ("pre_prompt", "post_prompt", "prompt", "ocr")}
         settings |= dict(
-            split=request.args[5],
+            split=task_request(request).split,
             num_fewshot=task.config.num_fewshot,
             output=task.config.output_type,
             metadata=task.config.metadata,
@@ -241,13 +240,13 @@ class HarnessModel(TaskRequests):
         self._write_settings(requests)
         groups: dict[str, list[int]] = {}  # requests with the same generation settings
         for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            groups.setdefault(json.dumps(task_request(request).argument, sort_keys=True), []).append(i)
         answers = [""] * len(requests)
-        for places in groups.values():
-            for i, answer in zip(places, self._generate([requests[i] for i in places]), strict=True):
+        for indices in groups.values():
+            for i, answer in zip(indices, self._generate([requests[i] for i in indices]), strict=True):
                 answers[i] = answer
-                context, kwargs = requests[i].args[:2]
-                self.cache_hook.add_partial("generate_until", (context, kwargs), answer)
+                values = task_request(requests[i])
+                self.cache_hook.add_partial("generate_until", (values.context, values.argument), answer)
         return answers
 
     def loglikelihood(
@@ -258,7 +257,7 @@ class HarnessModel(TaskRequests):
         self._write_settings(requests)
         answers = []
         for request in requests:
-            continuation = request.args[1]
+            continuation = task_request(request).argument
             text = continuation if isinstance(continuation, str) else continuation(self._document(request))
             answers.append(text.strip())
         scores = self.answerer.log_likelihoods(
@@ -287,7 +286,7 @@ class HarnessModel(TaskRequests):
 
     def _generate(self, requests) -> list[str]:
         "Answers to requests with the same generation settings."
-        options = dict(requests[0].args[1])
+        options = dict(task_request(requests[0]).argument)
         until, aspect = options.pop("until", None) or [], options.pop("image_aspect_ratio", None)
         options = dict(max_new_tokens=1024) | options  # lmms-eval's own default for LLaVA
         processor = self.answerer.processor

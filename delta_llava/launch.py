@@ -25,6 +25,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .adapter import layer_class_names
 from .compressors.base import Compressor
 from .files import write_atomic
 from delta_llava.flops import (
@@ -194,7 +195,8 @@ def step_seconds(
             f"utilization={utilization} must be two rising fractions of the peak in (0, 1], "
             f"such as {UTILIZATION}."
         )
-    return tuple(flops * batch_size / (gpus * peak * u) for u in reversed(utilization))
+    fastest = flops * batch_size / (gpus * peak)  # at the full peak
+    return fastest / utilization[1], fastest / utilization[0]
 
 
 def format_duration(
@@ -280,7 +282,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         for x in known:
             tensors += [x] if isinstance(x, torch.Tensor) else [*x.parameters(), *x.buffers()]
         self.known = {t.untyped_storage()._cdata for t in tensors}
-        self.kept = {}
+        self.kept: dict[int, torch.UntypedStorage] = {}  # by address
         super().__init__(self.note, self.same)
 
     def note(
@@ -346,8 +348,8 @@ def state_bytes(
     sharded = stage.sharding != "none"
     frozen_bytes = (4 if sharded else element) * frozen
     if stage.load_in_4bit:
-        packed = sum(m.in_features * m.out_features for m in decoder_linears(model))
-        frozen_bytes -= round((element - NF4) * packed)
+        n_quantized = sum(m.in_features * m.out_features for m in decoder_linears(model))
+        frozen_bytes -= round((element - NF4) * n_quantized)
     if sharded:
         buffers = gathered_bytes(model, element)
     else:
@@ -456,7 +458,7 @@ def _fsdp_config(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> dict:
     "The FSDP2 part of accelerate's file."
-    ours = sharding_fields(stage, sorted(model.get_decoder()._no_split_modules))["fsdp_config"]
+    ours = sharding_fields(stage, layer_class_names(model.get_decoder()))["fsdp_config"]
     config = {f"fsdp_{k}": ",".join(v) if isinstance(v, list) else v for k, v in ours.items()}
     return config | dict(
         fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",

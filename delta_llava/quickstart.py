@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from jinja2 import Environment
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import evaluate
@@ -165,7 +167,7 @@ def evaluate_set(
     "All scores of one held-out set at one budget."
     rows = list(rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
-    scores = evaluate.matched_mismatched_loss(model, processor, rows, visual, tokens)
+    scores: dict[str, Any] = dict(evaluate.matched_mismatched_loss(model, processor, rows, visual, tokens))
     scores["forced_choice_accuracy"] = evaluate.forced_choice_accuracy(model, processor, rows, visual, tokens)
     if captions:
         answers = evaluate.generate_captions(model, processor, visual, tokens, max_new_tokens=CAPTION_TOKENS)
@@ -185,7 +187,7 @@ def evaluate_sets(
     **options,  # `pointing` and `captions` of `evaluate_set`
 ) -> dict[str, dict[str, dict]]:  # Set -> budget -> scores
     "All scores of all held-out sets at all budgets."
-    scores = {}
+    scores: dict[str, dict[str, dict]] = {}
     with tqdm(
         total=len(sets) * len(budgets), desc="held-out sets", unit="score", disable=not progress
     ) as bar:
@@ -210,7 +212,7 @@ def read_quickstart(
             f"{folder}: the settings have unknown fields {unknown}, so another version wrote "
             "them; use that version, or train again."
         )
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, value in run["settings"].items():
         if name in known - {"data", "output_dir"} and value is not None:
             settings[name] = tuple(value) if isinstance(value, list) else value
@@ -305,7 +307,7 @@ def _table_rows(scores: dict[str, dict[str, dict]], main: int) -> list[dict]:
 def _draw_gradcam(model, processor, config: Quickstart, row: dict) -> dict[str, str]:
     "Draw Grad-CAM of the first object of a row, at all budgets above one token."
     image, target, caption = open_image(row["image"]), row["objects"][0], row["conversations"][1]["value"]
-    cams = {}
+    cams: dict[str | int, Tensor] = {}
     for tokens in config.evaluation_budgets:
         if tokens > 1:
             found = word_cams(

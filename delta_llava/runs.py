@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .assets import resolve
 from .files import file_sha256, read_json, read_safetensors, text_sha256, write_json
+from .lora import LORA_FILE, load_lora, merge_lora
 from .processor import DeltaLlavaProcessor, build_pretrained
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector
 
@@ -320,6 +321,9 @@ def _load_parts(
         llm_dtype=llm_dtype(settings),
     )
     load_projector(folder, model)
+    if (folder / LORA_FILE).exists():
+        load_lora(model, folder)
+        merge_lora(model)
     return model, processor
 
 

@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'image_index', 'concept_n
 
 # %% ../nbs/30_scenes.ipynb #0e38a55f
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -210,12 +210,15 @@ def plan_scene(
     n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
     size: int = 168,  # Side of the image, px
     min_side: int = 36,  # Least length of an object's longer side, px
+    accept: Callable[[list[str]], bool] | None = None,  # Names are drawn again until it is true of them
 ) -> Scene:
     "Choose objects and places. The same arguments always give the same plan."
     _check_plan(split, n_objects, size, min_side)
     rng = Scene(split, seed, index, size, ()).rng(0)
     n = int(rng.integers(n_objects[0], n_objects[1] + 1))
     names = _draw_names(split, n, rng)
+    while accept is not None and not accept(names):
+        names = _draw_names(split, n, rng)
     artists = [SPLITS[split][k] for k in rng.integers(len(SPLITS[split]), size=n)]
     drawings = [load_cutout(name, artist) for name, artist in zip(names, artists, strict=True)]
     boxes = _place_boxes(drawings, size, min_side, rng)

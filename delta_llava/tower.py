@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'required_depth', 'truncated_config', 'truncate_tower', 'load_tower',
            'vision_features', 'resolve_image_path', 'open_image', 'check_image', 'image_processor_for', 'image_aspect',
-           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features']
+           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features', 'features_in_memory']
 
 # %% ../nbs/21_tower.ipynb #a9b50ee9
 import hashlib
@@ -26,8 +26,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from delta_llava.adapter import (
+    LlavaImageProcessorPil,
+    vision_blocks,
+    vision_hidden_states,
+    vision_projections,
+)
 from .assets import GRIDS, Asset, cache_dir, default_tower, load_tower_model, resolve, tower_config
 from .compressors.base import Compressor
 from .config import CompressorConfig
@@ -135,31 +140,6 @@ def load_tower(
         _check_attention(config, levels[-1])
     return load_tower_model(asset, config).requires_grad_(False)
 
-# %% ../nbs/21_tower.ipynb #3188063f
-def _blocks(
-    model: PreTrainedModel,  # Vision tower
-) -> nn.ModuleList:
-    "Its transformer blocks, from first to last."
-    return model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
-
-
-def _hidden_states(
-    model: PreTrainedModel,  # Vision tower
-    pixel_values: Float[Tensor, "b 3 h w"],  # Images
-    depth: int,  # Blocks to compute
-    **resize,  # For the position embeddings
-) -> list[Float[Tensor, "b t c"]]:  # $h_0$ to $h_{depth}$, CLS first
-    "Those of `output_hidden_states`, block by block, without computing the blocks above `depth`."
-    x = model.embeddings(pixel_values, **resize)
-    if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
-        x = model.pre_layrnorm(x)
-    states = [x]
-    # CLIP's blocks require the argument, DINOv2's do not take it in all versions
-    mask = {} if hasattr(model.encoder, "layer") else dict(attention_mask=None)
-    for block in _blocks(model)[:depth]:
-        states.append(block(states[-1], **mask))
-    return states
-
 # %% ../nbs/21_tower.ipynb #9e4d2618
 def _check_attention(
     config: PreTrainedConfig,  # Of the tower
@@ -185,13 +165,7 @@ def _cls_attention(
     n: int,  # Patches, which come last
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n c"]]:  # Attention to each patch, and the patches' keys
     "Attention of the CLS token, all heads taken as one (@eq-cls)."
-    is_clip = hasattr(block, "self_attn")
-    norm = block.layer_norm1 if is_clip else block.norm1
-    attn = block.self_attn if is_clip else block.attention
-    if hasattr(attn, "q_proj"):
-        q_proj, k_proj = attn.q_proj, attn.k_proj
-    else:  # DINOv2 before transformers 5.20
-        q_proj, k_proj = attn.attention.query, attn.attention.key
+    norm, q_proj, k_proj = vision_projections(block)
     x = norm(x)
     q = q_proj(x[:, 0])
     k = k_proj(x)
@@ -238,8 +212,8 @@ def vision_features(
     if attention:
         query_level = levels[-1]
         _check_attention(config, query_level)
-        states = _hidden_states(model, pixel_values, max(levels), **resize)
-        cls_attention, keys = _cls_attention(_blocks(model)[query_level], states[query_level], n)
+        states = vision_hidden_states(model, pixel_values, max(levels), **resize)
+        cls_attention, keys = _cls_attention(vision_blocks(model)[query_level], states[query_level], n)
         extra = dict(cls_attention=cls_attention, keys=keys)
     else:
         states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
@@ -615,3 +589,49 @@ def cache_features(
     files = [folder / f"{image_sha256(image, root)}.safetensors" for image in images]
     _compute_entries(_missing(images, files, root), batch_size, progress, compute)
     return CachedFeatures(files, attention)
+
+# %% ../nbs/21_tower.ipynb #9e874191
+class _Pixels(torch.utils.data.Dataset):
+    "Images as the tower's input, made when they are asked for."
+
+    def __init__(self, images: Sequence[str | Path | Image.Image], processor: BaseImageProcessor):
+        self.images = images
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.processor(open_image(self.images[i]), return_tensors="pt").pixel_values[0]
+
+
+@torch.no_grad()
+def features_in_memory(
+    images: Sequence[str | Path | Image.Image],  # Paths or images
+    tower: PreTrainedModel,  # Frozen vision tower, on the device that is to hold the features
+    processor: BaseImageProcessor,  # Makes its pixels
+    levels: Sequence[int],  # Hidden states to keep
+    dtype: torch.dtype = torch.float16,  # Precision of the result
+    batch_size: int = 64,  # Images in one pass of the tower
+    workers: int = 0,  # Processes that open images; 0 opens them in this one
+    progress: bool = True,  # Show a bar
+) -> Float[Tensor, "i n lc"]:  # Patch tokens of each image, on the tower's device
+    "Pass each image through the tower once, and keep its patch tokens in memory."
+    loader = torch.utils.data.DataLoader(_Pixels(images, processor), batch_size, num_workers=workers)
+    result, start, finite = None, 0, torch.ones((), dtype=torch.bool, device=tower.device)
+    with tqdm(
+        total=len(images), desc="vision tower", unit="image", disable=not progress, mininterval=2
+    ) as bar:
+        for pixels in loader:
+            features = vision_features(tower, pixels.to(tower.device, tower.dtype), levels).levels
+            if result is None:
+                result = features.new_empty(len(images), *features.shape[1:], dtype=dtype)
+            result[start : start + len(features)] = features
+            finite &= result[start : start + len(features)].isfinite().all()
+            start += len(features)
+            bar.update(len(features))
+    if result is None:
+        raise ValueError("images is empty; give at least one.")
+    if not finite:
+        raise ValueError(f"some features do not fit into dtype={dtype}; use dtype=torch.bfloat16.")
+    return result

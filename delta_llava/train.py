@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'ZERO3', 'logger', 'nested_budgets', 'training_budgets', 'stage_collator', 'load_stage_projector',
            'check_projector_dir', 'build_stage_model', 'image_paths', 'local_device', 'read_features',
-           'initialize_projector', 'add_lengths', 'stage_settings', 'stage_fingerprints', 'check_run_dir',
-           'sharding_fields', 'trainer_arguments', 'train_run', 'run_stage', 'main']
+           'memory_features', 'initialize_projector', 'add_lengths', 'stage_settings', 'stage_fingerprints',
+           'check_run_dir', 'sharding_fields', 'trainer_arguments', 'train_run', 'run_stage', 'main']
 
 # %% ../nbs/31b_train.ipynb #ad4ee01e
 import json
@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from .adapter import layer_class_names
 from .closed_form_init import answer_embeddings, closed_form_init
 from .collator import Collator, encode_row
 from .compressors.base import compressor_class
@@ -39,7 +41,8 @@ from delta_llava.runs import (
     write_run,
 )
 from .settings import Finetune, Pretrain, Stage
-from .tower import cache_features
+from .shared_image import SharedImageCollator
+from .tower import cache_features, features_in_memory
 from delta_llava.trainer import (
     ElasticCollator,
     TrainingInterrupted,
@@ -84,7 +87,8 @@ def stage_collator(
     paths: Sequence[str] | None = None,  # The images that they belong to
 ) -> ElasticCollator:
     "How rows become batches in this stage."
-    collator = Collator(
+    kind = SharedImageCollator if stage.separate_turns else Collator
+    collator = kind(
         processor=processor,
         tokens=stage.tokens,
         max_length=stage.max_length,
@@ -100,6 +104,7 @@ def load_stage_projector(
     model: DeltaLlavaForConditionalGeneration,  # Gets it, at the budget of this stage
 ):
     "Install the projector of the stage before; it must be what this stage's settings say."
+    assert stage.projector is not None  # the caller has seen to it
     saved = read_json(stage.projector / "projector.json", dict)
     trained = dict(compressor=saved.get("compressor", "delta"), standardize=saved["projector"]["standardize"])
     for name, value in trained.items():
@@ -155,7 +160,7 @@ def build_stage_model(
     slow = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()  # for sdpa, backward
     attention = "eager" if slow and stage.attn_implementation == "sdpa" else stage.attn_implementation
     model.set_attn_implementation({"text_config": attention})
-    if half:
+    if half and not stage.features_in_memory:  # which are computed once, so the tower's time does not matter
         model.vision_tower.to(torch.bfloat16)
     return model, processor
 
@@ -194,12 +199,24 @@ def read_features(
     )
 
 
+def memory_features(
+    stage: Stage,  # Processes that open images
+    model: DeltaLlavaForConditionalGeneration,  # Its vision tower is used
+    processor: DeltaLlavaProcessor,  # Makes its pixels
+    paths: list[str],  # Images
+) -> tuple[list[str], torch.Tensor]:  # The paths, and the patch tokens of each
+    "Patch tokens of all images in the memory of the device."
+    tower = model.vision_tower.to(local_device())
+    levels, make_pixels = model.config.vision_feature_layer, processor.image_processor
+    return paths, features_in_memory(paths, tower, make_pixels, levels, workers=stage.num_workers)
+
+
 def _answers(
     rows,  # Training rows
     paths: Sequence[str],  # Images
 ) -> tuple[list[str], str]:  # An answer for each image; the first question
     "The first answer about each image."
-    first = {}
+    first: dict[str, list[dict]] = {}
     for image, turns in zip(rows["image"], rows["conversations"], strict=True):
         first.setdefault(image, turns)
     question = next(turn["value"] for turn in first[paths[0]] if turn["from"] == "human")
@@ -232,20 +249,22 @@ def initialize_projector(
     model: DeltaLlavaForConditionalGeneration,  # Holds a fresh projector
     processor: DeltaLlavaProcessor,  # Makes pixels and tokens
     rows,  # Training rows
-    features=None,  # Cached patch tokens of all images; `None` computes those of the first
+    features=None,  # Patch tokens of all images, in their order; `None` computes those of the first
 ):
     "Statistics and closed-form initialization of a fresh projector, as far as the stage asks for them."
     if not (stage.standardize or stage.closed_form_init):
         return
     paths = image_paths(rows, stage.statistics_images)
-    if features is None or stage.statistics_images:
+    if isinstance(features, torch.Tensor):
+        features = features[: len(paths)]
+    elif features is None or stage.statistics_images:
         features = read_features(model, processor, paths)
     model.multi_modal_projector.to(local_device())
     if stage.standardize:
         model.multi_modal_projector.fit_statistics(features)
     if stage.closed_form_init:
-        budgets = training_budgets(stage, model.multi_modal_projector.config)
-        _init_closed_form(model, processor, rows, paths, features, budgets)
+        budgets = dict.fromkeys(training_budgets(stage, model.multi_modal_projector.config))
+        _init_closed_form(model, processor, rows, paths, features, list(budgets))
 
 
 def add_lengths(
@@ -268,6 +287,7 @@ FREE_SETTINGS = {  # where and how, not what is learned
     "images",
     "eval_data",
     "output_dir",
+    "scenes_dir",
     "projector",
     "tower",
     "llm",
@@ -365,7 +385,7 @@ def check_run_dir(
     return dict(kind=stage.kind, settings=settings, fingerprints=fingerprints, resumed=resumed, result=None)
 
 # %% ../nbs/31b_train.ipynb #b7ef9bed
-ZERO3 = dict(
+ZERO3: dict[str, Any] = dict(
     zero_optimization=dict(
         stage=3, overlap_comm=True, contiguous_gradients=True, stage3_gather_16bit_weights_on_model_save=True
     ),
@@ -416,6 +436,8 @@ def trainer_arguments(
         fields |= dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))
     if stage.group_by_length:
         fields["train_sampling_strategy"] = "group_by_length"
+    if stage.num_workers:
+        fields |= dict(dataloader_persistent_workers=True, dataloader_prefetch_factor=4)
     if stage.eval_data is not None:
         fields |= dict(eval_strategy="steps", eval_steps=stage.eval_steps)
     return stage_arguments(
@@ -446,6 +468,7 @@ def _train(
     rows,  # Training rows
     callbacks: Sequence,  # transformers' callbacks
     more: dict,  # Fields of `TrainingArguments`
+    known: tuple[list[str], torch.Tensor] | None = None,  # Paths of all images, and their patch tokens
 ) -> tuple[
     DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict], dict
 ]:  # Log; plan of `freeze`
@@ -453,7 +476,9 @@ def _train(
     model, processor = build_stage_model(stage)
     eval_rows = stage.load_eval_rows()
     features = paths = None
-    if stage.cache_features:
+    if stage.features_in_memory:
+        paths, features = known or memory_features(stage, model, processor, image_paths(rows))
+    elif stage.cache_features:
         paths = image_paths(rows) + ([] if eval_rows is None else image_paths(eval_rows))
         features = read_features(model, processor, paths)
     if stage.projector is None and not (stage.resume and last_checkpoint(stage.output_dir)):
@@ -461,9 +486,9 @@ def _train(
     budgets = training_budgets(stage, model.multi_modal_projector.config)
     collator = stage_collator(stage, processor, budgets, features, paths)
     rows = add_lengths(rows, processor, stage) if stage.group_by_length else rows
-    layers = model.get_decoder()._no_split_modules or []
+    layers = layer_class_names(model.get_decoder())
     args = trainer_arguments(stage, len(rows), layers, **more)
-    plan = freeze(model, stage.stage, stage.lora_rank)
+    plan = freeze(model, stage.stage, stage.lora_rank, stage.lora_dropout)
     if args.process_index == 0:
         _log_plan(plan)
     log = train_stage(
@@ -478,6 +503,8 @@ def _train(
         result_dir=stage.output_dir,
         eval_rows=eval_rows,
         eval_budgets=stage.eval_budgets or (stage.tokens,),
+        max_minutes=stage.max_minutes,
+        keep_lora=stage.keep_lora,
     )
     return model, processor, log, plan
 
@@ -485,6 +512,8 @@ def _train(
 def train_run(
     stage: Stage,  # What to train
     callbacks: Sequence = (),  # transformers' callbacks
+    features: tuple[list[str], torch.Tensor]
+    | None = None,  # Paths of all images and their patch tokens, for features_in_memory
     **trainer_fields,  # Any field of transformers' `TrainingArguments`
 ) -> tuple[
     DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, list[dict]
@@ -497,7 +526,7 @@ def train_run(
     run = check_run_dir(stage, rows)
     if run["result"] is not None:
         return *load(stage.output_dir), run["result"].get("log", [])
-    model, processor, log, plan = _train(stage, rows, callbacks, trainer_fields)
+    model, processor, log, plan = _train(stage, rows, callbacks, trainer_fields, features)
     if int(os.environ.get("RANK", 0)) == 0:
         processor.save_pretrained(stage.output_dir)
         result = dict(

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 
-def close(ours, theirs, what):
+def close(ours, reference, what):
     "Equal within 1e-5 of the largest reference value, or of 1: the order of sums differs between processors."
-    largest = theirs.abs().max().item() if theirs.numel() else 0.0
-    assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, largest), msg=lambda m: f"{what}: {m}")
+    largest = reference.abs().max().item() if reference.numel() else 0.0
+    assert_close(ours, reference, rtol=0, atol=1e-5 * max(1.0, largest), msg=lambda m: f"{what}: {m}")
 
 
 def gradient(tensor: torch.Tensor) -> torch.Tensor:

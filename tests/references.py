@@ -70,13 +70,13 @@ class Reference:
     run: Callable = run_forward  # Module, inputs, case -> `out` and intermediates
     count: Callable = lambda folder, case: {}  # Folder, case -> function of the module -> its expected value
     where: Callable = lambda case: True  # Which cases are compared
-    place: str = ""  # Of the module below its prefix in the reference's checkpoint
+    prefix_in_reference: str = ""  # Of the module below its prefix in the reference's checkpoint
     real: Real | None = None
 
     def load(self, folder, case, scale=1.0) -> Compressor:
         "Ours with the sizes of a case and the reference's state, scaled."
         module = build_compressor(self.name, self.config(folder, case))
-        prefix = module.prefix + self.place
+        prefix = module.prefix + self.prefix_in_reference
         state = {prefix + k: v * scale for k, v in self.state(folder, case).items()}
         module.load_state_dict(from_reference(state, module.state_dict_map, module.prefix))
         return module.eval()
@@ -343,7 +343,7 @@ QWEN_REFERENCE = Reference(
     name="qwen",
     fixture="qwen_resampler",
     config=qwen_config,
-    place="attn_pool.",
+    prefix_in_reference="attn_pool.",
     inputs=lambda folder, case: dict(x=tensors(folder, "qwen_resampler")[f"in.{case['name']}"]),
     state=lambda folder, case: under(folder, "qwen_resampler", "state."),
     count=lambda folder, case: {state_size: info(folder, "qwen_resampler")["param_count"]},

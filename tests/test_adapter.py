@@ -1,35 +1,27 @@
 "The adapter: each part is found, failures are named, and other modules take moving parts from it."
 
+import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_vlm import IMAGE, TOWERS, images, prompt
+from tiny_vlm import IMAGE, LLM_SIZES, TOWERS, images, prompt
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, TrainingArguments
 
 from delta_llava import adapter
 from delta_llava.config import clip_b32_224
+from delta_llava.trainer import freeze, merge_lora
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "delta_llava"
 OPTIONAL = {"lmms_eval"}
-SIZES = dict(
-    vocab_size=264,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=256,
-    eos_token_id=257,
-    pad_token_id=257,
-)
 HEADS = {  # LLM: what its head does besides a product with a matrix
     "llama": {},
     "phi": {},  # bias
@@ -42,7 +34,7 @@ HEADS = {  # LLM: what its head does besides a product with a matrix
 
 def causal_lm(kind, seed=0):
     torch.manual_seed(seed)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | HEADS[kind])).eval()
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LLM_SIZES | HEADS[kind])).eval()
     with torch.no_grad():
         for p in llm.get_output_embeddings().parameters():
             p.normal_()
@@ -75,12 +67,177 @@ def test_the_lowest_tested_versions_are_those_of_the_package():
         assert re.search(rf'"{package}>=([\d.]+)', text)[1] == adapter.TESTED[package][0]
 
 
-@pytest.mark.parametrize("path", ["vlm.py", "compressors/fastv.py"])
+FOREIGN = ("transformers", "accelerate", "peft", "lmms_eval")
+STABLE = {  # module of another library: names that its documentation tells everybody to import; `None` is all
+    "transformers": None,
+    "accelerate": None,
+    "peft": None,
+    "transformers.utils": {"logging"},
+}
+OTHER_PRIVATE = {  # private names that none of these four libraries owns, or that authors of models must set
+    "_init_weights": "transformers documents it for authors of models",
+    "_repr_mimebundle_": "IPython's protocol",
+    "_cdata": "torch's storage, whose address identifies it",
+    "_dynamo": "torch's compiler",
+}
+MODEL_FLAGS = re.compile("_init_weights|_supports_|_can_compile_fullgraph|_abc_")  # set by authors of models
+MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+OTHERS = [path for path in MODULES if path.name not in ("adapter.py", "_modidx.py")]
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(tree):
+    "Private names that a module defines itself."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+
+
+def foreign_imports(node):
+    "`module, name` of each import from one of the four libraries."
+    if isinstance(node, ast.Import):
+        pairs = [(alias.name, "") for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        pairs = [(node.module, alias.name) for alias in node.names]
+    else:
+        return []
+    return [(module, name) for module, name in pairs if module.partition(".")[0] in FOREIGN]
+
+
+def private_name(node):
+    "The private attribute that an expression reads, if it reads one."
+    if isinstance(node, ast.Attribute):
+        return node.attr if is_private(node.attr) else None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+        name = node.args[1]
+        if node.func.id in ("getattr", "hasattr", "setattr") and isinstance(name, ast.Constant):
+            return name.value if isinstance(name.value, str) and is_private(name.value) else None
+    return None
+
+
+def moving_parts(tree, own):
+    "What a module takes from the four libraries besides their stable names."
+    for node in ast.walk(tree):
+        for module, name in foreign_imports(node):
+            names = STABLE.get(module, set())
+            if name in adapter.PARTS or (names is not None and name not in names):
+                yield f"line {node.lineno}: {module}.{name}"
+        path = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        module, _, name = path.rpartition(".")
+        if re.fullmatch(r"(transformers|accelerate|peft|lmms_eval)(\.\w+)+", module):
+            if path != "transformers.utils.logging" and not path.startswith("transformers.utils.logging."):
+                yield f"line {node.lineno}: {path}"
+        name = private_name(node)
+        if name and name not in own and name not in OTHER_PRIVATE:
+            yield f"line {node.lineno}: {name} of {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_moving_parts_come_from_the_adapter(path):
-    text = (PACKAGE / path).read_text()
-    for name, (module, _) in adapter.PARTS.items():
-        assert not re.search(rf"from {re.escape(module)} import[^\n]*\b{name}\b", text), name
-    assert not re.search(r"from (transformers|peft|accelerate)\.", text)
+    own = {name for other in OTHERS for name in own_names(MODULES[other])}
+    found = list(moving_parts(MODULES[path], own))
+    assert not found, f"take these from delta_llava.adapter: {found}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from transformers.masking_utils import create_causal_mask",
+        "from transformers import Trainer",
+        "from transformers.utils import is_peft_available",
+        "from peft.tuners.tuners_utils import BaseTunerLayer",
+        "import accelerate.utils",
+        "from lmms_eval.api.model import lmms",
+        "import transformers; transformers.modeling_utils.PreTrainedModel",
+        "config._attn_implementation",
+        "self._prepare_inputs(batch)",
+        'getattr(config, "_commit_hash", None)',
+    ],
+)
+def test_a_moving_part_is_found(line):
+    assert list(moving_parts(ast.parse(line), own={"_own"}))
+    assert not list(moving_parts(ast.parse("from transformers import AutoModel; self._own"), own={"_own"}))
+
+
+def overridden(cls):
+    "Private names of the four libraries that a class defines again."
+    for name in filter(is_private, vars(cls)):
+        for base in cls.__mro__[1:]:
+            if base.__module__.partition(".")[0] in FOREIGN and name in vars(base):
+                yield f"{cls.__name__}.{name} of {base.__name__}"
+                break
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_private_methods_are_overridden_in_the_adapter_only(path):
+    if path.name == "__main__.py":
+        return
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = import_module(".".join(parts).removesuffix(".__init__"))
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    found = [name for c in classes for name in overridden(c) if not MODEL_FLAGS.match(name.split(".")[1])]
+    assert not found, f"override a public method of adapter.TrainerHooks, or add one: {found}"
+
+
+def test_the_private_methods_of_trainer_call_the_hooks(tmp_path):
+    class Recorder(adapter.HookedTrainer):
+        def clip_gradients(self, model):
+            calls.append("clip")
+            return super().clip_gradients(model)
+
+        def save_weights(self, output_dir=None, state_dict=None):
+            calls.append("save")
+            super().save_weights(output_dir, state_dict)
+
+        def load_weights(self, checkpoint, model=None):
+            calls.append("load")
+            super().load_weights(checkpoint, model)
+
+        def write_checkpoint(self, model, trial):
+            assert adapter.checkpoint_dir(self, trial) == tmp_path / f"checkpoint-{self.state.global_step}"
+            calls.append("write")
+            super().write_checkpoint(model, trial)
+
+    calls = []
+    rows = [dict(input_ids=[3, 4, 5], labels=[3, 4, 5])] * 2
+    options = dict(per_device_train_batch_size=1, save_steps=1, use_cpu=True, report_to="none")
+    trainer = Recorder(
+        causal_lm("llama"), TrainingArguments(str(tmp_path), max_steps=1, **options), train_dataset=rows
+    )
+    trainer.train()
+    assert calls == ["clip", "write", "save"] and (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    more = TrainingArguments(str(tmp_path), max_steps=2, **options)
+    Recorder(causal_lm("llama", 1), more, train_dataset=rows).train(resume_from_checkpoint=True)
+    assert calls[3:] == ["load", "clip", "write", "save"]
+
+
+def test_low_rank_updates_are_added_and_merged():
+    "`model.add_adapter` of transformers 5.24 refuses the PEFT that pip installs."
+    model = vlm("llama")
+    logits = model(prompt(4), images(), tokens=4).logits
+    plan = freeze(model, "finetune", lora_rank=2)
+    assert 0 < plan["llm"][0] < plan["llm"][1] and any(map(adapter.is_lora_layer, model.modules()))
+    merge_lora(model)
+    assert not any(map(adapter.is_lora_layer, model.modules()))
+    assert_close(model(prompt(4), images(), tokens=4).logits, logits)  # an update begins at zero
+
+
+def test_private_attributes_are_there():
+    llm = causal_lm("llama")
+    assert adapter.attention_implementation(llm.config) == "sdpa"
+    assert adapter.layer_class_names(llm.get_decoder()) == ["LlamaDecoderLayer"]
+    assert adapter.hub_commit(llm.config) is None
+    for function in (adapter.attention_implementation, adapter.layer_class_names):
+        with pytest.raises(adapter.AdapterError, match="Identity._"):
+            function(torch.nn.Identity())
 
 
 def test_overrides_that_are_never_called_are_an_error():

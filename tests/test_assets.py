@@ -216,21 +216,22 @@ def test_hub_offline_says_what_to_do():
 
 
 def test_hub_is_asked_for_safetensors_of_one_model_and_for_bin_files_only_then(clip, monkeypatch):
-    asked = []
+    hub_calls = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda repo, **kwargs: asked.append((repo, kwargs)) or str(clip)
+        "huggingface_hub.snapshot_download",
+        lambda repo, **kwargs: hub_calls.append((repo, kwargs)) or str(clip),
     )
     asset = resolve("hub:org/tower@v1")
     assert asset.path == clip and asset.kind == "tower" and "huggingface.co/org/tower" in asset.license
-    ((repo, kwargs),) = asked
+    ((repo, kwargs),) = hub_calls
     assert (repo, kwargs["revision"]) == ("org/tower", "v1")
     assert not any(p.endswith((".bin", ".pt", ".py", "*")) for p in kwargs["allow_patterns"])
     weights = load_file(clip / "model.safetensors")
     (clip / "model.safetensors").unlink()
-    asked.clear()
+    hub_calls.clear()
     with pytest.raises(ValueError, match=r"neither model\*.safetensors nor .*revision"):
         resolve("hub:org/tower")
-    assert [kwargs["allow_patterns"][-1] for _, kwargs in asked] == [
+    assert [kwargs["allow_patterns"][-1] for _, kwargs in hub_calls] == [
         "model*.safetensors",
         "pytorch_model*.bin",
     ]

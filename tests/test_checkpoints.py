@@ -142,9 +142,9 @@ def write(state, folder, kind="safetensors", parts=1, config=None, stem=None):
     names, where = list(state), {}
     for i in range(parts):
         file = f"{stem}.{kind}" if parts == 1 else f"{stem}-{i + 1:05}-of-{parts:05}.{kind}"
-        mine = names[i::parts]
-        save({k: state[k] for k in mine}, folder / file)
-        where |= dict.fromkeys(mine, file)
+        part_names = names[i::parts]
+        save({k: state[k] for k in part_names}, folder / file)
+        where |= dict.fromkeys(part_names, file)
     if parts > 1:
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
     if config is not None:
@@ -206,7 +206,7 @@ KINDS = ("delta", "tokenpacker", "mqt", "quecc", "cabstractor", "qwen", "mlp", "
 def stage1(tmp_path, name, kind="bin", dtype=None):
     state, prefix, overrides = fixture(name)
     state = {prefix + k: v if dtype is None else v.to(dtype) for k, v in state.items()}
-    folder = write(state, tmp_path / "theirs", kind, stem="mm_projector")
+    folder = write(state, tmp_path / "authors", kind, stem="mm_projector")
     return state, folder / f"mm_projector.{kind}", overrides
 
 
@@ -298,9 +298,9 @@ def test_defaults_are_the_published_ones(name, wanted, tmp_path):
             d_vision=c, d_llm=d, levels=(1, 2, 3, 4) if name in ("delta", "tokenpacker") else (1,)
         ),
     )
-    theirs = to_layout_state(reference, reference.state_dict())
+    layout_state = to_layout_state(reference, reference.state_dict())
     write(
-        {(reference.prefix or "model.mm_projector.") + k: v.contiguous() for k, v in theirs.items()},
+        {(reference.prefix or "model.mm_projector.") + k: v.contiguous() for k, v in layout_state.items()},
         tmp_path,
         "bin",
         stem="mm_projector",
@@ -316,9 +316,9 @@ def test_defaults_are_the_published_ones(name, wanted, tmp_path):
 @pytest.mark.parametrize("scale,tokens", [(1, 576), (2, 144), (3, 64), (4, 36), (6, 16), (24, 1)])
 def test_scale_factor_of_the_config_is_the_budget(scale, tokens, tmp_path):
     reference = build_compressor("delta", compressor_class("delta").Config(d_vision=128, d_llm=64))
-    theirs = to_layout_state(reference, reference.state_dict())
+    layout_state = to_layout_state(reference, reference.state_dict())
     write(
-        {"model.mm_projector." + k: v.contiguous() for k, v in theirs.items()},
+        {"model.mm_projector." + k: v.contiguous() for k, v in layout_state.items()},
         tmp_path,
         "bin",
         stem="mm_projector",
@@ -440,12 +440,12 @@ def test_sources_that_are_none(tmp_path):
 def test_targets_that_are_taken(tmp_path):
     _, file, overrides = stage1(tmp_path, "mlp")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("keep")
+    (tmp_path / "full" / "own.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
     for target in ("full", "file"):
         with pytest.raises(ValueError, match="exists and is not empty"):
             convert(file, tmp_path / target, **overrides)
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"] and (
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["own.txt"] and (
         tmp_path / "file"
     ).read_text() == "keep"
     (tmp_path / "empty").mkdir()
@@ -455,7 +455,7 @@ def test_targets_that_are_taken(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_conversion_leaves_nothing(stop, tmp_path, monkeypatch):
-    folder, calls = authors(tmp_path / "theirs"), []
+    folder, calls = authors(tmp_path / "authors"), []
     read_one = Weights.__getitem__
 
     def broken(self, name):
@@ -511,7 +511,7 @@ def kept(state):
 
 @pytest.mark.parametrize("kind,parts", [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)])
 def test_whole_model_there_and_back(kind, parts, tmp_path):
-    folder = authors(tmp_path / "theirs", kind, parts)
+    folder = authors(tmp_path / "authors", kind, parts)
     done = convert(folder, tmp_path / "ours", heads=4, levels=(1, 3))
     assert (
         done.config.tokens == 4 and done.config.grid == 4 and len(done.dropped) == 16 and done.assumed == {}
@@ -531,7 +531,7 @@ def test_whole_model_there_and_back(kind, parts, tmp_path):
 @torch.no_grad()
 def test_whole_model_computes_what_its_parts_do(tmp_path):
     "LLM and tower from the same tensors by transformers' own classes, the visual tokens put in by hand."
-    folder = authors(tmp_path / "theirs")
+    folder = authors(tmp_path / "authors")
     convert(folder, tmp_path / "ours", **DELTA)
     ours, state = load(tmp_path / "ours"), read(folder)
     llm = LlamaForCausalLM(
@@ -580,7 +580,7 @@ def test_whole_model_computes_what_its_parts_do(tmp_path):
 
 
 def test_tower_from_a_folder_when_the_checkpoint_lacks_it(tmp_path):
-    folder = authors(tmp_path / "theirs", tower=False)
+    folder = authors(tmp_path / "authors", tower=False)
     with pytest.raises(ValueError, match="tower is missing.*openai/clip-vit-tiny-patch14-56"):
         convert(folder, tmp_path / "ours", **DELTA)
     tower = CLIPVisionModel(
@@ -602,7 +602,7 @@ def test_tower_from_a_folder_when_the_checkpoint_lacks_it(tmp_path):
 
 
 def test_tower_of_another_maker_must_be_named(tmp_path):
-    folder = authors(tmp_path / "theirs", config=dict(mm_vision_tower="laion/CLIP-ViT-H-14"))
+    folder = authors(tmp_path / "authors", config=dict(mm_vision_tower="laion/CLIP-ViT-H-14"))
     with pytest.raises(ValueError, match="tower is missing.*heads and activation"):
         convert(folder, tmp_path / "ours", **DELTA)
 
@@ -612,7 +612,7 @@ def test_tower_of_another_maker_must_be_named(tmp_path):
 )
 def test_fields_that_would_be_computed_differently_here(change, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.*cannot be converted"):
-        convert(authors(tmp_path / "theirs", config=change), tmp_path / "ours", **DELTA)
+        convert(authors(tmp_path / "authors", config=change), tmp_path / "ours", **DELTA)
 
 
 def test_computed_buffers_of_old_versions_are_left_out(tmp_path):
@@ -620,12 +620,12 @@ def test_computed_buffers_of_old_versions_are_left_out(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
     }
-    convert(authors(tmp_path / "theirs", more=more), tmp_path / "ours", **DELTA)
+    convert(authors(tmp_path / "authors", more=more), tmp_path / "ours", **DELTA)
     assert not any("inv_freq" in k or "position_ids" in k for k in read(tmp_path / "ours"))
 
 
 def test_an_unknown_tensor_of_a_whole_model_is_refused(tmp_path):
-    folder = authors(tmp_path / "theirs", more={"model.image_newline": torch.ones(D)})
+    folder = authors(tmp_path / "authors", more={"model.image_newline": torch.ones(D)})
     with pytest.raises(ValueError, match="unknown tensors.*image_newline"):
         convert(folder, tmp_path / "ours", **DELTA)
     folder = authors(tmp_path / "short")
@@ -642,7 +642,11 @@ def test_an_unknown_tensor_of_a_whole_model_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precision_of_a_whole_model(dtype, tmp_path):
     folder = authors(
-        tmp_path / "theirs", "bin", 2, dtype=dtype, config=dict(torch_dtype=str(dtype).removeprefix("torch."))
+        tmp_path / "authors",
+        "bin",
+        2,
+        dtype=dtype,
+        config=dict(torch_dtype=str(dtype).removeprefix("torch.")),
     )
     convert(folder, tmp_path / "ours", **DELTA)
     assert {v.dtype for v in read(tmp_path / "ours").values()} == {dtype} and load(
@@ -657,7 +661,7 @@ def test_precision_of_a_whole_model(dtype, tmp_path):
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_tied_head(stored, tmp_path):
-    folder = authors(tmp_path / "theirs", config=dict(tie_word_embeddings=True))
+    folder = authors(tmp_path / "authors", config=dict(tie_word_embeddings=True))
     state = read(folder)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     if not stored:
@@ -675,12 +679,12 @@ def test_tied_head(stored, tmp_path):
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tie_word_embeddings is true.*would be lost"):
         convert(
-            authors(tmp_path / "theirs", config=dict(tie_word_embeddings=True)), tmp_path / "ours", **DELTA
+            authors(tmp_path / "authors", config=dict(tie_word_embeddings=True)), tmp_path / "ours", **DELTA
         )
 
 
 def test_tied_head_that_shares_memory_in_a_bin(tmp_path):
-    folder = authors(tmp_path / "theirs")
+    folder = authors(tmp_path / "authors")
     state = read(folder)
     (folder / "model.safetensors").unlink()
     write(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, folder, "bin")
@@ -690,7 +694,7 @@ def test_tied_head_that_shares_memory_in_a_bin(tmp_path):
 
 
 def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
-    folder = authors(tmp_path / "theirs")
+    folder = authors(tmp_path / "authors")
     byte_tokenizer(pieces=("<|im_start|>",)).save_pretrained(
         folder
     )  # 259 tokens in 264 rows: <image> gets a row that is there
@@ -712,8 +716,8 @@ def test_vocabulary_grows_by_image_and_shrinks_again(tmp_path):
 
 
 def test_a_model_of_ours_that_never_was_the_authors(tmp_path):
-    "It holds no config of theirs, so the tower's name must be given; their fields come from ours."
-    convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+    "It holds no config, so the tower's name must be given; the fields come from ours."
+    convert(authors(tmp_path / "authors"), tmp_path / "ours", **DELTA)
     (tmp_path / "ours" / "authors_config.json").unlink()
     with pytest.raises(ValueError, match="tower is missing: the authors' code loads the tower by name"):
         convert(tmp_path / "ours", tmp_path / "back", to="authors")
@@ -741,7 +745,7 @@ def test_a_model_of_ours_that_never_was_the_authors(tmp_path):
         and config["mm_vision_select_layer"] == 3
         and "rope_parameters" not in config
     )
-    same(kept(read(tmp_path / "theirs")), read(tmp_path / "back"))
+    same(kept(read(tmp_path / "authors")), read(tmp_path / "back"))
 
 
 @pytest.mark.parametrize(
@@ -775,7 +779,7 @@ OLD_PREFIXES = {
 def test_a_model_folder_of_an_earlier_version_is_converted(to, tmp_path):
     "Names as `save_pretrained` wrote them before the model held a whole causal LM."
     if to == "authors":
-        convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+        convert(authors(tmp_path / "authors"), tmp_path / "ours", **DELTA)
     else:
         hf(tmp_path / "hf")
         convert(tmp_path / "hf", tmp_path / "ours")
@@ -792,7 +796,7 @@ def test_a_model_folder_of_an_earlier_version_is_converted(to, tmp_path):
 
 
 def test_a_damaged_folder_of_ours_is_refused(tmp_path):
-    convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+    convert(authors(tmp_path / "authors"), tmp_path / "ours", **DELTA)
     state = read(tmp_path / "ours")
     name = "multi_modal_projector.mlp.2.bias"
     for wrong, words in (
@@ -877,11 +881,11 @@ def respelled(folder, spelling):
 @pytest.mark.parametrize("spelling", ["saved", "hub", "modules"])
 @pytest.mark.parametrize("layer", [-2, -1, 2])
 def test_llava_hf_gives_the_same_logits(spelling, layer, tmp_path):
-    theirs, pixels = hf(tmp_path / "hf", layer), torch.randn(1, 3, SIDE, SIDE)
+    llava_hf, pixels = hf(tmp_path / "hf", layer), torch.randn(1, 3, SIDE, SIDE)
     done = convert(respelled(tmp_path / "hf", spelling), tmp_path / "ours")
     assert done.config.levels == (layer if layer > 0 else BLOCKS + 1 + layer,) and done.config.tokens == 16
     ours = load(tmp_path / "ours")
-    wanted = theirs(input_ids=IDS, pixel_values=pixels).logits
+    wanted = llava_hf(input_ids=IDS, pixel_values=pixels).logits
     assert torch.equal(ours(input_ids=IDS, pixel_values=pixels).logits, wanted)
     convert(tmp_path / "ours", tmp_path / "back", to="llava-hf")
     again, problems = LlavaForConditionalGeneration.from_pretrained(
@@ -893,20 +897,20 @@ def test_llava_hf_gives_the_same_logits(spelling, layer, tmp_path):
 
 @torch.no_grad()
 def test_llava_hf_there_and_back_is_byte_equal(tmp_path):
-    theirs = hf(tmp_path / "hf")
+    llava_hf = hf(tmp_path / "hf")
     source = read(respelled(tmp_path / "hf", "hub"))
     convert(tmp_path / "hf", tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "short", to="llava-hf")
     same(kept(source), read(tmp_path / "short"))
-    theirs.model.vision_tower.save_pretrained(tmp_path / "clip")
+    llava_hf.model.vision_tower.save_pretrained(tmp_path / "clip")
     convert(
         tmp_path / "ours", tmp_path / "whole", to="llava-hf", tower=tmp_path / "clip"
     )  # with the block that nobody reads
     same(source, read(tmp_path / "whole"))
     config, old = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("whole", "hf"))
     for part in ("vision_config", "text_config"):
-        mine, theirs = config.pop(part), old.pop(part)
-        assert {k: mine[k] for k in theirs} == theirs
+        exported, loaded = config.pop(part), old.pop(part)
+        assert {k: exported[k] for k in loaded} == loaded
     assert {k: config[k] for k in old} == old
 
 
@@ -928,7 +932,7 @@ def test_llava_hf_that_ours_has_no_place_for(change, words, tmp_path):
 
 
 def test_only_an_mlp_becomes_llava_hf(tmp_path):
-    convert(authors(tmp_path / "theirs"), tmp_path / "ours", **DELTA)
+    convert(authors(tmp_path / "authors"), tmp_path / "ours", **DELTA)
     with pytest.raises(ValueError, match="compressor='delta': llava-hf knows the MLP"):
         convert(tmp_path / "ours", tmp_path / "back", to="llava-hf")
     convert(authors(tmp_path / "mlp", projector=mlp_shapes()), tmp_path / "mlp-ours", compressor="mlp")
@@ -940,19 +944,19 @@ def test_only_an_mlp_becomes_llava_hf(tmp_path):
 @torch.no_grad()
 def test_a_llava_hf_model_starts_a_delta_model(tmp_path):
     "Its tower and LLM with a fresh projector between them."
-    theirs = hf(tmp_path / "hf")
-    llm = LlamaForCausalLM(theirs.config.text_config)
-    llm.model, llm.lm_head = theirs.model.language_model, theirs.lm_head
+    llava_hf = hf(tmp_path / "hf")
+    llm = LlamaForCausalLM(llava_hf.config.text_config)
+    llm.model, llm.lm_head = llava_hf.model.language_model, llava_hf.lm_head
     config = compressor_class("delta").Config(grid=4, tokens=4, levels=(1, 3), d_vision=C, d_llm=D, heads=4)
-    model = build_vlm(theirs.model.vision_tower, llm, byte_tokenizer(), config)
-    assert model.get_decoder() is theirs.model.language_model and model.language_model is llm
+    model = build_vlm(llava_hf.model.vision_tower, llm, byte_tokenizer(), config)
+    assert model.get_decoder() is llava_hf.model.language_model and model.language_model is llm
     ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 7]])
     assert model(input_ids=ids, pixel_values=torch.randn(1, 3, SIDE, SIDE)).logits.isfinite().all()
 
 
 # ---- memory
 def test_no_more_than_one_file_is_open(tmp_path):
-    folder = authors(tmp_path / "theirs", "bin", 3)
+    folder = authors(tmp_path / "authors", "bin", 3)
     weights = Weights(folder)
     for name in weights.shapes:
         weights[name]

@@ -123,7 +123,7 @@ HELP = {
                    "--closed-form-init", "--no-closed-form-init"],
     "pretrain": ["--learning-rate", "--eval-data", "--report-to", "--per-device-batch-size"],
     "finetune": ["--lora-rank", "--load-in-4bit", "--sharding"],
-    "chat": ["--image", "The image", "--ask", "One question", "--tokens", "Budget V, a square"],
+    "chat": ["--image", "The image", "--question", "One question", "--tokens", "Budget V, a square"],
     "gradcam": ["--word", "Words of the answer", "--out", "The figure", "--tokens", "one column each"],
     "doctor": ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm",
                "--max-length", "--num-workers"],
@@ -157,8 +157,8 @@ def test_debug_shows_the_traceback(tmp_path):
 # --- chat and gradcam
 
 
-def ask(command, path, folder, tmp_path):
-    options = ["--out", tmp_path / "o.png"] if command == "gradcam" else ["--ask", "What?"]
+def question_command(command, path, folder, tmp_path):
+    options = ["--out", tmp_path / "o.png"] if command == "gradcam" else ["--question", "What?"]
     return [command, "--image", path, "--output-dir", folder, *options]
 
 
@@ -173,23 +173,27 @@ def test_images_that_cannot_be_read(command, tmp_path, trained, loaded, capsys):
         tmp_path / "none.png": "is not a file", tmp_path: "is not a file", half: "half.png", text: "text.png"
     }  # fmt: skip
     for path, word in cases.items():
-        assert word in refused(*ask(command, path, trained, tmp_path), capsys=capsys)
+        assert word in refused(*question_command(command, path, trained, tmp_path), capsys=capsys)
     assert not loaded.called
 
 
 @pytest.mark.parametrize("command", ["chat", "gradcam"])
 def test_folders_without_a_trained_model(command, tmp_path, image, trained, loaded, capsys):
-    none = refused(*ask(command, image, tmp_path / "none", tmp_path), capsys=capsys)
+    none = refused(*question_command(command, image, tmp_path / "none", tmp_path), capsys=capsys)
     assert "holds no trained model" in none and "quickstart --output-dir" in none
     (trained / "projector.safetensors").unlink()  # a run that was stopped before its end
-    assert "holds no trained model" in refused(*ask(command, image, trained, tmp_path), capsys=capsys)
+    assert "holds no trained model" in refused(
+        *question_command(command, image, trained, tmp_path), capsys=capsys
+    )
     assert not loaded.called
 
 
 @pytest.mark.parametrize("command", ["chat", "gradcam"])
 @pytest.mark.parametrize("tokens", [5, 0, 169])
 def test_budgets_that_cannot_be(command, tokens, tmp_path, image, trained, loaded, capsys):
-    sentence = refused(*ask(command, image, trained, tmp_path), "--tokens", tokens, capsys=capsys)
+    sentence = refused(
+        *question_command(command, image, trained, tmp_path), "--tokens", tokens, capsys=capsys
+    )
     assert f"tokens={tokens}" in sentence and "square" in sentence
     assert not loaded.called
 
@@ -198,7 +202,7 @@ def test_budgets_that_cannot_be(command, tokens, tmp_path, image, trained, loade
 def test_a_damaged_file_is_named(damage, image, trained, tmp_path, capsys):
     file = trained / damage
     file.write_bytes(file.read_bytes()[:20])
-    sentence = refused(*ask("chat", image, trained, tmp_path), "--tokens", 16, capsys=capsys)
+    sentence = refused(*question_command("chat", image, trained, tmp_path), "--tokens", 16, capsys=capsys)
     assert damage in sentence
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from tiny_stage import write_models
 
 from delta_llava import compare
 from delta_llava.compare import plan_runs, run_label, run_name, score_table
@@ -105,6 +106,26 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     assert record["seeds"] == [0]
     values = {(row["label"], row["closed_form_init"]): row["values"] for row in score_table(record)}
     assert values == {(name, init): [0.5] for name in ("delta", "m3") for init in (True, False)}
+
+
+def test_a_comparison_stopped_before_its_scores_goes_on_under_another_path(tmp_path, monkeypatch):
+    write_models(tmp_path)
+    models = dict(tower=str(tmp_path / "tower"), llm=str(tmp_path / "llm"), image_size=56, template="plain")
+    runs = plan_runs(["mlp"], (16,), (0,), (False,), replace(TINY, standardize=False, **models))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    steps = []
+    monkeypatch.setattr(compare, "evaluate_sets", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(runs, tmp_path / "c")
+    assert compare.read_run(tmp_path / "c" / "runs" / run_name(runs[0]))["result"]["losses"]
+    monkeypatch.setattr(compare, "evaluate_sets", lambda *args, **kwargs: {})
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda *args, **kwargs: steps.append(1))
+    monkeypatch.chdir(tmp_path)
+    record = read_record(compare.compare(runs, "c"))
+    assert len(record["result"]) == 1 and not record["not_run"] and not steps
 
 
 def test_comparison_of_an_earlier_version_is_not_continued(tmp_path):

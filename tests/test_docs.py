@@ -75,7 +75,7 @@ def test_sound_pages_pass_and_can_be_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (dict(text=SOUND + "\n[gone](c.ipynb)"), "c.ipynb does not exist"),
         (dict(text=SOUND + "\n[gone](b.ipynb#gone)"), "b.html has no anchor #gone"),
@@ -108,9 +108,9 @@ def test_sound_pages_pass_and_can_be_looked_at(tmp_path):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_planted_fault_is_found(tmp_path, change, said):
+def test_planted_fault_is_found(tmp_path, change, message):
     found = site(tmp_path, **{"text": SOUND} | change)
-    named = [fault for fault in found if said in fault]
+    named = [fault for fault in found if message in fault]
     assert named, found
     assert all(("nbs/a.ipynb" in fault) or "sidebar" in fault for fault in named), "a fault names its page"
     if "[gone]" in change.get("text", ""):

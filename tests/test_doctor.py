@@ -511,7 +511,7 @@ def test_a_full_disk_leaves_what_was_there(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(workers=0), "workers=0"),
+        (dict(num_workers=0), "num_workers=0"),
         (dict(images="nowhere"), "is not a folder"),
         (dict(file="none.json"), "is not a file"),
     ],
@@ -550,8 +550,8 @@ def test_results_come_in_order_and_few_are_in_progress(images, many_rows, tmp_pa
     futures = []
 
     class CountingThreads(ThreadPoolExecutor):
-        def __init__(self, workers, context, start, args):
-            super().__init__(workers)
+        def __init__(self, num_workers, context, start, args):
+            super().__init__(num_workers)
             check_chunk = partial(doctor._check_chunk, **args[0])
 
             def slow(chunk):
@@ -567,16 +567,21 @@ def test_results_come_in_order_and_few_are_in_progress(images, many_rows, tmp_pa
 
     alone = check_dataset(many_rows, images, tmp_path / "one")
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", CountingThreads)
-    together = check_dataset(many_rows, images, tmp_path / "many", workers=2)
+    together = check_dataset(many_rows, images, tmp_path / "many", num_workers=2)
     assert together.to_json() == alone.to_json() and len(futures) == 7
     assert same_files(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.slow
 def test_one_and_two_processes_write_the_same_bytes(images, many_rows, tmp_path, processor):
-    for workers in (1, 2):
+    for num_workers in (1, 2):
         check_dataset(
-            many_rows, images, tmp_path / str(workers), processor=processor, max_length=300, workers=workers
+            many_rows,
+            images,
+            tmp_path / str(num_workers),
+            processor=processor,
+            max_length=300,
+            num_workers=num_workers,
         )
     assert same_files(tmp_path / "1", tmp_path / "2")
 
@@ -588,6 +593,6 @@ def killed(chunk):
 @pytest.mark.slow
 def test_a_killed_process_is_a_sentence(images, many_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_work", killed)
-    with pytest.raises(ValueError, match="workers=2: one of them was killed"):
-        check_dataset(many_rows, images, tmp_path / "out", workers=2)
+    with pytest.raises(ValueError, match="num_workers=2: one of them was killed"):
+        check_dataset(many_rows, images, tmp_path / "out", num_workers=2)
     assert list((tmp_path / "out").iterdir()) == []

@@ -184,14 +184,14 @@ def test_all_answers_of_a_row_count(processor, reader):
 def test_candidates_one_shown_the_others_absent(n_objects):
     rows = scenes(40, n_objects)
     lists = evaluate._candidates(rows, 16, 0)
-    places = set()
+    target_positions = set()
     for row, names in zip(rows, lists, strict=True):
         shown = [o["name"] for o in row["objects"]]
         assert names[0] in shown and not set(shown) & set(names[1:])
         assert len(set(names)) == 16 and set(names) <= set(concept_names())
-        places.add(shown.index(names[0]))
+        target_positions.add(shown.index(names[0]))
     assert lists == evaluate._candidates(rows, 16, 0) != evaluate._candidates(rows, 16, 1)
-    assert n_objects == (1, 1) or len(places) > 1  # not always the first object
+    assert n_objects == (1, 1) or len(target_positions) > 1  # not always the first object
 
 
 @pytest.mark.parametrize("n", [2, 3, 64])

@@ -274,7 +274,7 @@ def test_causal_attention_is_what_is_left_without_later_tokens():
 
 
 # ---- every number of the reference
-def near(value):
+def approx(value):
     "The reference's file is rounded after 12 decimals."
     return pytest.approx(value, rel=1e-9)
 
@@ -299,7 +299,7 @@ def test_llm_has_the_references_numbers(llm, i):
         correct_decode=full.decode,
     )
     found = dict(K=v, K_used=v + (v == 576)) | {k: f / 1e12 for k, f in tera.items()}
-    assert {k: found[k] for k in want} == {k: near(value) for k, value in want.items()}
+    assert {k: found[k] for k in want} == {k: approx(value) for k, value in want.items()}
 
 
 PARTS = {  # the reference's part -> ours
@@ -324,8 +324,8 @@ PARTS = {  # the reference's part -> ours
 def test_projector_has_the_references_parts(name, s):
     want = dict(REFERENCE[f"projector_{name}"][str(s)])
     terms = projector_terms(name, built(name, (24 // s) ** 2).config, reference=True)
-    assert sum(terms.values()) / 1e9 == near(want.pop("total"))
-    assert {k: terms[PARTS[k]] / 1e9 for k in want} == {k: near(v) for k, v in want.items()}
+    assert sum(terms.values()) / 1e9 == approx(want.pop("total"))
+    assert {k: terms[PARTS[k]] / 1e9 for k in want} == {k: approx(v) for k, v in want.items()}
 
 
 @pytest.mark.parametrize(
@@ -339,22 +339,22 @@ def test_projector_has_the_references_parts(name, s):
 def test_projectors_have_the_references_totals(name, key, tokens_of):
     for budget, giga in REFERENCE[key].items():
         projector = built(name, tokens_of(budget))
-        assert flops_of(name, projector, reference=True) / 1e9 == near(giga), budget
-    assert flops_of("mlp", built("mlp", 576)) / 1e9 == near(REFERENCE["projector_llava_mlp"])
+        assert flops_of(name, projector, reference=True) / 1e9 == approx(giga), budget
+    assert flops_of("mlp", built("mlp", 576)) / 1e9 == approx(REFERENCE["projector_llava_mlp"])
 
 
 def test_authors_estimate_tower_and_fastv():
     for tokens, giga in REFERENCE["authors_projector_estimate_GF"].items():
-        assert authors_cost(Setup(tokens=int(tokens))).projector / 1e9 == near(giga)
+        assert authors_cost(Setup(tokens=int(tokens))).projector / 1e9 == approx(giga)
     clip = pretrained_config(CLIP)
     vision = REFERENCE["vision"]
     sizes_of = {"authors_total": (24, 336), "without_last_block": (23, 336), "clip224": (24, 224)}
     for key, (depth, side) in sizes_of.items():
-        assert tower_flops(clip, depth, side) / 1e12 == near(vision[key])
+        assert tower_flops(clip, depth, side) / 1e12 == approx(vision[key])
     for tokens, tera in REFERENCE["fastv_prefill_k2_vicuna7b"].items():
         ranking = 2 * 4096 * (576 + 68.5) if tokens != "576" else 0  # the reference leaves it out
         prefill = cost(Setup(compressor="fastv", tokens=int(tokens))).prefill
-        assert (prefill - ranking) / 1e12 == near(tera)
+        assert (prefill - ranking) / 1e12 == approx(tera)
 
 
 # ---- the paper's numbers

@@ -78,11 +78,15 @@ def test_requests_are_answered_and_settings_written(whole):
     assert (settings["image_aspect"], settings["dtype"]["llm"]) == ("original", "torch.float32")
     assert settings["checkpoint"]["sha256"].keys() == {"model.safetensors"} and settings["versions"]["torch"]
     assert settings["delta_llava"]["commit"]
-    asked = settings["tasks"]["t"]
-    assert (asked["ocr"], asked["post_prompt"], asked["split"]) == (False, "!", "test")
-    assert asked["generation_kwargs"]["until"] == ["\n\n"]
-    assert asked["first_prompt"].startswith("Be brief. USER: <image>\n")
-    assert asked["first_prompt"].endswith("ASSISTANT:")
+    task_settings = settings["tasks"]["t"]
+    assert (task_settings["ocr"], task_settings["post_prompt"], task_settings["split"]) == (
+        False,
+        "!",
+        "test",
+    )
+    assert task_settings["generation_kwargs"]["until"] == ["\n\n"]
+    assert task_settings["first_prompt"].startswith("Be brief. USER: <image>\n")
+    assert task_settings["first_prompt"].endswith("ASSISTANT:")
     assert wanted[0].args[1]["until"] == ["\n\n"]  # the request's own settings are as they were
 
 
@@ -171,9 +175,9 @@ def test_nothing_imports_lmms_eval():
 def test_without_lmms_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     harness.plugin_class.cache_clear()
-    for ask in (harness.manifest, lambda: harness.DeltaLlava):
+    for access in (harness.manifest, lambda: harness.DeltaLlava):
         with pytest.raises(ImportError, match=r"delta-llava\[eval\]"):
-            ask()
+            access()
 
 
 def test_the_entry_point_names_what_exists():

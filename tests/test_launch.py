@@ -121,7 +121,7 @@ def real(stage, dtype=torch.float32):
 
 
 def batch(model, stage, length, answer, rows=1):
-    "One picture and `length` tokens in each row; the last `answer` are supervised."
+    "One image and `length` tokens in each row; the last `answer` are supervised."
     visual, image = model.config.image_seq_length, model.config.image_token_id
     ids = torch.cat(
         [torch.full((rows, visual), image), torch.randint(0, image, (rows, length - visual))], dim=1
@@ -162,8 +162,8 @@ def test_parameters_are_those_of_the_modules(one, compressor, tokens):
 
 def test_vicuna_and_clip_have_their_sizes(one, full):
     parts = parameter_counts(one, full)
-    plain = 6_738_415_616  # Vicuna-7B
-    assert parts["llm"][1] == plain + 2 * 4096  # and `<image>`, in the embeddings and in the head
+    n_parameters = 6_738_415_616  # Vicuna-7B
+    assert parts["llm"][1] == n_parameters + 2 * 4096  # and `<image>`, in the embeddings and in the head
     assert parts["projector"] == (42_503_680, 42_503_680)
     block = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
     assert parts["tower"] == (0, 23 * block + 577 * 1024 + 1024 + 3 * 14 * 14 * 1024 + 4 * 1024)
@@ -232,8 +232,8 @@ def test_less_tokens_less_time_and_a_frozen_llm_costs_two_thirds(one, two, full)
         row_flops(replace(one, tokens=36), meta_model(replace(one, tokens=36)), rows)["llm"]
         < row_flops(one, full, rows)["llm"]
     )
-    plain = dict(gradient_checkpointing=False)
-    frozen, trained = (row_flops(replace(s, **plain), full, rows)["llm"] for s in (one, two))
+    base = dict(gradient_checkpointing=False)
+    frozen, trained = (row_flops(replace(s, **base), full, rows)["llm"] for s in (one, two))
     assert frozen / trained == pytest.approx(2 / 3, abs=0.01)
 
 
@@ -312,16 +312,16 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks(learns):
 
 
 def test_states_are_sixteen_bytes_and_sharding_divides_them(two, full):
-    plain = memory_bytes(replace(two, sharding="none"), full, 8, 300, 10)
+    whole = memory_bytes(replace(two, sharding="none"), full, 8, 300, 10)
     counts = parameter_counts(two, full)
     trained, tower = counts["projector"][0] + counts["llm"][0], counts["tower"][1]
     states = ("weights", "gradients", "optimizer")
-    assert sum(plain[k] for k in states) == 16 * trained + 2 * tower  # in bfloat16; shards are float32
+    assert sum(whole[k] for k in states) == 16 * trained + 2 * tower  # in bfloat16; shards are float32
     for sharding in ("fsdp2", "zero3"):
         cut = memory_bytes(replace(two, sharding=sharding), full, 8, 300, 10)
         assert sum(cut[k] for k in states) == pytest.approx((16 * trained + 4 * tower) / 8, abs=8)
         for name in ("blocks", "projector", "logits"):
-            assert cut[name] == plain[name]
+            assert cut[name] == whole[name]
 
 
 def test_ddp_keeps_the_gradients_twice(one, two, full):
@@ -657,9 +657,9 @@ def slurm(tmp_path, two, srun):
 
 def test_slurm_job_connects_to_the_first_node_and_ends_as_the_training_ends(tmp_path, two):
     job = slurm(tmp_path, two, 'echo "$@"; exit 3')
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 3 and "--rdzv-endpoint first:29500" in said
-    assert "--no-python delta-llava finetune" in said
+    stdout, _ = job.communicate(timeout=60)
+    assert job.returncode == 3 and "--rdzv-endpoint first:29500" in stdout
+    assert "--no-python delta-llava finetune" in stdout
     assert not (tmp_path / "requeued").exists()
 
 
@@ -670,8 +670,8 @@ def test_slurm_job_goes_back_into_the_queue_before_its_time_is_up(tmp_path, two)
     while not (tmp_path / "started").exists():
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=60)
-    assert (tmp_path / "requeued").read_text() == "requeue 77\n" and job.returncode == 0, said
+    stdout, _ = job.communicate(timeout=60)
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n" and job.returncode == 0, stdout
 
 
 # All files

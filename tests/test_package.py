@@ -78,12 +78,12 @@ def test_no_name_hides_a_module():
 def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(delta_llava.__file__).read_text(encoding="utf-8"))
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    seen = {}
+    imported_from = {}
     for node in block.body:
         (alias,) = node.names
         assert alias.name == alias.asname, "an explicit re-export"
-        seen[alias.name] = node.module.removeprefix("delta_llava.")
-    assert seen == delta_llava._MODULES
+        imported_from[alias.name] = node.module.removeprefix("delta_llava.")
+    assert imported_from == delta_llava._MODULES
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -244,11 +244,11 @@ def test_names_of_a_reference():
         "out.weight": "proj.T",
     }
     names = ("attn.in_proj_weight", "ln_k.weight", "k_proj.0.weight", "proj", "projection.weight")
-    theirs = {name: torch.randn(2, 3) for name in names}
-    prefixed = {f"model.{name}": tensor for name, tensor in theirs.items()}
+    reference = {name: torch.randn(2, 3) for name in names}
+    prefixed = {f"model.{name}": tensor for name, tensor in reference.items()}
     ours = from_reference(prefixed, state_dict_map, "model.")
     assert list(ours) == ["attend.qkv.weight", "k.3.weight", "k.0.weight", "out.weight", "projection.weight"]
-    assert torch.equal(ours["out.weight"], theirs["proj"].T)
+    assert torch.equal(ours["out.weight"], reference["proj"].T)
     back = to_reference(ours, state_dict_map, "model.")
     assert back.keys() == prefixed.keys()
     assert all(torch.equal(back[name], prefixed[name]) for name in back)

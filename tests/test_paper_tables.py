@@ -126,10 +126,10 @@ def guide_values(name):
 
 def test_table_1_equals_the_reading_guides_copy():
     blocks, rows = guide_values("blocks"), rows_of(1)
-    theirs = []
+    guide = []
     for block in blocks.values():
-        theirs += [[None if v is None else float(v) for v in row] for row in block]
-    assert sorted(map(str, theirs)) == sorted(map(str, rows.values()))
+        guide += [[None if v is None else float(v) for v in row] for row in block]
+    assert sorted(map(str, guide)) == sorted(map(str, rows.values()))
     for name, (own, *_) in blocks.items():
         tokens, llm = name.split()[-1], "Vicuna-1.5 13B" if "13B" in name else "Vicuna-1.5 7B"
         ours = [
@@ -142,9 +142,9 @@ def test_table_1_equals_the_reading_guides_copy():
 
 def test_the_other_tables_equal_the_reading_guides_copies():
     assert guide_values("printed") == by_column(2, system="Qwen-VL-Chat")
-    theirs = {name: list(row) for name, row in guide_values("scores").items()}
-    theirs["Full Model"] = list(guide_values("whole"))
-    assert theirs == {system: row for (system, _, _), row in rows_of(3).items()}
+    guide = {name: list(row) for name, row in guide_values("scores").items()}
+    guide["Full Model"] = list(guide_values("whole"))
+    assert guide == {system: row for (system, _, _), row in rows_of(3).items()}
     for tokens, times in guide_values("times").items():
         assert list(times) == [c["printed"] for c in cells(4, tokens=str(tokens))]
     where = [(llm, column) for llm in (SMALL, BIG) for column in CAPTION_SETS]

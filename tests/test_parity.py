@@ -134,11 +134,11 @@ def test_projector_notices_one_percent(projector_case):
 
 def test_authors_state_round_trip(projector_case):
     folder, name, case = projector_case
-    theirs = authors_state(folder, name)
+    reference_state = authors_state(folder, name)
     back = to_authors_state(build(folder, name, case).state_dict())
-    assert set(back) == set(theirs) and len(back) == 45
-    for key in theirs:
-        assert_close(back[key], theirs[key], rtol=0, atol=0)
+    assert set(back) == set(reference_state) and len(back) == 45
+    for key in reference_state:
+        assert_close(back[key], reference_state[key], rtol=0, atol=0)
 
 
 def test_a_missing_gradient_counts_as_zero():

@@ -91,12 +91,14 @@ def test_state_round_trip(case, with_prefix):
     reference = BY_FIXTURE[fixture]
     module = reference.load(folder, case)
     prefix = module.prefix if with_prefix else ""
-    theirs = {prefix + reference.place + k: v for k, v in reference.state(folder, case).items()}
+    reference_state = {
+        prefix + reference.prefix_in_reference + k: v for k, v in reference.state(folder, case).items()
+    }
     again = build_compressor(reference.name, module.config)
-    again.load_state_dict(from_reference(theirs, again.state_dict_map, again.prefix))
+    again.load_state_dict(from_reference(reference_state, again.state_dict_map, again.prefix))
     back = to_reference(again.state_dict(), again.state_dict_map, prefix)
-    assert set(back) == set(theirs)
-    for key, tensor in theirs.items():
+    assert set(back) == set(reference_state)
+    for key, tensor in reference_state.items():
         assert_close(back[key], tensor, rtol=0, atol=0)
 
 

@@ -49,10 +49,10 @@ def pytest_generate_tests(metafunc):
 # ---- the reference
 def select(folder, name, case, times=1.0):
     attention = tensors(folder, name)[f"in.{case['name']}.attn_last_row"][:, :, 0].mean(1) * times
-    places = torch.arange(case["seq"])[None]
+    positions = torch.arange(case["seq"])[None]
     return select_tokens(
         attention,
-        (places >= case["sys_length"]) & (places < case["sys_length"] + case["image_tokens"]),
+        (positions >= case["sys_length"]) & (positions < case["sys_length"] + case["image_tokens"]),
         case["rank"],
     )
 
@@ -116,9 +116,9 @@ def run_llama(folder, name, case, times=1.0):
     model, embeds = reference_llama(folder, name, times), tensors(folder, name)["in.llama.inputs_embeds"]
     if not settings["use_fast_v"]:
         return model(inputs_embeds=embeds, output_hidden_states=True)
-    places = torch.arange(embeds.shape[1])[None]
+    positions = torch.arange(embeds.shape[1])[None]
     first, layer = settings["fast_v_sys_length"], settings["fast_v_agg_layer"]
-    images = (places >= first) & (places < first + settings["fast_v_image_token_length"])
+    images = (positions >= first) & (positions < first + settings["fast_v_image_token_length"])
     with fastv_context(model, images, keep=settings["fast_v_attention_rank"], layer=layer) as pruned:
         out = model(inputs_embeds=embeds, output_hidden_states=True)
     if settings["fast_v_inplace"]:
@@ -179,9 +179,9 @@ def test_compressor_in_the_registry():
     with torch.device("meta"):
         assert sum(p.numel() for p in FastV().parameters()) == 20_979_712
     state = model.state_dict()
-    theirs = to_reference(state, FastV.state_dict_map, FastV.prefix)
-    assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias"} < set(theirs)
-    back = from_reference(theirs, FastV.state_dict_map, FastV.prefix)
+    reference_state = to_reference(state, FastV.state_dict_map, FastV.prefix)
+    assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias"} < set(reference_state)
+    back = from_reference(reference_state, FastV.state_dict_map, FastV.prefix)
     for k in state:
         assert_close(back[k], state[k], rtol=0, atol=0)
     model(torch.randn(1, 36, 32)).sum().backward()
@@ -218,9 +218,9 @@ def test_select_tokens_equals_a_loop(seed):
     for row in range(b):
         best = sorted((j for j in range(t) if images[row, j]), key=lambda j: -attention[row, j])[:keep]
         want = sorted(best + [j for j in range(t) if visible[row, j] and not images[row, j]])
-        mine = index[row].tolist()
-        assert mine == sorted(set(mine))
-        assert [j for i, j in enumerate(mine) if shown is None or shown[row, i]] == want
+        kept_index = index[row].tolist()
+        assert kept_index == sorted(set(kept_index))
+        assert [j for i, j in enumerate(kept_index) if shown is None or shown[row, i]] == want
     longest = max((visible & ~images).sum(1) + images.sum(1).clamp(max=keep))
     assert index.shape[1] == longest
 
@@ -316,8 +316,8 @@ def chosen(pruned, ids, mask, keep):
     "Image tokens that a loop over the rows would keep."
     out = torch.zeros_like(ids, dtype=torch.bool)
     for r in range(len(ids)):
-        places = (ids[r] == IMAGE).nonzero()[:, 0]
-        out[r, places[pruned.attention_received[r, places].argsort(descending=True)[:keep]]] = True
+        positions = (ids[r] == IMAGE).nonzero()[:, 0]
+        out[r, positions[pruned.attention_received[r, positions].argsort(descending=True)[:keep]]] = True
     return out
 
 
@@ -382,22 +382,26 @@ def test_decoding_with_the_cache_equals_no_cache(attention, rows, prompt, kept, 
     assert lengths(cache) == [prompt] * 2 + [kept] * 3
     gone = (ids == IMAGE) & ~chosen(pruned, ids, mask, 4)
     new = torch.randint(40, 60, (len(rows), sum(steps)), generator=torch.Generator().manual_seed(1))
-    seen = 0
+    n_generated = 0
     for n in steps:
-        step, mask, gone = new[:, seen : seen + n], F.pad(mask, (0, n), value=1), F.pad(gone, (0, n))
-        seen += n
+        step, mask, gone = (
+            new[:, n_generated : n_generated + n],
+            F.pad(mask, (0, n), value=1),
+            F.pad(gone, (0, n)),
+        )
+        n_generated += n
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with fastv_context(lm.model, None, keep=4, layer=2):
             out = lm.model(
                 step, attention_mask=mask, position_ids=positions[:, -n:], past_key_values=cache
             ).last_hidden_state
-        embeds = plain.get_input_embeddings()(torch.cat([ids, new[:, :seen]], dim=1))
+        embeds = plain.get_input_embeddings()(torch.cat([ids, new[:, :n_generated]], dim=1))
         close(
             out,
             hide(plain.model, embeds, gone, 2, mask, positions).last_hidden_state[:, -n:],
-            f"{seen} steps",
+            f"{n_generated} steps",
         )
-        assert lengths(cache) == [prompt + seen] * 2 + [kept + seen] * 3
+        assert lengths(cache) == [prompt + n_generated] * 2 + [kept + n_generated] * 3
 
 
 @torch.no_grad()

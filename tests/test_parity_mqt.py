@@ -119,8 +119,8 @@ def test_attention_weights_do_not_depend_on_the_image():
 def test_attention_is_that_of_pytorch():
     attend = QueryAttention(32, 4)
     nn.init.normal_(attend.qkv.bias)
-    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
-    theirs.load_state_dict(
+    reference = nn.MultiheadAttention(32, 4, batch_first=True)
+    reference.load_state_dict(
         {
             "in_proj_weight": attend.qkv.weight,
             "in_proj_bias": attend.qkv.bias,
@@ -129,9 +129,9 @@ def test_attention_is_that_of_pytorch():
         }
     )
     q, k, v = torch.randn(1, 5, 32), torch.randn(3, 9, 32), torch.randn(3, 9, 32)
-    assert_close(attend(q, k, v), theirs(q.expand(3, -1, -1), k, v)[0])
+    assert_close(attend(q, k, v), reference(q.expand(3, -1, -1), k, v)[0])
     shared = k[:1].expand(3, -1, -1)
-    assert_close(attend(q, k[:1], v), theirs(q.expand(3, -1, -1), shared, v)[0])
+    assert_close(attend(q, k[:1], v), reference(q.expand(3, -1, -1), shared, v)[0])
 
 
 def test_the_softmax_cancels_the_bias_of_the_keys():

@@ -150,8 +150,8 @@ def test_every_budget_equals_the_plain_form(grid, neighbors, plus):
 def test_spaced_patches_are_the_references(share):
     "Its call has a share of the patches where ours has a budget."
     step = int(1 / share)
-    theirs = list(range(step // 2, 575, step))
-    assert spaced_patches(576, int(576 * share) + len(theirs)).tolist() == theirs
+    spaced = list(range(step // 2, 575, step))
+    assert spaced_patches(576, int(576 * share) + len(spaced)).tolist() == spaced
 
 
 def test_a_patch_that_is_kept_twice_costs_another():
@@ -254,10 +254,14 @@ def test_a_fixed_budget_needs_no_values():
 
 def test_its_weights_are_llavas():
     model = tiny()
-    theirs = {f"model.mm_projector.{k}": torch.randn_like(v) for k, v in model.mlp.state_dict().items()}
-    model.load_state_dict(from_reference(theirs, PruMerge.state_dict_map, PruMerge.prefix))
+    reference_state = {
+        f"model.mm_projector.{k}": torch.randn_like(v) for k, v in model.mlp.state_dict().items()
+    }
+    model.load_state_dict(from_reference(reference_state, PruMerge.state_dict_map, PruMerge.prefix))
     back = to_reference(model.state_dict(), PruMerge.state_dict_map, PruMerge.prefix)
-    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+    assert back.keys() == reference_state.keys() and all(
+        torch.equal(back[k], reference_state[k]) for k in reference_state
+    )
     with torch.device("meta"):
         for cls in (PruMerge, MLP):
             assert sum(p.numel() for p in cls().parameters()) == 20_979_712

@@ -35,10 +35,10 @@ def test_what_follows_the_resampler():
     state = {k: v for k, v in module.state_dict().items() if not k.startswith(("ln_post", "out_proj"))}
     bare.load_state_dict(state)
     assert_close(module(features()), module.out_proj(module.ln_post(bare(features()))))
-    theirs = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
+    reference_state = to_reference(module.state_dict(), module.state_dict_map, module.prefix)
     inner = ("ln_post.weight", "proj", "attn_pool.attn.in_proj_weight")
-    assert {f"transformer.visual.{key}" for key in inner} <= set(theirs)
-    assert_close(theirs["transformer.visual.proj"], module.out_proj.weight.T, rtol=0, atol=0)
+    assert {f"transformer.visual.{key}" for key in inner} <= set(reference_state)
+    assert_close(reference_state["transformer.visual.proj"], module.out_proj.weight.T, rtol=0, atol=0)
 
 
 def test_the_square_matrix_of_an_earlier_version_is_transposed():

@@ -97,7 +97,7 @@ def text_of(ids):
     return " ".join(map(word, ids))
 
 
-def blank_images(n):
+def dummy_images(n):
     return [Image.new("RGB", (8, 8))] * n
 
 
@@ -153,7 +153,7 @@ def encode(folder, case):
     rows = stored_rows(folder, case)
     max_length = case["config"].get("tokenizer_model_max_length")
     return make_processor(folder)(
-        images=blank_images(len(named_images(rows))),
+        images=dummy_images(len(named_images(rows))),
         text=[text_of(row) for row in rows],
         max_length=max_length,
     )
@@ -280,6 +280,6 @@ def test_an_image_that_no_text_names_is_refused(inexpressible_case):
     folder, _, case = inexpressible_case
     texts = [text_of(row) for row in stored_rows(folder, case)]
     with pytest.raises(ValueError, match=r"name 2 image\(s\) .* 3 were given"):
-        make_processor(folder)(images=blank_images(case["images"]), text=texts)
+        make_processor(folder)(images=dummy_images(case["images"]), text=texts)
     with pytest.raises(ValueError, match="image placeholders per row"):
         embed(folder, encode(folder, case), tensors(folder, NAME)["in.image_features"])

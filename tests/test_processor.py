@@ -11,7 +11,14 @@ from PIL import Image
 from tiny_vlm import IMAGE, byte_tokenizer, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
-from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+    Siglip2ImageProcessorPil,
+)
 
 from delta_llava.processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor, as_messages, build_processor
 
@@ -72,8 +79,8 @@ def first_learned(row):
 @pytest.mark.parametrize("template,name", [(t, n) for t, prompts in PROMPTS.items() for n in prompts])
 def test_renderings_are_llavas(template, name):
     conversation = CONVERSATIONS[name]
-    asks = template != "plain" and conversation[-1]["role"] == "user"
-    prompt = make_processor(template).build_prompt(conversation, add_generation_prompt=asks)
+    add_prompt = template != "plain" and conversation[-1]["role"] == "user"
+    prompt = make_processor(template).build_prompt(conversation, add_generation_prompt=add_prompt)
     assert prompt == PROMPTS[template][name]
 
 
@@ -503,3 +510,19 @@ def test_answers_are_learned_with_a_tokenizer_like_llamas(llama, template):
     assert "cat" not in tokenizer.decode(others, skip_special_tokens=True)
     prompt = processor(make_image(), processor.build_prompt("What is it?")).input_ids[0].tolist()
     assert ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    "image_processor,shape",
+    [
+        (Siglip2ImageProcessorPil(max_num_patches=64), r"\[64, 768\]"),  # NaFlex: patches of any aspect ratio
+        (Qwen2VLImageProcessorPil(), r"\[1176\]"),
+        (CLIPImageProcessorPil(crop_size=dict(height=224, width=112)), r"\[3, 224, 112\]"),
+    ],
+    ids=["naflex", "qwen-vl", "not square"],
+)
+def test_processors_without_square_images_are_refused(image_processor, shape):
+    processor = make_processor()
+    processor.image_processor = image_processor
+    with pytest.raises(ValueError, match=f"pixel_values of shape {shape}.*square grid.*image_processor_for"):
+        processor(images=[make_image()], text="<image>")

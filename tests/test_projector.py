@@ -506,6 +506,14 @@ def test_rectangular_grids_are_refused_by_name(shape):
     patches = torch.randn(1, rows * columns, 8)
     with pytest.raises(ValueError, match=f"the grid has {rows}×{columns} patches; compressors need a square"):
         VisionFeatures.of(patches, grid=shape)
+    with pytest.raises(ValueError, match=f"the grid has {rows}×{columns} patches; compressors need a square"):
+        unchecked = object.__new__(VisionFeatures)  # without the type checker of these tests
+        object.__setattr__(unchecked, "grid", shape)
+        unchecked.__post_init__()
+    with pytest.raises(
+        ValueError, match=r"768 tokens form no square grid.*\(NaFlex, Qwen-VL\) are not supported"
+    ):
+        DeltaProjector(SMALL)(torch.randn(1, 24 * 32, SMALL.d_levels))
     with pytest.raises(ValueError, match="768 tokens form no square grid.*square images"):
         to_windows(torch.randn(1, 24 * 32, 8), 4)
 

@@ -115,8 +115,8 @@ def test_trained_model_answers(runs):
     model, processor = load(folder)
     assert not model.training
     answerer, image = Answerer(model, processor), open_image(run["image"])
-    said = answerer.answer(image, QUESTION, max_new_tokens=24)
-    assert said == run["example"] == answerer.answer(image, QUESTION, tokens=16, max_new_tokens=24)
+    answer = answerer.answer(image, QUESTION, max_new_tokens=24)
+    assert answer == run["example"] == answerer.answer(image, QUESTION, tokens=16, max_new_tokens=24)
     assert isinstance(answerer.answer(image, "What color is it?", tokens=4, max_new_tokens=3), str)
 
 
@@ -125,8 +125,8 @@ def test_model_card_tells_how_to_load_it(runs):
     (folder, _), _ = runs
     scope = dict(folder=folder)
     exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1], scope)
-    ours, theirs = (m.multi_modal_projector.state_dict() for m in (load(folder)[0], scope["model"]))
-    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+    loaded, trained = (m.multi_modal_projector.state_dict() for m in (load(folder)[0], scope["model"]))
+    assert loaded.keys() == trained.keys() and all(loaded[k].equal(trained[k]) for k in loaded)
 
 
 @pytest.mark.slow

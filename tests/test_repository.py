@@ -64,7 +64,7 @@ def is_exported(cell):
 
 
 def texts(path):
-    "Every piece of text a notebook holds, pictures left out."
+    "Every piece of text a notebook holds, images left out."
     for cell in cells(path):
         yield source(cell)
         for output in cell.get("outputs", []):
@@ -267,6 +267,50 @@ def test_the_projector_imports_little():
         ).stdout.strip()
         == "[]"
     )
+
+
+# Names
+
+FORMER_NAMES = set(
+    "hear heard ears _listen _step_in survivors dropping far near places Matrix silent dead blank "
+    "blank_images another ask asks asked said told seen mine theirs talk taps naming shuffled erase "
+    "point_at_things claim_folder least_seconds Laps outer calibrate calibrated".split()
+)
+OLD_RECORDS = {"29_runs.ipynb", "test_runs.py", "test_paper_tables.py"}  # read records of earlier versions
+FORMER_LABELS = re.compile(r"\bfig-(?:taps|packer-taps|quecc-heard|calibration|pictures)\b")
+NAMED = [
+    *NOTEBOOKS,
+    *(path for folder in ("delta_llava", "tests", "tools") for path in ROOT.glob(f"{folder}/**/*.py")),
+]
+
+
+def identifiers(tree):
+    "Names of variables, parameters, functions and classes."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+
+
+def code_of(path):
+    "The Python code of a file, or of each code cell without its magics."
+    if path.suffix == ".py":
+        return [path.read_text(encoding="utf-8")]
+    return [re.sub(r"^%.*$", "", source(c), flags=re.M) for c in cells(path) if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_former_names_are_gone(path):
+    "Names that readers of LLaVA, timm and transformers would not recognize were replaced by the field's."
+    texts_of_code = code_of(path)
+    found = {name for text in texts_of_code for name in identifiers(ast.parse(text))} & FORMER_NAMES
+    assert not found or path.name in OLD_RECORDS, f"former names: {sorted(found)}"
+    if path != Path(__file__):
+        labels = [label for text in texts_of_code for label in FORMER_LABELS.findall(text)]
+        assert not labels, f"former labels: {labels}"
 
 
 # README, sidebar, records

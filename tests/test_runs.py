@@ -72,7 +72,7 @@ def test_the_commit_of_an_enclosing_repository_is_not_taken(tmp_path, monkeypatc
     git(tmp_path, "init", "-q")
     (tmp_path / "project.py").write_text("")
     git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-qm", "theirs")
+    git(tmp_path, "commit", "-qm", "second")
     for folder in (tmp_path / ".venv" / "site-packages" / "delta_llava", tmp_path / "delta_llava"):
         assert commit(make_package(folder)) == "not in a repository"
     monkeypatch.setenv("DELTA_LLAVA_COMMIT", "abc")
@@ -143,8 +143,8 @@ def test_old_scores_and_settings_keep_their_values():
         energy="energy",
         p="p",
     )
-    for theirs, ours in pairs.items():
-        assert after[ours] == before[theirs]
+    for reference, ours in pairs.items():
+        assert after[ours] == before[reference]
 
 
 # ---------------------------------------------------------------- run folders

@@ -286,14 +286,14 @@ def test_one_projector_by_two_paths_is_one_and_another_one_is_not(parts, tmp_pat
         run_stage(replace(two, tower=str(other)))
 
 
-def test_a_resumed_run_saves_as_often_as_it_is_told_now(parts, tmp_path):
+def test_a_resumed_run_saves_as_often_as_its_new_settings_say(parts, tmp_path):
     stop_at(stage("pretrain", parts, tmp_path, save_steps=4), 4)
     run = json.loads(run_stage(stage("pretrain", parts, tmp_path, save_steps=1)).read_text())
     assert run["resumed"] and run["settings"]["save_steps"] == 1
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
-def test_the_second_stage_takes_the_projector_it_is_told(parts, tmp_path):
+def test_the_second_stage_takes_the_projector_of_its_settings(parts, tmp_path):
     run_stage(stage("pretrain", parts, tmp_path / "packer", compressor="tokenpacker", max_steps=2))
     run_stage(stage("pretrain", parts, tmp_path / "one", max_steps=2))
     others = (

@@ -187,7 +187,7 @@ def test_a_checkpoint_counts_only_with_every_file_at_its_size(tmp_path, damage):
 def test_complete_is_written_after_all_processes_have_saved(tmp_path, monkeypatch):
     "The barrier lies between the last file of a checkpoint and its marker."
     rows, model = tiny_rows(), tiny_model()
-    seen = []
+    saved_files = []
     save = StageTrainer._save_checkpoint
 
     def watched(self, *args):
@@ -196,7 +196,9 @@ def test_complete_is_written_after_all_processes_have_saved(tmp_path, monkeypatc
 
         def barrier():
             names = {p.name for p in folder.iterdir()}
-            seen.append(("projector.safetensors" in names and "rng_state.pth" in names, COMPLETE in names))
+            saved_files.append(
+                ("projector.safetensors" in names and "rng_state.pth" in names, COMPLETE in names)
+            )
             wait()
 
         monkeypatch.setattr(self.accelerator, "wait_for_everyone", barrier)
@@ -205,7 +207,7 @@ def test_complete_is_written_after_all_processes_have_saved(tmp_path, monkeypatc
 
     monkeypatch.setattr(StageTrainer, "_save_checkpoint", watched)
     train_stage(model, rows, tiny_collator(rows), tiny_arguments(tmp_path, max_steps=2))
-    assert seen[-1] == (True, False) and (tmp_path / "checkpoint-2" / COMPLETE).exists()
+    assert saved_files[-1] == (True, False) and (tmp_path / "checkpoint-2" / COMPLETE).exists()
 
 
 SCRIPT = """
@@ -370,11 +372,11 @@ class Budgets(TrainerCallback):
 @pytest.mark.parametrize("batch_size", [4, 2, 1])
 def test_the_passes_of_a_step_share_its_budget_however_it_is_split(tmp_path, batch_size):
     rows, model = tiny_rows(), tiny_model()
-    seen = Budgets(model)
+    recorder = Budgets(model)
     arguments = tiny_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=4 // batch_size)
-    train_stage(model, rows, tiny_collator(rows), arguments, callbacks=[seen])
+    train_stage(model, rows, tiny_collator(rows), arguments, callbacks=[recorder])
     expected = {step: [draw_budget((1, 4), 0, step)] * (4 // batch_size) for step in range(6)}
-    assert seen.passes == expected and len(set(map(tuple, expected.values()))) == 2
+    assert recorder.passes == expected and len(set(map(tuple, expected.values()))) == 2
 
 
 def test_only_the_projector_learns(tmp_path):

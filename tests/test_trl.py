@@ -129,12 +129,12 @@ def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
         for r in rows
     ]
     ours = Collator(processor=processor)(rows)
-    theirs = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(
+    trl_batch = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(
         processor, completion_only_loss=True
     )(examples)
-    assert theirs["pixel_values"].equal(ours["pixel_values"])
+    assert trl_batch["pixel_values"].equal(ours["pixel_values"])
     for i, (here, there) in enumerate(
-        zip(ours["attention_mask"].bool(), theirs["attention_mask"].bool(), strict=True)
+        zip(ours["attention_mask"].bool(), trl_batch["attention_mask"].bool(), strict=True)
     ):
         for key in ("input_ids", "labels"):
-            assert theirs[key][i][there].equal(ours[key][i][here])
+            assert trl_batch[key][i][there].equal(ours[key][i][here])

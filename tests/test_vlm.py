@@ -187,16 +187,16 @@ def test_trainer_resumes_to_the_same_bits(tmp_path):
 def test_llava_checkpoint_brings_tower_and_llm(original, tmp_path):
     torch.manual_seed(3)
     ours = vlm_config()
-    theirs = LlavaForConditionalGeneration(
+    llava_hf = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=TOWERS["clip_b32_224"][1](), text_config=llm_config(), image_token_index=IMAGE
         )
     )
-    theirs.save_pretrained(tmp_path, save_original_format=original)
+    llava_hf.save_pretrained(tmp_path, save_original_format=original)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, config=ours)
-    assert same_weights(model.get_decoder(), theirs.model.language_model)
-    assert torch.equal(model.get_output_embeddings().weight, theirs.lm_head.weight)
-    tower = theirs.model.vision_tower.state_dict()
+    assert same_weights(model.get_decoder(), llava_hf.model.language_model)
+    assert torch.equal(model.get_output_embeddings().weight, llava_hf.lm_head.weight)
+    tower = llava_hf.model.vision_tower.state_dict()
     assert all(torch.equal(v, tower[k]) for k, v in model.vision_tower.state_dict().items())
     for name, p in projector_of(model).named_parameters():  # fresh, and not what the memory held
         assert p.isfinite().all() and p.abs().max() < 5, name
@@ -243,9 +243,9 @@ def test_unknown_projector_weights_are_an_error(tmp_path):
 
 
 def test_visual_tokens_take_their_places():
-    model, seen = tiny(), []
+    model, captured = tiny(), []
     hook = model.get_decoder().register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        lambda m, args, kwargs: captured.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     ids = torch.cat([prompt(4), prompt(4, before=(80, 81))])
     pixels = images(n=2)
@@ -255,7 +255,7 @@ def test_visual_tokens_take_their_places():
     expected[:, 2:6] = projector_of(model)(
         vision_features(model.vision_tower, pixels, projector_config().levels), tokens=4
     )
-    assert_close(seen[0], expected)
+    assert_close(captured[0], expected)
 
 
 def test_two_images_in_one_row_and_none_in_the_next():
@@ -299,8 +299,8 @@ def test_the_tower_never_trains():
     assert model.training and projector_of(model).training and not any(m.training for m in tower.modules())
     model(prompt(4), images().requires_grad_(), tokens=4, labels=prompt(4)).loss.backward()
     assert all(p.grad is None for p in tower.parameters())
-    silent = {n for n, p in projector_of(model).named_parameters() if p.grad is None}
-    assert not silent
+    without_grad = {n for n, p in projector_of(model).named_parameters() if p.grad is None}
+    assert not without_grad
 
 
 def test_mixed_precision_of_parts():
@@ -497,19 +497,22 @@ def test_real_parts_keep_their_knowledge(tmp_path):
             ]
         )
 
-    def ask(text):
+    def prompt_for(text):
         return processor.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True)
 
     assert answer(model, "The capital of France is").startswith(" Paris.")
-    assert answer(model, ask("What is the capital of France?")) == "The capital of France is Paris.<|im_end|>"
-    seen = ask("<image>\nWhat is the capital of France?")
+    assert (
+        answer(model, prompt_for("What is the capital of France?"))
+        == "The capital of France is Paris.<|im_end|>"
+    )
+    image_prompt = prompt_for("<image>\nWhat is the capital of France?")
     photo = Image.linear_gradient("L")
-    said = answer(model, seen, photo, tokens=4)
-    assert said.endswith("Paris.<|im_end|>")
+    answer_text = answer(model, image_prompt, photo, tokens=4)
+    assert answer_text.endswith("Paris.<|im_end|>")
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert same_weights(again, model)
-    assert answer(again, seen, photo, tokens=4) == said
+    assert answer(again, image_prompt, photo, tokens=4) == answer_text
 
 
 def test_parts_that_do_not_fit():

@@ -60,11 +60,11 @@ def inputs(model, rows=((72, 105), (65, 66, 67, 68)), seed=1):
         pixel_values=images(TOWER, len(rows), seed),
     )
     if "text" in model.multi_modal_projector.requires:
-        asked = [[5, *row] for row in rows]
-        q = max(map(len, asked))
+        questions = [[5, *row] for row in rows]
+        q = max(map(len, questions))
         batch |= dict(
-            question_ids=torch.tensor([[257] * (q - len(a)) + a for a in asked]),
-            question_mask=torch.tensor([[0] * (q - len(a)) + [1] * len(a) for a in asked]),
+            question_ids=torch.tensor([[257] * (q - len(a)) + a for a in questions]),
+            question_mask=torch.tensor([[0] * (q - len(a)) + [1] * len(a) for a in questions]),
         )
     return batch
 
@@ -152,19 +152,19 @@ def test_the_question_changes_what_quecc_sees():
 
 
 def test_fastv_drops_what_the_budget_says():
-    model, seen = tiny("fastv"), []
+    model, layer_lengths = tiny("fastv"), []
     batch = inputs(model)
     hook = (
         model.get_decoder()
         .layers[3]
-        .register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        .register_forward_pre_hook(lambda module, args: layer_lengths.append(args[0].shape[1]))
     )
     with torch.no_grad():
         for tokens in (144, 9, 1):
             model(**batch, tokens=tokens)
     hook.remove()
     rows = batch["input_ids"].shape[1]
-    assert seen == [rows, rows - 135, rows - 143]
+    assert layer_lengths == [rows, rows - 135, rows - 143]
     features = vision_features(model.vision_tower, batch["pixel_values"], model.config.vision_feature_layer)
     ready = dict(mm_encoder_outputs={"image": model.get_image_features(vision_features=features)})
     words = {k: x for k, x in batch.items() if k != "pixel_values"}
@@ -290,14 +290,14 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
             for f in images["features"]
         ]
     found = {}
-    for packed in (False, True):
-        if packed and name == "fastv":
+    for packing in (False, True):
+        if packing and name == "fastv":
             break
-        batch = Collator(processor=processor, packing=packed, **images)(rows)
+        batch = Collator(processor=processor, packing=packing, **images)(rows)
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
-        found[packed] = (
+        found[packing] = (
             len(batch["input_ids"]),
             out.loss,
             torch.cat(

@@ -51,21 +51,21 @@ TOWERS = {  # preset, its tower at small width, side of the images in px
 }
 
 
+LLM_SIZES = dict(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=256,
+    eos_token_id=257,
+    pad_token_id=257,
+)
+
+
 def llm_config(**kwargs):
-    return LlamaConfig(
-        **dict(
-            vocab_size=264,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=256,
-            eos_token_id=257,
-            pad_token_id=257,
-        )
-        | kwargs
-    )
+    return LlamaConfig(**LLM_SIZES | kwargs)
 
 
 def projector_config(name="clip_b32_224", **kwargs):

@@ -584,7 +584,7 @@ def hf_config(
     vision = tower or config.vision_config
     text = config.text_config
     level = config.projector_config().levels[-1]
-    theirs = LlavaConfig(
+    exported = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_index=config.image_token_id,
@@ -595,7 +595,7 @@ def hf_config(
         tie_word_embeddings=text.tie_word_embeddings,
         dtype=config.dtype,
     )
-    return theirs.to_diff_dict() | dict(architectures=["LlavaForConditionalGeneration"])
+    return exported.to_diff_dict() | dict(architectures=["LlavaForConditionalGeneration"])
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #13df0d7d
 def _exported_projector(
@@ -648,11 +648,11 @@ def export_model(
     if to == "authors":
         path = source.folder / "authors_config.json"
         own = read_json(path, dict) if path.exists() else {}
-        theirs = authors_config(config, own, tower, extra, vocab_size)
+        exported = authors_config(config, own, tower, extra, vocab_size)
     else:
-        theirs = hf_config(config, None if tower is None else tower_config(tower))
+        exported = hf_config(config, None if tower is None else tower_config(tower))
         out |= {} if tower is None else _unused_blocks(tower, out)
-    return theirs, out, [f"row {last} of the vocabulary, which is <image>"] if drop_image else []
+    return exported, out, [f"row {last} of the vocabulary, which is <image>"] if drop_image else []
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #583e2612
 @dataclass

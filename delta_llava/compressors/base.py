@@ -26,7 +26,7 @@ def feature_statistics(
     batch_size: int = 64,  # Images in memory at a time
     device: torch.device | str = "cpu",  # Where to compute
 ) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:  # Mean and standard deviation, in float64
-    "Mean and standard deviation of each channel over all patches; 1 is given for a constant channel."
+    "Mean and standard deviation of each channel over all patches (@eq-statistics); 1 if it is constant."
     n = 0
     total = torch.zeros((), dtype=torch.double)
     squares = torch.zeros((), dtype=torch.double)
@@ -38,7 +38,8 @@ def feature_statistics(
     if n < 2:
         raise ValueError(f"statistics need at least two patches, and there are {n}; give more images.")
     mean = total / n
-    std = ((squares - total * mean) / (n - 1)).clamp_min(0).sqrt()
+    variance = (squares - total * mean) / (n - 1)  # total · mean is n·μ²
+    std = variance.clamp_min(0).sqrt()  # rounding errors can be negative
     is_constant = std <= 1e-6 * mean.abs().clamp_min(1)  # less than float32 resolves
     return mean, std.masked_fill(is_constant, 1)
 
@@ -52,7 +53,7 @@ class Compressor(nn.Module):
     spatial = True  # Whether its tokens are a grid over the image, row by row
     nested = False  # Whether a training step averages the losses of all its budgets
     state_dict_map: dict[str, str] = {}  # Prefix of our names -> prefix of the reference's
-    prefix = ""  # Prefix of the whole module in the reference's checkpoint
+    prefix = ""  # Prefix of the whole module in the reference's checkpoint, such as `"model.mm_projector."`
     legacy_state_dict_map: dict[str, str] = {}  # Our name -> the name in checkpoints of older versions
 
     def __init__(
@@ -83,7 +84,7 @@ class Compressor(nn.Module):
         return config
 
     def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
-        "Layers that read the patch tokens, and the layer that gives the visual tokens: see closed-form init."
+        "Layers that read the patch tokens, and the layer that outputs the visual tokens (closed-form init)."
         raise NotImplementedError(
             f"{type(self).__name__} does not define input_output_layers, which closed-form init sets."
         )
@@ -164,12 +165,19 @@ def compressor_config(
 ) -> CompressorConfig:  # Of the compressor's own class
     "The config of one compressor with the sizes of another's."
     Config = compressor_class(name).Config
+    if not isinstance(like, CompressorConfig):
+        raise ValueError(
+            f"like={like!r} must be the config of a compressor, such as clip_l14_336() or projector.config."
+        )
     options = split_variant(name)[1] | options
     common = Config if isinstance(like, Config) else CompressorConfig
     shared = {f.name: getattr(like, f.name) for f in dataclass_fields(common)}
     known = {f.name for f in dataclass_fields(Config)}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"{unknown} are no settings of {name!r}; its own are {sorted(known - set(shared))}.")
+        raise ValueError(
+            f"{unknown} are not settings of {name!r}; besides {sorted(shared)} it has "
+            f"{sorted(known - set(shared))}."
+        )
     return Config(**shared | options)
 
 
@@ -191,14 +199,14 @@ def build_compressor(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
     config: CompressorConfig | dict,  # Its own config, or what that config's `to_dict` gave
 ) -> Compressor:  # With its reference's initialization
-    "A compressor by name."
+    "A new compressor by name."
     cls = compressor_class(name)
     if isinstance(config, dict):
         return cls(config_from_dict(name, config))
     if not isinstance(config, cls.Config):
         raise ValueError(
             f"{name!r} needs a {cls.Config.__name__}, not a {type(config).__name__}; make it with "
-            f"compressor_config({name!r}, like=...)."
+            f"compressor_config({name!r}, like=...), where like is a config with the same sizes."
         )
     config_from_dict(name, config.to_dict())  # an error if the config contradicts a variant's name
     return cls(config)
@@ -215,6 +223,23 @@ def compressor_name(
     raise ValueError(f"{cls.__name__} is not in the registry; add it with register_compressor(name, cls).")
 
 # %% ../../nbs/05_compressor.ipynb #3ca32309
+def _check_registration(name, cls, cost):
+    "Errors for arguments of `register_compressor` that are of the wrong kind."
+    if not (isinstance(cls, type) and issubclass(cls, Compressor)):
+        raise ValueError(
+            f"cls={cls!r} must be a subclass of Compressor: register_compressor('name', MyClass)."
+        )
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name={name!r} must be a text that is not empty, such as 'my-compressor'.")
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, CompressorConfig)):
+        raise ValueError(
+            f"{cls.__name__}.Config={cls.Config!r} must be a subclass of CompressorConfig (the class itself, "
+            "not a config)."
+        )
+    if cost is not None and not callable(cost):
+        raise ValueError(f"cost={cost!r} must be a function (config, patches, tokens) -> FLOPs of each part.")
+
+
 def register_compressor(
     name: str,  # Name to build it by
     cls: type[Compressor],  # The class; its `Config` is the class of its config
@@ -222,12 +247,9 @@ def register_compressor(
     cost: CostFormula | None = None,  # FLOPs of one image, part by part; FLOPs and roofline need it
     exist_ok: bool = False,  # Replace a compressor that has this name
 ) -> type[Compressor]:  # `cls`
-    "Make a compressor known by a name."
-    if not (isinstance(cls, type) and issubclass(cls, Compressor)):
-        raise ValueError(f"cls={cls!r} must be a subclass of Compressor.")
-    if not issubclass(cls.Config, CompressorConfig):
-        raise ValueError(f"{cls.__name__}.Config={cls.Config!r} must be a subclass of CompressorConfig.")
-    if name in VARIANTS or name in COMPRESSORS and not exist_ok:
+    "Add a compressor to the registry under a name."
+    _check_registration(name, cls, cost)
+    if name in VARIANTS or (name in COMPRESSORS and not exist_ok):
         raise ValueError(
             f"name={name!r} is taken; use another one, or exist_ok=True to replace a compressor (a variant "
             "cannot be replaced)."
@@ -276,8 +298,10 @@ def from_reference(
     prefix: str = "",  # Prefix of the whole module in the reference's checkpoint, removed if it is there
 ) -> dict[str, Tensor]:  # The same tensors by our names
     "A reference's state by our names."
-    prefixes = {theirs: ours for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
-    transposed = {theirs[:-2]: ours for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
+    prefixes = {reference: ours for ours, reference in state_dict_map.items() if not reference.endswith(".T")}
+    transposed = {
+        reference[:-2]: ours for ours, reference in state_dict_map.items() if reference.endswith(".T")
+    }
     return _rename({key.removeprefix(prefix): v for key, v in state.items()}, prefixes, transposed)
 
 
@@ -287,8 +311,10 @@ def to_reference(
     prefix: str = "",  # Prefix of the whole module in the reference's checkpoint
 ) -> dict[str, Tensor]:  # The same tensors by the reference's names
     "The inverse of `from_reference`."
-    prefixes = {ours: theirs for ours, theirs in state_dict_map.items() if not theirs.endswith(".T")}
-    transposed = {ours: theirs[:-2] for ours, theirs in state_dict_map.items() if theirs.endswith(".T")}
+    prefixes = {ours: reference for ours, reference in state_dict_map.items() if not reference.endswith(".T")}
+    transposed = {
+        ours: reference[:-2] for ours, reference in state_dict_map.items() if reference.endswith(".T")
+    }
     return {prefix + key: v for key, v in _rename(state, prefixes, transposed).items()}
 
 # %% ../../nbs/05_compressor.ipynb #2a063e19
@@ -299,7 +325,7 @@ def input_attribution(
     token_indices: Sequence[int] | None = None,  # Which visual tokens; `None` takes all
     **kwargs,  # To the compressor, such as `text`
 ) -> Float[Tensor, "v n"]:  # Share of each patch in each token, rows sum to 1
-    "Dependence of each visual token on each patch: norm of the gradient, averaged over the images."
+    "Dependence of each visual token on each patch: @eq-attribution."
     x = features.detach().requires_grad_()
     shares = []
     with torch.enable_grad():

@@ -36,15 +36,8 @@ class MQTConfig(CompressorConfig):
                 "the queries have positions on a square grid."
             )
         super().__post_init__()
-        if self.d_vision % self.heads:
-            divisors = [h for h in range(1, 33) if self.d_vision % h == 0]
-            raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}."
-            )
-        if self.d_vision % 4:
-            raise ValueError(
-                f"d_vision={self.d_vision} must be a multiple of 4: sine and cosine of row and column."
-            )
+        self._check_heads(self.heads)
+        self._check_sincos()
 
     def budgets(self, grid: int) -> list[int]:
         "Every number of queries, on any grid."

@@ -35,17 +35,10 @@ class QwenConfig(CompressorConfig):
                 f"tokens={self.tokens} must be a square, such as {g * g} or {(g + 1) ** 2}: "
                 "Qwen's queries have positions on a square grid."
             )
-        if self.d_llm % 4:
-            raise ValueError(
-                f"d_llm={self.d_llm} must be a multiple of 4: sine and cosine of row and column."
-            )
+        self._check_sincos("d_llm")
         if self.heads is not None:
             self._check_positive("heads")
-            if self.d_llm % self.heads:
-                divisors = [h for h in range(1, 65) if self.d_llm % h == 0]
-                raise ValueError(
-                    f"heads={self.heads} must divide d_llm={self.d_llm}; use one of {divisors}, or None."
-                )
+            self._check_heads(self.heads, "d_llm", most=64, also=", or None")
 
     def budgets(self, grid: int) -> list[int]:
         "The number of queries, on any grid."

@@ -36,11 +36,7 @@ class TokenPackerConfig(CompressorConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_positive("heads")
-        if self.d_vision % self.heads:
-            divisors = [h for h in range(1, 33) if self.d_vision % h == 0]
-            raise ValueError(
-                f"heads={self.heads} must divide d_vision={self.d_vision}; use one of {divisors}."
-            )
+        self._check_heads(self.heads)
 
 # %% ../../nbs/13_tokenpacker.ipynb #7bc856c0
 class TokenPacker(Compressor):

@@ -460,6 +460,8 @@ class Launch:
     per_device_batch_size: int | None = None  # Rows in one pass of one process; without it the paper's
     sharding: Literal["none", "fsdp2", "zero3"] | None = None  # Of weights; without it the stage's own
     lora_rank: int | None = None  # Rank of low-rank updates of the LLM; without it the LLM itself
+    checkpoint_above: int | None = None  # Recompute activations above so many tokens; without it, what fits
+    torch_compile: bool | None = None  # Compile the LLM's layers; without it they are eager
     gpus: int = 8  # In one node
     nodes: int = 1  # Machines
     memory: float = 80.0  # Of one GPU, GB
@@ -468,8 +470,16 @@ class Launch:
 
     def __call__(self):
         stage = self.stage_settings()
-        from delta_llava.launch import ROWS, estimate, estimate_report, torchrun_cmd, write_launch
+        from delta_llava.launch import (
+            ROWS,
+            estimate,
+            estimate_report,
+            plan_checkpointing,
+            torchrun_cmd,
+            write_launch,
+        )
 
+        stage = plan_checkpointing(stage, self.gpus, self.nodes, self.memory * 1e9)
         rows = ROWS[self.stage]
         if self.text is not None:
             rows = replace(rows, text=self.text, answer=min(rows.answer, self.text))

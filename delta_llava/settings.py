@@ -63,6 +63,8 @@ class StageSettings:
     seed: int = 42  # Of the projector's weights, the order of the rows, DropPath and drawn budgets
     bf16: bool = True  # Compute in bfloat16; what is trained stays in float32
     gradient_checkpointing: bool = True  # Recompute activations of the LLM instead of keeping them
+    checkpoint_above: int | None = None  # Only in passes of more tokens, rows × length; None is in all
+    torch_compile: bool = False  # Compile the LLM's layers; rows are padded to a multiple of 64 tokens
     packing: bool = False  # Rows share sequences instead of being padded
     group_by_length: bool = False  # Rows of similar length in one step
     lora_rank: int = 0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
@@ -96,6 +98,10 @@ def _check_numbers(
     if stage.statistics_images < 0:
         raise ValueError(
             f"statistics_images={stage.statistics_images} must be a number of images, or 0 for all."
+        )
+    if stage.checkpoint_above is not None and stage.checkpoint_above < 0:
+        raise ValueError(
+            f"checkpoint_above={stage.checkpoint_above} must not be negative; 0 and None are every pass."
         )
     size = stage.per_device_batch_size
     if size is not None and (size < 1 or stage.batch_size % size):
@@ -142,6 +148,11 @@ def _check_combinations(
         raise ValueError(
             f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
             f"row by row; take packing=False."
+        )
+    if stage.torch_compile and (stage.sharding != "none" or _prunes_in_decoder(stage.compressor)):
+        raise ValueError(
+            f"torch_compile=True with sharding={stage.sharding!r} and compressor={stage.compressor!r}: only "
+            f"whole layers that keep all tokens are compiled; take torch_compile=False."
         )
     if stage.projector is not None and stage.closed_form_init:
         raise ValueError(

@@ -28,6 +28,7 @@ from .collator import Collator, encode_row
 from .compressors.base import compressor_class
 from .config import CompressorConfig
 from .files import file_sha256, read_json
+from .passes import Passes
 from .processor import DeltaLlavaProcessor, build_pretrained
 from delta_llava.runs import (
     RUN_FILE,
@@ -294,6 +295,8 @@ FREE_SETTINGS = {  # where and how, not what is learned
     "per_device_batch_size",
     "cache_features",
     "gradient_checkpointing",
+    "checkpoint_above",
+    "torch_compile",
     "attn_implementation",
     "num_workers",
     "save_steps",
@@ -491,6 +494,7 @@ def _train(
     plan = freeze(model, stage.stage, stage.lora_rank, stage.lora_dropout)
     if args.process_index == 0:
         _log_plan(plan)
+    passes = Passes(model, stage)
     log = train_stage(
         model,
         rows,
@@ -506,6 +510,7 @@ def _train(
         max_minutes=stage.max_minutes,
         keep_lora=stage.keep_lora,
     )
+    passes.remove()
     return model, processor, log, plan
 
 # %% ../nbs/31b_train.ipynb #7e8d1d17

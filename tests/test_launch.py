@@ -16,6 +16,7 @@ import tyro
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, TrainingArguments
@@ -34,6 +35,7 @@ from delta_llava.launch import (
     disk_bytes,
     estimate,
     estimate_report,
+    fitting_tokens,
     gathered_bytes,
     llm_flops,
     measured_utilization,
@@ -41,6 +43,8 @@ from delta_llava.launch import (
     meta_model,
     paper_table,
     parameter_counts,
+    plan_checkpointing,
+    recomputes,
     row_flops,
     slurm_script,
     state_bytes,
@@ -282,6 +286,28 @@ def test_bytes_of_a_block_are_exact(learns, dtype, element, heads):
     assert two - one == 64 * block_bytes(config, learns, element)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_bytes_of_a_block_with_low_rank_updates(dropout, heads):
+    "Inputs of the updates are counted; their inner products, of `rank` channels, are not."
+    rank = 2
+
+    def kept(layers):
+        sizes = dict(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=layers)
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=heads, **sizes)
+        model = LlamaModel(config)
+        updates = LoraConfig(r=rank, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(model, updates).train()
+        with SavedBytes(model) as saved:
+            model(inputs_embeds=torch.randn(2, 32, 64, requires_grad=True), use_cache=False)
+        return saved.total, config
+
+    (two, config), (one, _) = kept(2), kept(1)
+    mask = 3 * (5 * 64 + 64 + 160) if dropout else 0  # four bytes on a CPU, one on a GPU
+    expected = 64 * (block_bytes(config, False, 4, dropout) + mask + 7 * rank * 4)
+    assert two - one == expected
+
+
 def test_logits_are_at_least_what_the_loss_keeps_and_grow_with_the_rows(one, full):
     head = nn.Linear(64, 5000, bias=False).requires_grad_(False)
     hidden = torch.randn(2, 33, 64, requires_grad=True)
@@ -405,6 +431,7 @@ def test_the_plan_takes_the_share_of_the_most_similar_steps(tmp_path, one, two):
         small=dict(rows=8, flops=1e14),
         few=dict(tokens=16, flops=2e14),
         compiled=dict(compiled=True, flops=9e14),
+        compiled_few=dict(compiled=True, tokens=4, flops=8e14),
         cut=dict(stage="finetune", layers=16, flops=9e14),
         lora=dict(stage="finetune", lora_rank=8, rows=16, flops=3e14),
         failed=dict(seconds=[0.0]) | dict(error="x"),
@@ -417,6 +444,10 @@ def test_the_plan_takes_the_share_of_the_most_similar_steps(tmp_path, one, two):
     assert measured_utilization(replace(one, tokens=9), record)[1] == (2e14 / peak, 2e14 / peak)
     assert measured_utilization(replace(one, per_device_batch_size=4), record)[1][0] == 1e14 / peak
     assert measured_utilization(two, record) is None
+    assert measured_utilization(replace(one, torch_compile=True), record)[1][1] == 9e14 / peak
+    few = replace(one, torch_compile=True, tokens=16)
+    assert measured_utilization(few, record)[1][1] == 2e14 / peak  # not compiled at this budget
+    assert measured_utilization(replace(one, per_device_batch_size=1), record) is None
     lora = replace(two, lora_rank=128, sharding="none")
     assert measured_utilization(lora, record)[1] == (3e14 / peak, 3e14 / peak)
     assert measured_utilization(replace(one, llm="hub:lmsys/vicuna-13b-v1.5"), record) is None
@@ -478,6 +509,9 @@ CHANGES = [
     dict(eval_data=Path("e.json"), eval_budgets=(144, 1)),
     dict(closed_form_init=True, standardize=True, projector=None),
     dict(report_to="wandb"),
+    dict(checkpoint_above=0),
+    dict(checkpoint_above=5000),
+    dict(torch_compile=True, sharding="none"),
 ]
 
 
@@ -688,6 +722,49 @@ def test_files_are_written_and_read(tmp_path, two):
     for name in ("finetune.sh", "finetune.slurm"):
         subprocess.run(["bash", "-n", str(tmp_path / "launch" / name)], check=True)
     assert parsed(shlex.split((tmp_path / "launch" / "finetune.sh").read_text().splitlines()[1])) == two
+
+
+# Passes
+
+
+def test_what_fits_without_recomputation_fills_the_memory(one, two, full):
+    "A pass of so many tokens takes the usable part of the memory; one more token recomputes."
+    for stage in (one, two, replace(two, lora_rank=8, sharding="none", per_device_batch_size=4)):
+        tokens = fitting_tokens(stage, full, 8)
+        planned = plan_checkpointing(stage)
+        assert planned == replace(stage, checkpoint_above=tokens)
+        rows = stage.batch_size // 8 // stage.accumulate(8)
+        length = tokens // rows
+        kept = memory_bytes(planned, full, 8, length, length - 144)
+        again = memory_bytes(planned, full, 8, length + 1, length - 143)
+        assert sum(kept.values()) == pytest.approx(0.85 * 80e9, rel=0.01)
+        assert again["blocks"] < kept["blocks"] / 4
+        assert recomputes(planned, tokens + 1) and not recomputes(planned, tokens)
+
+
+def test_more_memory_recomputes_less_and_none_at_all_recomputes_all(one, full):
+    tokens = [fitting_tokens(one, full, 8, gigabytes * 1e9) for gigabytes in (10, 40, 80, 141)]
+    assert tokens[0] == 0 and tokens == sorted(set(tokens))
+    planned = plan_checkpointing(one, gpu_memory=10e9)
+    assert planned.checkpoint_above == 0 and recomputes(planned, 1)
+    for given in (replace(one, checkpoint_above=7), replace(one, gradient_checkpointing=False)):
+        assert plan_checkpointing(given) == given
+
+
+def test_the_estimate_counts_recomputation_only_where_the_plan_has_it(one, full):
+    average = 32 * (64 + 144)
+    rows = ROWS["pretrain"]
+    always, never = (
+        row_flops(replace(one, gradient_checkpointing=again), full, rows)["llm"] for again in (True, False)
+    )
+    assert always > never
+    for above, expected in ((average, never), (average - 1, always), (0, always)):
+        stage = replace(one, checkpoint_above=above)
+        assert row_flops(stage, full, rows)["llm"] == expected
+    report = estimate_report(estimate(replace(one, checkpoint_above=average, torch_compile=True)))
+    assert f"in passes of more than {average:,} tokens; average rows make {average:,}" in report
+    assert "layers are compiled" in report
+    assert "in no pass" in estimate_report(estimate(replace(one, gradient_checkpointing=False)))
 
 
 # What is refused

@@ -21,7 +21,7 @@ from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from delta_llava import trainer
+from delta_llava import passes, trainer
 from delta_llava.closed_form_init import closed_form_init
 from delta_llava.compressors.m3 import M3Config
 from delta_llava.runs import load, read_run
@@ -366,6 +366,59 @@ def test_packing_and_checkpointing_change_no_loss(parts, tmp_path):
         assert_close(logs[name], logs["plain"], rtol=1e-4, atol=1e-5)
 
 
+def losses_of_ways(parts, folder, ways, **same):
+    "The loss of each step, for several ways to compute the same."
+    logs = {}
+    for name, options in ways.items():
+        each = EachStep()
+        options = dict(save_steps=6, compressor="tokenpacker") | same | options
+        run_stage(stage("finetune", parts, folder / name, **options), callbacks=[each])
+        logs[name] = each.losses
+    return logs
+
+
+def test_compiled_layers_and_recomputing_long_passes_change_no_loss(parts, tmp_path, monkeypatch):
+    "The graphs are traced, and run without a compiler."
+    monkeypatch.setattr(passes, "BACKEND", "eager")
+    torch._dynamo.reset()
+    compiled = dict(torch_compile=True)
+    again = dict(gradient_checkpointing=True, checkpoint_above=4 * 64)
+    ways = dict(plain={}, compiled=compiled, packed=compiled | dict(packing=True), long=again)
+    logs = losses_of_ways(parts, tmp_path, ways)
+    assert len(logs["plain"]) == 6
+    for name in logs:
+        assert_close(logs[name], logs["plain"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stage_trains_with_the_real_compiler(parts, tmp_path):
+    torch._dynamo.reset()
+    compiled = dict(torch_compile=True)
+    again = dict(gradient_checkpointing=True, checkpoint_above=4 * 64)
+    ways = dict(plain={}, compiled=compiled, recomputed=compiled | again)
+    logs = losses_of_ways(parts, tmp_path, ways, max_steps=3)
+    lora = losses_of_ways(parts, tmp_path / "lora", ways, max_steps=3, lora_rank=4, lora_dropout=0.0)
+    for found in (logs, lora):
+        for name in ways:
+            assert_close(found[name], found["plain"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_model_is_eager_again(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "BACKEND", "eager")
+    model, _, _ = train_run(stage("pretrain", parts, tmp_path, torch_compile=True, max_steps=1))
+    assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(checkpoint_above=-1), dict(torch_compile=True, sharding="fsdp2")],
+    ids=str,
+)
+def test_passes_that_cannot_be(parts, tmp_path, options):
+    with pytest.raises(ValueError, match="must not be negative|take torch_compile=False"):
+        stage("finetune", parts, tmp_path, **options)
+
+
 def test_the_budget_of_a_step_does_not_depend_on_the_device(parts, tmp_path):
     expected = [draw_budget((1, 4), 0, step) for step in range(6)]
     assert len(set(expected)) == 2
@@ -661,13 +714,15 @@ def mixed(parts):
 @PROCESSES
 @pytest.mark.slow  # starts processes that load torch and transformers each
 def test_two_processes_train_as_one(parts, mixed, tmp_path, kind, options):
+    "The two recompute activations of passes with an image: often one of them has an image, the other none."
+    again = dict(gradient_checkpointing=True, checkpoint_above=188)
     elastic = dict(train_budgets=(1, 4)) if kind == "pretrain" else {}
     one = run_stage(
         stage(kind, parts, tmp_path / "one", per_device_batch_size=2, **mixed, **elastic),
         callbacks=[EachStep()],
     )
     two = finish(
-        launch(kind, parts, tmp_path / "two", per_device_batch_size=1, **mixed, **options, **elastic)
+        launch(kind, parts, tmp_path / "two", per_device_batch_size=1, **mixed, **options, **elastic, **again)
     )
     assert two.returncode == 0, two.stderr[-3000:]
     assert two.stdout.split()[-1] == ("sharded" if options else "whole")

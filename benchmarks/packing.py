@@ -14,7 +14,8 @@ padding. Time: forward and backward of a small random Llama on the same rows, pa
 the other, in an order that alternates; both losses are compared first. All lengths are divided by
 `scale`, because the model is narrow as well: with width 256 and scale 8, attention takes 1/6 of the work
 of the longest row (in a 7B LLM 1/12). On a CPU the time is that of the process on one thread, which
-other work on the machine affects only through caches and clock rates.
+other work on the machine affects only through caches and clock rates. On a GPU each batch runs once before
+it is timed, since new shapes allocate memory and select kernels.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ from delta_llava.runs import write_record
 
 CUDA = torch.cuda.is_available()
 read_clock = perf_counter if CUDA else process_time
-ROWS, TEXT_ONLY = 665_298, 40_688
+ROWS = 665_298  # Of the mix
+TEXT_ONLY = 40_688  # Those of them that have no image
 PROMPT = 42  # Tokens that every row has: the template's first words, roles, line breaks
 TEXT = "text alone: ShareGPT"
 # Published: thousands of rows (LLaVA-1.5, table of its data).
@@ -59,8 +61,11 @@ PARTS = {
 }
 
 
-def assumed(rows, seed, text=(1100, 1.0), scale=1.0):
-    "Text tokens of each row, whether it has an image, its part; `scale` is of all standard deviations."
+Lengths = tuple[np.ndarray, np.ndarray, np.ndarray]  # Text tokens of each row, has it an image, its part
+
+
+def assumed(rows: int, seed: int, text: tuple[float, float] = (1100, 1.0), scale: float = 1.0) -> Lengths:
+    "Lengths drawn from `PARTS`; `text` is the part without images, `scale` is of all standard deviations."
     rng = np.random.default_rng(seed)
     share = np.array([n for n, _, _ in PARTS.values()], float)
     share *= (1 - TEXT_ONLY / ROWS) / share.sum()
@@ -74,11 +79,12 @@ def assumed(rows, seed, text=(1100, 1.0), scale=1.0):
     return PROMPT + tokens, part > 0, names[part]
 
 
-def measured(file, llm, template):
-    "The same of a file; its rows are of two parts, with an image and without."
+def measured(file: Path, llm: str, template: str) -> Lengths:
+    "Lengths of a file; its rows are of two parts, with an image and without."
     tokenizer = AutoTokenizer.from_pretrained(resolve(llm).path, trust_remote_code=False)
     processor = build_processor(CLIPImageProcessorPil(), tokenizer, tokens=1, template=template)
-    lengths, images = [], []
+    lengths = []
+    images = []
     for n, (row, _) in enumerate(tqdm(read_rows(file), desc="lengths", unit=" rows")):
         try:
             marks, _ = check_turns(row.get("conversations"))
@@ -87,11 +93,11 @@ def measured(file, llm, template):
         prompt = processor.apply_chat_template(as_messages(training_turns(row["conversations"])))
         lengths.append(len(processor.tokenizer(prompt).input_ids) - marks)
         images.append(marks > 0)
-    images = np.array(images)
-    return np.array(lengths), images, np.where(images, "with an image", "text alone")
+    has_image = np.array(images)
+    return np.array(lengths), has_image, np.where(has_image, "with an image", "text alone")
 
 
-def in_batches(lengths, size, grouped, seed) -> Iterator[list[int]]:
+def in_batches(lengths: list[int], size: int, grouped: bool, seed: int) -> Iterator[list[int]]:
     "Row numbers of each batch, shuffled as `Trainer` does it; the last batch may be short."
     torch.manual_seed(seed)
     if grouped:
@@ -101,30 +107,38 @@ def in_batches(lengths, size, grouped, seed) -> Iterator[list[int]]:
     return (order[i : i + size] for i in range(0, len(order), size))
 
 
-def count(lengths, size, seed, max_length):
-    "Tokens of an epoch for each way to make batches: sequences × their length, summed over the batches."
-    lengths = lengths.tolist()
-    found = dict(rows=sum(lengths))
-    for grouped in (False, True):
-        padded = packed = 0
-        for batch in in_batches(lengths, size, grouped, seed):
-            one = [lengths[i] for i in batch]
-            sequences = [sum(one[i] for i in shared) for shared in pack_rows(one, max_length)]
-            padded += len(one) * max(one)
-            packed += len(sequences) * max(sequences)
-        found["grouped" if grouped else "padded"] = padded
-        found["grouped, packed" if grouped else "packed"] = packed
-    ways = [k for k in found if k != "rows"]
-    padding = {k: round(1 - found["rows"] / found[k], 4) for k in ways}
+def padded_and_packed(lengths: list[int], batches: Iterator[list[int]], max_length: int) -> tuple[int, int]:
+    "Tokens of all batches, padded and packed: sequences × their length."
+    padded = packed = 0
+    for batch in batches:
+        rows = [lengths[i] for i in batch]
+        sequences = [sum(rows[i] for i in shared) for shared in pack_rows(rows, max_length)]
+        padded += len(rows) * max(rows)
+        packed += len(sequences) * max(sequences)
+    return padded, packed
+
+
+def count(lengths: np.ndarray, size: int, seed: int, max_length: int) -> dict:
+    "Tokens of an epoch for each way to make batches, and what that means for padding."
+    every = lengths.tolist()
+    tokens = dict(rows=sum(every))
+    for grouped, names in ((False, ("padded", "packed")), (True, ("grouped", "grouped, packed"))):
+        batches = in_batches(every, size, grouped, seed)
+        tokens |= zip(names, padded_and_packed(every, batches, max_length), strict=True)
+    ways = [way for way in tokens if way != "rows"]
     return dict(
-        tokens=found, padding=padding, times_fewer={k: round(found["padded"] / found[k], 3) for k in ways}
+        tokens=tokens,
+        padding={way: round(1 - tokens["rows"] / tokens[way], 4) for way in ways},
+        times_fewer={way: round(tokens["padded"] / tokens[way], 3) for way in ways},
     )
 
 
-class Lengths(ProcessorMixin):
+class LengthProcessor(ProcessorMixin):
     "A processor whose conversations are numbers: so many tokens."
 
-    questions, placeholders, tokenizer = False, None, SimpleNamespace(pad_token_id=0)
+    questions = False
+    placeholders = None
+    tokenizer = SimpleNamespace(pad_token_id=0)
     image_token_id = -1
 
     def __init__(self):
@@ -138,47 +152,52 @@ class Lengths(ProcessorMixin):
         return dict(input_ids=ids, labels=[-100, *ids[1:]])  # a row's first token is never an answer
 
 
-def collators(max_length):
+def collators(max_length: int) -> dict[str, Collator]:
     "Ours, on rows that are lengths."
     return {
-        way: Collator(processor=Lengths(), max_length=max_length, packing=way == "packed")
+        way: Collator(processor=LengthProcessor(), max_length=max_length, packing=way == "packed")
         for way in ("padded", "packed")
     }
 
 
-def one_pass(llm, batch):
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def one_pass(llm: LlamaForCausalLM, batch: dict) -> tuple[float, float]:
     "Seconds of a forward and a backward pass, and the loss."
     batch = {k: v.to(llm.device) for k, v in batch.items()}
     target = batch.pop("labels")[:, 1:]
     supervised = target != -100
-    if CUDA:
-        torch.cuda.synchronize()
+    synchronize()
     start = read_clock()
     logits, _ = selected_logits(llm, lambda hidden: hidden[:, :-1][supervised], **batch, use_cache=False)
     loss = llm.loss_function(
         logits=logits, labels=None, shift_labels=target[supervised], vocab_size=llm.vocab_size
     )
     loss.backward()
-    if CUDA:
-        torch.cuda.synchronize()
+    synchronize()
     seconds = read_clock() - start
     llm.zero_grad()
     return seconds, loss.item()
 
 
-def speedup(padded, packed, seed):
+def speedup(padded: list[float], packed: list[float], seed: int) -> dict:
     "Ratio of the sums over all batches, its 90 % bootstrap interval, and the ratio of each batch."
-    padded, packed, rng = np.array(padded), np.array(packed), np.random.default_rng(seed)
-    draws = rng.integers(len(padded), size=(4000, len(padded)))
-    low, high = np.quantile(padded[draws].sum(1) / packed[draws].sum(1), (0.05, 0.95))
+    before = np.array(padded)
+    after = np.array(packed)
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(before), size=(4000, len(before)))
+    low, high = np.quantile(before[draws].sum(1) / after[draws].sum(1), (0.05, 0.95))
     return dict(
-        ratio=round(padded.sum() / packed.sum(), 3),
+        ratio=round(before.sum() / after.sum(), 3),
         interval=[round(low, 3), round(high, 3)],
-        batches=[round(r, 3) for r in np.sort(padded / packed)],
+        batches=[round(ratio, 3) for ratio in np.sort(before / after)],
     )
 
 
-def quantiles(lengths, max_length):
+def quantiles(lengths: np.ndarray, max_length: int) -> dict:
     "A summary of row lengths, cut at the longest."
     lengths = np.minimum(lengths, max_length)
     found = {f"{q}%": int(np.quantile(lengths, q / 100)) for q in (5, 25, 50, 75, 95)}
@@ -210,10 +229,10 @@ class Packing:
                 f"1, batch_size={self.batch_size} 2."
             )
 
-    def count(self, lengths):
+    def count(self, lengths: np.ndarray) -> dict:
         return count(np.minimum(lengths, self.max_length), self.batch_size, self.seed, self.max_length)
 
-    def variants(self):
+    def variants(self) -> dict[str, dict]:
         "Tokens at 144 under other assumptions than those of `PARTS`."
         options = {
             "all lengths half as spread": dict(scale=0.5),
@@ -228,15 +247,14 @@ class Packing:
             self.report(f"144, {name}", found[name])
         return found
 
-    def report(self, name, found):
+    def report(self, name, found: dict):
         "Print one count."
-        ways = [
-            f"{k}: {found['padding'][k]:.0%} padding, {found['times_fewer'][k]:.2f}×"
-            for k in found["padding"]
-        ]
+        ways = []
+        for way, padding in found["padding"].items():
+            ways.append(f"{way}: {padding:.0%} padding, {found['times_fewer'][way]:.2f}×")
         tqdm.write(f"V={name}: {', '.join(ways)}")
 
-    def small_llm(self):
+    def small_llm(self) -> LlamaForCausalLM:
         "A random Llama to time."
         torch.manual_seed(self.seed)
         config = LlamaConfig(
@@ -250,82 +268,88 @@ class Packing:
             llm = LlamaForCausalLM(config)
         return llm.to(torch.bfloat16 if CUDA else torch.float32)
 
-    def time(self, tokens, lengths):
+    def batches_to_time(self, lengths: np.ndarray) -> Iterator[dict[str, dict]]:
+        "The same rows as a padded and as a packed batch; one more than are timed, which warms up."
+        made = collators(self.max_length // self.scale)
+        order = in_batches(lengths.tolist(), self.batch_size, False, self.seed + 1)
+        for numbers in tqdm(list(islice(order, self.batches + 1))):
+            rows = []
+            for i in numbers:
+                length = max(2, round(lengths[i] / self.scale))
+                rows.append(dict(id=int(i), image=None, conversations=length))
+            yield {way: collator(rows) for way, collator in made.items()}
+
+    def time(self, tokens: int, lengths: np.ndarray) -> dict:
         "Padded and packed passes over the same batches, on one thread of the CPU or on the GPU."
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        llm, collate = self.small_llm(), collators(self.max_length // self.scale)
-        seconds, counted = dict(padded=[], packed=[]), dict(padded=0, packed=0)
-        batches = islice(
-            in_batches(lengths.tolist(), self.batch_size, False, self.seed + 1), self.batches + 1
-        )
-        bar = tqdm(list(batches), desc=f"time at V={tokens}")
-        for n, numbers in enumerate(bar):  # the first one warms up
-            rows = [
-                dict(id=int(i), image=None, conversations=max(2, round(lengths[i] / self.scale)))
-                for i in numbers
-            ]
-            made = {way: c(rows) for way, c in collate.items()}
-            done = {
-                way: one_pass(llm, made[way])
-                for way in (("padded", "packed") if n % 2 else ("packed", "padded"))
-            }
-            torch.testing.assert_close(
-                done["packed"][1], done["padded"][1], rtol=1e-2 if CUDA else 1e-4, atol=0
-            )
+        llm = self.small_llm()
+        seconds: dict[str, list[float]] = dict(padded=[], packed=[])
+        counted = dict(padded=0, packed=0)
+        for n, made in enumerate(self.batches_to_time(lengths)):
+            for way in made if CUDA else ():
+                one_pass(llm, made[way])
+            order = ("padded", "packed") if n % 2 else ("packed", "padded")
+            done = {way: one_pass(llm, made[way]) for way in order}
+            tolerance = 1e-2 if CUDA else 1e-4
+            torch.testing.assert_close(done["packed"][1], done["padded"][1], rtol=tolerance, atol=0)
             for way in seconds if n else ():
                 seconds[way].append(done[way][0])
                 counted[way] += made[way]["input_ids"].numel()
         torch.set_num_threads(threads)
-        found = dict(
+        return dict(
             visual_tokens=tokens,
-            seconds={k: round(sum(s), 2) for k, s in seconds.items()},
+            seconds={way: round(sum(some), 2) for way, some in seconds.items()},
             token_ratio=round(counted["padded"] / counted["packed"], 3),
-            **speedup(**seconds, seed=self.seed),
+            **speedup(seconds["padded"], seconds["packed"], self.seed),
         )
-        tqdm.write(
-            f"V={tokens}: packed passes are {found['ratio']:.2f}× as fast as padded ones [90 %: "
-            f"{found['interval'][0]:.2f}–{found['interval'][1]:.2f}], with "
-            f"{found['token_ratio']:.2f}× fewer tokens"
-        )
-        return found
 
-    def __call__(self):
-        lengths = measured(self.data, self.llm, self.template) if self.data else assumed(self.rows, self.seed)
-        text, image, part = lengths
-        names = dict.fromkeys(part.tolist())
-        summary = {
-            n: dict(rows=int((part == n).sum()), **quantiles(text[part == n], self.max_length)) for n in names
-        }
+    def describe(self, text: np.ndarray, part: np.ndarray) -> dict[str, dict]:
+        "Quantiles of the text tokens of each part and of all rows, which are printed, too."
+        summary = {}
+        for name in dict.fromkeys(part.tolist()):
+            chosen = text[part == name]
+            summary[name] = dict(rows=len(chosen), **quantiles(chosen, self.max_length))
         summary["all"] = dict(rows=len(text), **quantiles(text, self.max_length))
         print("text tokens of a row, " + ("as in the file" if self.data else "ASSUMED, not measured"))
         for name, q in summary.items():
             print(f"  {name:24} " + "  ".join(f"{k} {v}" for k, v in q.items()))
-        counted = []
-        for tokens in tqdm(self.tokens, desc="tokens"):
-            found = self.count(text + tokens * image)
-            self.report(tokens, found)
-            counted.append(dict(visual_tokens=tokens) | found)
-        others = {} if self.data or not self.tokens else self.variants()
-        timed = [self.time(v, np.minimum(text + v * image, self.max_length)) for v in self.timed]
+        return summary
+
+    def __call__(self):
+        lengths = measured(self.data, self.llm, self.template) if self.data else assumed(self.rows, self.seed)
+        text, has_image, part = lengths
         result = dict(
             lengths="measured" if self.data else "assumed",
-            text_tokens=summary,
-            counted=counted,
-            counted_at_144_if=others,
-            timed=timed,
+            text_tokens=self.describe(text, part),
+            counted=[],
+            counted_at_144_if={},
+            timed=[],
         )
+        for tokens in self.tokens:
+            found = self.count(text + tokens * has_image)
+            self.report(tokens, found)
+            result["counted"].append(dict(visual_tokens=tokens) | found)
+        if self.tokens and not self.data:
+            result["counted_at_144_if"] = self.variants()
+        for tokens in self.timed:
+            found = self.time(tokens, np.minimum(text + tokens * has_image, self.max_length))
+            result["timed"].append(found)
+            print(
+                f"V={tokens}: packed passes are {found['ratio']:.2f}× as fast as padded ones [90 %: "
+                f"{found['interval'][0]:.2f}–{found['interval'][1]:.2f}], with "
+                f"{found['token_ratio']:.2f}× fewer tokens"
+            )
+            self.write(result, len(text))
+        self.write(result, len(text))
+        print(f"wrote {self.record}")
+
+    def write(self, result: dict, rows: int):
+        "The record, after every budget."
         names = ("batch_size", "max_length", "batches", "scale", "hidden", "layers")
         clock = "wall, bfloat16" if CUDA else "CPU time of the process, one thread, float32"
-        path = write_record(
-            self.record,
-            [self.seed],
-            result,
-            rows=len(text),
-            clock=clock,
-            **{k: getattr(self, k) for k in names},
-        )
-        print(f"wrote {path}")
+        settings = {name: getattr(self, name) for name in names}
+        write_record(self.record, [self.seed], result, rows=rows, clock=clock, **settings)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText
 
 from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.flops import model_config, num_parameters
-from delta_llava.launch import PAPER_TIMES, ROWS, RowLengths, row_flops
+from delta_llava.launch import PAPER_TIMES, ROWS, RowLengths, llm_row_flops, row_flops
 from delta_llava.runs import read_record, write_record
 from delta_llava.speed import StageTimer, measured_device, median_and_quartiles, resolve_device
 from delta_llava.train import Finetune, Pretrain
@@ -105,7 +105,9 @@ def random_batch(cell: Cell, lengths: RowLengths, image_id: int, side: int, devi
     return {name: tensor.to(device) for name, tensor in batch.items()} | dict(tokens=cell.tokens)
 
 
-def timed_step(model, optimizer, batch: dict, device: torch.device) -> tuple[dict[str, float], float]:
+def timed_step(
+    model, optimizer, batch: dict, device: torch.device, bf16: bool = True
+) -> tuple[dict[str, float], float]:
     "Seconds of each part of a step and of the whole step, and the loss."
     timer = StageTimer(device)
     hooks = [
@@ -113,7 +115,7 @@ def timed_step(model, optimizer, batch: dict, device: torch.device) -> tuple[dic
         for name, module in (("tower", model.vision_tower), ("projector", model.multi_modal_projector))
     ]
     timer.mark("start")
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         loss = model(**batch).loss
     timer.mark("LLM forward")
     loss.backward()
@@ -154,11 +156,13 @@ class StepTimes:
 
     def __post_init__(self):
         self.place = resolve_device(self.device)
-        vision = self.config(None).vision_config
+        config = self.config(None)
+        vision = config.vision_config
+        self.n_layers = config.text_config.num_hidden_layers
         self.side = self.image_size or vision.image_size
         self.n_patches = (self.side // vision.patch_size) ** 2
         self.model = None
-        self.metas: dict[tuple, DeltaLlavaForConditionalGeneration] = {}
+        self.metas: dict[tuple, tuple[DeltaLlavaForConditionalGeneration, int]] = {}
 
     # ------------------------------------------------------------ which cells
 
@@ -198,16 +202,14 @@ class StepTimes:
 
     def fitting_layers(self) -> int:
         "Layers of the LLM with float32 masters, gradients and moments that fit beside the rest."
-        config = self.config(None)
-        every = config.text_config.num_hidden_layers
         if self.place.type != "cuda":
-            return every
-        model = self.meta(config)
+            return self.n_layers
+        model = self.meta(self.config(None))
         layer = num_parameters(model.get_decoder().layers[0])
-        rest = num_parameters(model) - every * layer
+        rest = num_parameters(model) - self.n_layers * layer
         # 16 bytes of each weight, and autocast's copy; a quarter is left for activations
         memory = 0.75 * torch.cuda.get_device_properties(self.place).total_memory
-        return max(2, min(every, int((memory / 18 - rest) // layer) // 2 * 2))
+        return max(2, min(self.n_layers, int((memory / 18 - rest) // layer) // 2 * 2))
 
     # ------------------------------------------------------------ the model
 
@@ -280,20 +282,14 @@ class StepTimes:
         peak = torch.cuda.max_memory_allocated() if self.place.type == "cuda" else 0
         return found, loss, peak
 
-    def flops(self, cell: Cell) -> tuple[int, int]:
-        "FLOPs of a row: all that run, and without recomputation."
-        compressor = self.compressor(cell.tokens)
-        key = compressor, cell.tokens, cell.layers
-        if key not in self.metas:
-            config = model_config(self.tower, self.llm, compressor, cell.tokens, self.image_size)
-            config.text_config.num_hidden_layers = cell.layers or config.text_config.num_hidden_layers
-            self.metas[key] = self.meta(config)
-        stage = (Finetune if cell.stage == "finetune" else Pretrain)(
+    def stage(self, cell: Cell):
+        "The settings of the stage of a cell; nothing is read from its paths."
+        return (Finetune if cell.stage == "finetune" else Pretrain)(
             data=Path(),
             output_dir=Path(),
             tower=self.tower,
             llm=self.llm,
-            compressor=compressor,
+            compressor=self.compressor(cell.tokens),
             tokens=cell.tokens,
             projector=None,
             image_size=self.image_size,
@@ -301,10 +297,21 @@ class StepTimes:
             lora_rank=cell.lora_rank,
             gradient_checkpointing=cell.gradient_checkpointing,
         )
-        model, rows = self.metas[key], ROWS[cell.stage]
-        every = sum(row_flops(stage, model, rows).values())
-        useful = sum(row_flops(replace(stage, gradient_checkpointing=False), model, rows).values())
-        return every, useful
+
+    def flops(self, cell: Cell) -> tuple[int, int]:
+        "FLOPs of a row: all that run, and without recomputation."
+        stage = self.stage(cell)
+        key = stage.compressor, cell.tokens, cell.layers
+        if key not in self.metas:
+            config = model_config(self.tower, self.llm, stage.compressor, cell.tokens, self.image_size)
+            config.text_config.num_hidden_layers = cell.layers or config.text_config.num_hidden_layers
+            model = self.meta(config)
+            parts = row_flops(stage, model, ROWS[cell.stage])
+            self.metas[key] = model, parts["tower"] + parts["projector"]
+        model, rest = self.metas[key]
+        every = llm_row_flops(stage, model, ROWS[cell.stage])
+        useful = llm_row_flops(replace(stage, gradient_checkpointing=False), model, ROWS[cell.stage])
+        return rest + every, rest + useful
 
     def measure(self, cell: Cell) -> dict:
         "One entry of the record."
@@ -376,7 +383,7 @@ class StepTimes:
         for cell in self.cells():
             results.append(about | self.entry(cell))
             add_ratios(results, self.n_patches)
-            add_scaled(results, self.config(None).text_config.num_hidden_layers)
+            add_scaled(results, self.n_layers)
             print(f"{cell.describe():58} {summary(results[-1])}", flush=True)
             self.write(others + results)
         print(f"wrote {self.record}")

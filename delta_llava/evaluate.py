@@ -451,6 +451,15 @@ def _step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
             found["delta", budget] = f"{middle:.2f} ({low:.2f}–{high:.2f}, {record['repeats']} repeats)"
     return found
 
+
+def _full_step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
+    "The same of the paper's model with random weights on a GPU; stage 2 with all weights in bfloat16."
+    found = {}
+    for run in record["result"]:
+        if run["stage"] == stage and run["plan"] != "switches" and "ratio" in run and not run["layers"]:
+            found["delta", run["tokens"] if run["tokens"] < 576 else None] = f"{run['ratio']:.2f}"
+    return found
+
 # %% ../nbs/43_evaluate.ipynb #85e43f79
 def _recorded_texts(number: int, runs: Path) -> dict[str, dict[tuple[str, int | None], str]]:
     "Heading -> (system, budget) -> text, of every record that belongs beside a table."
@@ -465,6 +474,11 @@ def _recorded_texts(number: int, runs: Path) -> dict[str, dict[tuple[str, int | 
     if number == 4 and (record := _existing_record(runs, "stage_tokens.json")):
         for stage in ("pretrain", "finetune"):
             columns[f"here: time of a {stage} step relative to 576 tokens"] = _step_times(record, stage)
+    if number == 4 and (record := _existing_record(runs, "steps_full.json")):
+        gpu = record["hardware"].split(", ")[-1]
+        for stage in ("pretrain", "finetune"):
+            heading = f"here: the same of a {stage} step, 7B with random weights, {gpu}"
+            columns[heading] = _full_step_times(record, stage)
     if number == 6 and (record := _existing_record(runs, "captions.json")):
         for score, heading, form in (
             ("cider", "CIDEr, planted scenes", ".0f"),

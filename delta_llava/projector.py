@@ -113,7 +113,8 @@ def zero_grad_anchor(
     *unused: Tensor,  # Parameters that have no effect, at least one
 ) -> Float[Tensor, ""]:  # On their device
     "0, with a gradient of 0 for each of the parameters: DDP needs a gradient for every parameter."
-    return sum(p.flatten()[0] * 0 for p in unused)
+    firsts = [p.flatten()[:1] for p in unused]
+    return (torch.cat(firsts) * 0).sum()
 
 # %% ../nbs/06_projector.ipynb #a371af98
 class ResidualMLP(nn.Module):
@@ -280,8 +281,11 @@ class DeltaProjector(Compressor):
         "The projector proper, after the features have been checked and standardized (§4)."
         if g * g < level.shape[1]:
             return self.mlp(self.attend(self.queries(level, g), self.k(levels), self.v(levels)))
-        unused = [p for part in (self.q, self.k, self.mix) if part is not None for p in part.parameters()]
-        return self.mlp(self.attend.single_patch(self.v(levels)) + zero_grad_anchor(*unused))
+        y = self.attend.single_patch(self.v(levels))
+        if torch.is_grad_enabled():
+            unused = [p for part in (self.q, self.k, self.mix) if part is not None for p in part.parameters()]
+            y = y + zero_grad_anchor(*unused)
+        return self.mlp(y)
 
     def forward(
         self,

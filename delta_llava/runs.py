@@ -65,13 +65,15 @@ def _git(
 def commit(
     package: str | Path | None = None,  # Folder of the package; `None` takes this one's
 ) -> str:  # Hash, with `-dirty` if files differ from it
-    "Commit of this package's repository; outside of it the value of `DELTA_LLAVA_COMMIT`, or a remark."
+    "The value of `DELTA_LLAVA_COMMIT`; without it the commit of this package's repository, or a remark."
+    if named := os.environ.get("DELTA_LLAVA_COMMIT"):
+        return named
     package = Path(str(files("delta_llava"))) if package is None else Path(package)
     top = _git(package, "rev-parse", "--show-toplevel")
     own = top and Path(top).resolve() == package.resolve().parent
     if own and _git(package, "ls-files", "__init__.py"):
         return _git(package, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-    return os.environ.get("DELTA_LLAVA_COMMIT", "not in a repository")
+    return "not in a repository"
 
 
 def provenance(

@@ -1,22 +1,44 @@
 "The programs in `benchmarks/`, on sizes that take seconds."
 
+import io
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_stage import write_models
 
+from delta_llava import speed
 from delta_llava.settings import SpeedSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RUNS = BENCHMARKS.parent / "runs"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def load_benchmark(name):
     "Names of a benchmark, without running it."
     return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
+
+
+@pytest.fixture
+def small_products(monkeypatch):
+    "Peak rates from products that take no time, in bfloat16 on a CPU as well."
+    original = speed.measured_device
+
+    def measured_device(device, dtype, sides=None):
+        return original(device, dtype, (128, 256))
+
+    monkeypatch.setattr(speed, "measured_device", measured_device)
 
 
 @pytest.fixture
@@ -66,11 +88,10 @@ def test_assumed_lengths_have_the_parts_of_the_mix():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
-def test_stage_steps_run_on_tiny_parts(tmp_path, parts, full):
+def test_stage_steps_run_on_tiny_parts(tmp_path, parts):
     record = tmp_path / "record.json"
     StageSteps = load_benchmark("stage")["StageSteps"]
-    StageSteps(tokens=(16, 4, 1), batch_size=2, repeats=2, full=full, record=record, **parts)()
+    StageSteps(tokens=(16, 4, 1), batch_size=2, repeats=2, record=record, **parts)()
     rows = json.loads(record.read_text())["result"]
     expected = []
     for stage in ("pretrain", "finetune"):
@@ -83,11 +104,133 @@ def test_stage_steps_run_on_tiny_parts(tmp_path, parts, full):
         assert rows[first + 1]["flops"] > rows[first + 2]["flops"]
 
 
+# ---------------------------------------------------------------- gpu.py
+
+
+def common_keys(rows):
+    "Keys that all rows have, with those of dictionaries in them."
+    found = None
+    for row in rows:
+        keys = set()
+        for name, value in row.items():
+            inner = common_keys([value]) if isinstance(value, dict) else {()}
+            keys |= {(name, *path) for path in inner}
+        found = keys if found is None else found & keys
+    return found or {()}
+
+
+def entries(record):
+    "The rows of a result."
+    return record["result"] if isinstance(record["result"], list) else [record["result"]]
+
+
+def test_the_gpu_command_at_tiny_sizes(tmp_path, monkeypatch, small_products):
+    "A part that fails does not stop the others; records have the keys of the committed ones."
+    GPU = load_benchmark("gpu")["GPU"]
+
+    def fail(self):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(GPU, "tests", fail)
+    threads = torch.get_num_threads()
+    GPU(tiny=True, isolated=False, out=tmp_path)()
+    torch.set_num_threads(threads)
+    ended = {row["part"]: row["ended"] for row in json.loads((tmp_path / "gpu.json").read_text())["result"]}
+    assert ended.pop("tests") == "RuntimeError: no such kernel"
+    assert list(ended.values()) == ["complete"] * 7
+    names = ["benchmark_projector_gpu", "packing_gpu", "speed_full", "steps_full"]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted([*names, "gpu"])
+    for name in names:
+        old = json.loads((RUNS / f"{name}.json").read_text())
+        new = json.loads((tmp_path / f"{name}.json").read_text())
+        assert common_keys(entries(old)) <= common_keys(entries(new)), name
+        assert old.keys() <= new.keys()
+    sweep = json.loads((tmp_path / "speed_full.json").read_text())["result"]
+    assert {row["cache"] for row in sweep} == {"dynamic", "static"}
+    steps = json.loads((tmp_path / "steps_full.json").read_text())["result"]
+    assert {row["plan"] for row in steps} == {"switches", "budgets", "finetune"}
+    assert not any("error" in row for row in steps)
+
+
+def test_a_part_of_the_gpu_command_is_stopped_when_its_time_is_over(tmp_path):
+    GPU = load_benchmark("gpu")["GPU"]
+    gpu = GPU(tiny=True, out=tmp_path)
+
+    def run(code, seconds):
+        command = [sys.executable, "-S", "-c", f"import sys, time; sys.stdin.readline(); {code}"]
+        return gpu.run_isolated(subprocess.Popen(command, stdin=subprocess.PIPE), seconds)
+
+    assert run("pass", 60) == ""
+    assert run("sys.exit(3)", 60) == "exit code 3, see gpu.log"
+    assert run("time.sleep(60)", 0.2) == "stopped after its 0 s; cells before that are recorded"
+    with pytest.raises(ValueError, match=r"only=\['other'\]"):
+        GPU(only=("other",))
+
+
+def test_what_does_not_fit_into_the_minutes_is_said(tmp_path):
+    GPU = load_benchmark("gpu")["GPU"]
+    gpu = GPU(tiny=True, isolated=False, minutes=0.1, only=("tests", "packing"), out=tmp_path)
+    gpu.run_all(io.StringIO())
+    assert {row["ended"] for row in gpu.results} == {"not started: the minutes are used up"}
+
+
+def test_outcomes_of_gpu_tests_are_recorded(tmp_path):
+    path = tmp_path / "gpu_tests.json"
+    outcomes = load_benchmark("gpu")["Outcomes"](path)
+    report = dict(when="call", outcome="passed", nodeid="tests/test_gpu.py::test_a", duration=1.234)
+    outcomes.pytest_runtest_logreport(SimpleNamespace(**report, longrepr=None))
+    outcomes.pytest_runtest_logreport(SimpleNamespace(**report | dict(when="setup"), longrepr=None))
+    failed = report | dict(outcome="failed", nodeid="tests/test_gpu.py::test_b")
+    outcomes.pytest_runtest_logreport(SimpleNamespace(**failed, longrepr="E  assert 1 == 2"))
+    found = json.loads(path.read_text())["result"]
+    assert [(row["test"], row["outcome"], row["message"]) for row in found] == [
+        ("test_a", "passed", ""),
+        ("test_b", "failed", "E  assert 1 == 2"),
+    ]
+
+
+# ---------------------------------------------------------------- steps.py
+
+
+def test_counted_operations_are_those_of_the_record():
+    "The shapes of the paper's model need no memory."
+    steps = load_benchmark("steps")
+    times = steps["StepTimes"](device="cpu")
+    for row in json.loads((RUNS / "steps_full.json").read_text())["result"]:
+        if row["tokens"] == 144:
+            cell = steps["Cell"](**{name: row[name] for name in steps["Cell"].__dataclass_fields__})
+            every, useful = times.flops(cell)
+            assert row["flops"] == cell.rows * every
+            assert abs(row["of_ceiling_useful"] / row["of_ceiling"] - useful / every) < 1e-3
+
+
+def test_a_cell_that_does_not_fit_is_repeated_with_half_of_its_rows(monkeypatch):
+    steps = load_benchmark("steps")
+    times = steps["StepTimes"](device="cpu")
+
+    def measure(cell):
+        if cell.rows > 4:
+            raise torch.OutOfMemoryError
+        return dict(rows=cell.rows)
+
+    monkeypatch.setattr(times, "measure", measure)
+    halved = times.entry(steps["Cell"](rows=16, halve=True))
+    assert halved == dict(rows=4, out_of_memory_at=[16, 8])
+    kept = times.entry(steps["Cell"](rows=16))
+    assert kept["out_of_memory_at"] == [16] and "does not fit with 16 rows" in steps["summary"](kept)
+
+
+def test_time_with_all_layers_is_a_line_through_two_depths():
+    rows = [dict(float32=True, rows=8, layers=n, seconds=[0.5 + 0.1 * n]) for n in (8, 4)]
+    load_benchmark("steps")["add_scaled"](rows, 32)
+    assert [row["scaled_seconds"] for row in rows] == [3.7, 3.7]
+
+
 # ---------------------------------------------------------------- speed.py
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["pretrained", "random"])
-def test_speed_is_recorded(tmp_path, parts, full):
+def test_speed_is_recorded(tmp_path, parts, full, small_products):
     "With `full`, settings given beside it are kept, and the others are the paper's."
     path = tmp_path / "record.json"
     RecordedSweep = load_benchmark("speed")["RecordedSweep"]

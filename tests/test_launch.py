@@ -36,6 +36,7 @@ from delta_llava.launch import (
     estimate_report,
     gathered_bytes,
     llm_flops,
+    measured_utilization,
     memory_bytes,
     meta_model,
     paper_table,
@@ -384,6 +385,56 @@ def test_time_of_a_step():
     assert step_seconds(989e12, 8, 8, (0.5, 1.0)) == (1.0, 2.0)
     with pytest.raises(ValueError, match="two rising fractions"):
         step_seconds(1.0, 1, 1, (0.6, 0.5))
+
+
+def write_steps(path, **cells):
+    "A record of steps with `seconds=1`; each keyword changes fields of one step."
+    plain = dict(stage="pretrain", tokens=144, rows=32, flops=4e14, seconds=[1.0, 1.0, 1.0])
+    plain |= dict(layers=None, compiled=False, lora_rank=0)
+    names = dict(tower="hub:openai/clip-vit-large-patch14-336", llm="hub:lmsys/vicuna-7b-v1.5")
+    rows = [plain | changes for changes in cells.values()]
+    path.write_text(json.dumps(dict(hardware="CPU, 16 threads, 1× GPU", result=rows, **names)))
+    return path
+
+
+def test_the_plan_takes_the_share_of_the_most_similar_steps(tmp_path, one, two):
+    record = write_steps(
+        tmp_path / "steps.json",
+        plain=dict(),
+        again=dict(flops=5e14),
+        small=dict(rows=8, flops=1e14),
+        few=dict(tokens=16, flops=2e14),
+        compiled=dict(compiled=True, flops=9e14),
+        cut=dict(stage="finetune", layers=16, flops=9e14),
+        lora=dict(stage="finetune", lora_rank=8, rows=16, flops=3e14),
+        failed=dict(seconds=[0.0]) | dict(error="x"),
+    )
+    content = json.loads(record.read_text())
+    del content["result"][-1]["seconds"]
+    record.write_text(json.dumps(content))
+    peak = 989e12
+    assert measured_utilization(one, record) == ("1× GPU", (4e14 / peak, 5e14 / peak))
+    assert measured_utilization(replace(one, tokens=9), record)[1] == (2e14 / peak, 2e14 / peak)
+    assert measured_utilization(replace(one, per_device_batch_size=4), record)[1][0] == 1e14 / peak
+    assert measured_utilization(two, record) is None
+    lora = replace(two, lora_rank=128, sharding="none")
+    assert measured_utilization(lora, record)[1] == (3e14 / peak, 3e14 / peak)
+    assert measured_utilization(replace(one, llm="hub:lmsys/vicuna-13b-v1.5"), record) is None
+
+
+def test_the_report_says_where_the_utilization_is_from(tmp_path, one):
+    record = write_steps(tmp_path / "steps.json", plain=dict())
+    measured = estimate(one, record=record)
+    assert measured["utilization_from"] == "1× GPU"
+    assert measured["hours"][0] == measured["hours"][1]
+    assert "at 40 % of an H100's 989 TFLOP/s (measured on 1× GPU" in estimate_report(measured)
+    assumed = estimate(one, record=tmp_path / "none.json")
+    assert assumed["utilization"] == [0.25, 0.55]
+    assert "at 25 – 55 % of an H100's 989 TFLOP/s (assumed)" in estimate_report(assumed)
+    given = estimate(one, utilization=(0.3, 0.3), record=record)
+    assert "at 30 % of an H100's 989 TFLOP/s (given)" in estimate_report(given)
+    ratio = (33 * 60 + 32) / (3600 * given["hours"][1])
+    assert f"0:33:32, {ratio:.1f} times that" in estimate_report(given)
 
 
 def test_the_papers_table_stands_beside_ours_and_nothing_is_claimed_to_have_run(one):

@@ -333,3 +333,14 @@ def test_figure_has_means_and_bars_to_the_extremes():
             assert list(line.get_ydata()) == pytest.approx([0.3 * factor / 4, 0.3 * factor])
             assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([0.1 * factor, 0.5 * factor])
     plt.close(fig)
+
+
+def test_training_steps_stand_beside_table_4():
+    columns = evaluate.recorded_columns(4, Path(__file__).parents[1] / "runs")
+    small, full = list(columns)[:2], list(columns)[2:]
+    assert all("7B with random weights, 1× NVIDIA H200" in heading for heading in full) and len(full) == 2
+    steps = {
+        heading: dict(zip((576, 144, 64, 16, 4, 1), columns[heading], strict=True)) for heading in columns
+    }
+    assert steps[full[0]][144] == "0.36" and steps[full[1]][144] == "0.60"
+    assert steps[full[1]][1] == "not run" and "not run" not in columns[small[1]]

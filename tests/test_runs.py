@@ -79,6 +79,18 @@ def test_the_commit_of_an_enclosing_repository_is_not_taken(tmp_path, monkeypatc
     assert commit(tmp_path / "delta_llava") == "abc"
 
 
+def test_a_named_commit_wins_over_the_repository(tmp_path, monkeypatch):
+    "A copy of the files may lie in a repository whose last commit is older than they are."
+    package = make_package(tmp_path / "delta_llava")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "older")
+    monkeypatch.setenv("DELTA_LLAVA_COMMIT", "abc")
+    assert commit(package) == "abc"
+    monkeypatch.setenv("DELTA_LLAVA_COMMIT", "")
+    assert commit(package) == git(tmp_path, "rev-parse", "HEAD")
+
+
 def test_a_record_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/delta-llava", "quickstart", "--seed", "3"])
     path = write_record(tmp_path / "runs" / "a.json", [3], dict(loss=1.5), max_steps=7)

@@ -1,4 +1,4 @@
-"""The model that comes with the package: small enough, documented, and right on scenes that it has not seen."""
+"""The model that comes with the package: small, documented, and right on scenes that it has not seen."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -241,7 +241,7 @@ class Collator:
 
     def _read_features(self, inputs: dict) -> dict:
         "The inputs with patch tokens in place of the numbers of their images."
-        if "image_numbers" not in inputs:
+        if self.features is None or "image_numbers" not in inputs:
             return inputs
         others = {name: value for name, value in inputs.items() if name != "image_numbers"}
         return others | dict(vision_features=self.features[inputs["image_numbers"]])

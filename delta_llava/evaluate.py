@@ -440,7 +440,7 @@ def caption_scores_by_system(
         found.setdefault((system, budget), []).append(float(np.mean(values)))
     return found
 
-
+# %% ../nbs/43_evaluate.ipynb #85de1ca2
 def _step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
     "Time of a training step relative to LLaVA's: median, lowest and highest repeat."
     found = {}

@@ -258,7 +258,7 @@ def similar_steps(
     rows = stage.per_device_batch_size or stage.batch_size
     for name, value in (("tokens", stage.tokens), ("rows", rows)):
         distances = [abs(math.log(cell[name] / value)) for cell in found]
-        found = [cell for cell, far in zip(found, distances, strict=True) if far == min(distances)]
+        found = [cell for cell, gap in zip(found, distances, strict=True) if gap == min(distances)]
     found = [cell for cell in found if rows / 4 <= cell["rows"] <= 4 * rows]
     return content["hardware"].split(", ")[-1], found
 

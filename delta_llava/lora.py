@@ -29,6 +29,9 @@ def add_lora(
     names = [name for name, module in model.named_modules() if module in linears]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
     add_adapters(model, config)
+    for layer in model.modules():
+        if is_lora_layer(layer):
+            layer.train(model.training)  # PEFT's dropout would be active in evaluation mode
 
 
 def uncast_lora(

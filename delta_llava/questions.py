@@ -236,7 +236,8 @@ def question_row(
     tasks: Sequence[str] = QUESTION_TASKS,  # Kinds of question
 ) -> dict:  # A row of LLaVA's format
     "All questions about a scene as one conversation."
-    turns, names = [], []
+    turns: list[dict[str, str]] = []
+    names: list[str] = []
     for task, question, answer in make_questions(scene, tasks):
         mark = "" if turns else "<image>\n"
         turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
@@ -274,8 +275,15 @@ def write_questions(
         raise ValueError(f"n={n} must be at least 1.")
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    plan = dict(split=split, seed=seed, n_objects=tuple(n_objects), size=size)
-    write = partial(_write_scene, folder=folder, tasks=tuple(tasks), **plan)
+    write = partial(
+        _write_scene,
+        folder=folder,
+        tasks=tuple(tasks),
+        split=split,
+        seed=seed,
+        n_objects=n_objects,
+        size=size,
+    )
     progress = partial(tqdm, total=n, desc="drawing scenes", unit=" images", disable=n < 500, mininterval=2)
     if workers:
         with ProcessPoolExecutor(workers) as pool:

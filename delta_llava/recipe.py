@@ -29,7 +29,7 @@ from .lora import lora_parameters, save_lora
 from .processor import DeltaLlavaProcessor, build_processor, tower_sizes
 from .questions import QUESTION_TASKS, write_questions
 from .runs import read_run, write_run
-from .settings import Recipe
+from .settings import Recipe, Stage
 from .shared_image import SharedImageCollator
 from .tower import features_in_memory, image_processor_for, load_tower
 from .train import image_paths, local_device, train_run
@@ -147,10 +147,10 @@ class QuestionSet:
                 )
             logits[:, self.image_token_id] = -torch.inf  # generation never writes it
             wrong = (logits.argmax(-1) != target[supervised]).int()
-            segments = inputs["segments"]
-            places = supervised.nonzero()[:, 0], segments[supervised] - 1
+            segments: Tensor = inputs["segments"]
+            question_of = supervised.nonzero()[:, 0], segments[supervised] - 1
             errors = wrong.new_zeros(len(segments), int(segments.max())).index_put(
-                places, wrong, accumulate=True
+                question_of, wrong, accumulate=True
             )
             found += (errors == 0).tolist()
         return [hits[: len(row["conversations"]) // 2] for hits, row in zip(found, self.rows, strict=True)]
@@ -339,7 +339,8 @@ def run_recipe(
     few = {name: QuestionSet(processor, scenes.first(recipe.curve_images)) for name, scenes in sets.items()}
     many = {name: QuestionSet(processor, scenes) for name, scenes in sets.items()}
     settings, logs, plans = recipe_settings(recipe), {}, {}
-    for number, stage in enumerate((recipe.stage1(), recipe.stage2()), 1):
+    stages: tuple[Stage, ...] = (recipe.stage1(), recipe.stage2())
+    for number, stage in enumerate(stages, 1):
 
         def keep(model):
             export_weights(model, recipe.output_dir)

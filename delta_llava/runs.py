@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEGACY_NAMES', 'SAMPLED_IMAGES', 'RUN_FILE', 'RUN_FILES', 'hardware', 'library_versions', 'commit', 'provenance',
            'write_record', 'rename_legacy', 'read_record', 'data_fingerprint', 'weights_fingerprint', 'llm_fingerprint',
-           'write_run', 'add_results', 'read_run', 'llm_dtype', 'load', 'write_card']
+           'write_run', 'add_results', 'read_run', 'llm_dtype', 'shipped_folder', 'load', 'write_card']
 
 # %% ../nbs/29_runs.ipynb #cb095666
 import json
@@ -327,14 +327,20 @@ def _load_parts(
     return model, processor
 
 
+def shipped_folder() -> Path:
+    "The model that comes with the package: Delta, trained in both stages on planted scenes."
+    return Path(str(files("delta_llava") / "shipped"))
+
+
 def load(
-    folder: str | Path,  # Written by a command of this package or by save_pretrained; or a hub name
+    folder: str | Path | None = None,  # Written by this package; or a hub name; `None` is `shipped_folder()`
     *,
     tower: str | None = None,  # Vision tower, if the folder holds a projector alone and does not name it
     llm: str | None = None,  # LLM, likewise
     device: str | torch.device | None = None,  # `None` is the GPU if there is one
 ) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # In evaluation mode
     "A trained model and its processor."
+    folder = shipped_folder() if folder is None else folder
     path = Path(folder)
     if (path / "config.json").exists() or not path.exists():
         model, processor = _load_whole(str(folder), path.exists())

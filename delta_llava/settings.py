@@ -479,7 +479,7 @@ class Recipe:
 
         run_recipe(self)
 
-
+# %% ../nbs/07_settings.ipynb #b9d550d6
 @dataclass(frozen=True, kw_only=True)
 class LongRecipe(Recipe):
     "The recipe on one GPU, as the shipped model was trained: about seven minutes on an H100."

@@ -83,9 +83,11 @@ def join_questions(
         Sequence[tuple[list[int], list[int]]]
     ],  # Tokens and labels of each question of each row
     pad_id: int,  # Token id of the padding
-) -> dict[str, Tensor]:  # `[b, t]` `ids`, `labels`, `segments` and `places`: the position within a question
+) -> dict[
+    str, Tensor
+]:  # `[b, t]` `ids`, `labels`, `segments` and `positions`: the position within a question
     "The questions of each row one after another, padded on the right."
-    rows: dict[str, list[list[int]]] = dict(ids=[], labels=[], segments=[], places=[])
+    rows: dict[str, list[list[int]]] = dict(ids=[], labels=[], segments=[], positions=[])
     for row in questions:
         for column in rows.values():
             column.append([])
@@ -93,9 +95,9 @@ def join_questions(
             rows["ids"][-1] += ids
             rows["labels"][-1] += labels
             rows["segments"][-1] += [number] * len(ids)
-            rows["places"][-1] += range(len(ids))
+            rows["positions"][-1] += range(len(ids))
     width = max(len(ids) for ids in rows["ids"])
-    fill = dict(ids=pad_id, labels=-100, segments=-1, places=0)
+    fill = dict(ids=pad_id, labels=-100, segments=-1, positions=0)
     return {
         name: torch.tensor([row + [fill[name]] * (width - len(row)) for row in column])
         for name, column in rows.items()
@@ -120,7 +122,7 @@ class SharedImageCollator(Collator):
     def prepare(
         self,
         rows: Sequence[dict],  # With `id`, `image` and `conversations`
-    ) -> dict:  # `ids`, `labels`, `segments`, `places`; pixels, features or numbers of images
+    ) -> dict:  # `ids`, `labels`, `segments`, `positions`; pixels, features or numbers of images
         "All that does not depend on the budget."
         if without := [row_name(row) for row in rows if row["image"] is None]:
             raise ValueError(
@@ -155,13 +157,13 @@ class SharedImageCollator(Collator):
             return torch.cat(parts, dim=1)[:, :length]
 
         first = torch.tensor(head, device=prepared["ids"].device)
-        inputs = {k: v for k, v in prepared.items() if k not in ("ids", "labels", "segments", "places")}
+        inputs = {k: v for k, v in prepared.items() if k not in ("ids", "labels", "segments", "positions")}
         batch = dict(
             input_ids=joined(first, prepared["ids"], self.processor.tokenizer.pad_token_id),
             labels=joined(torch.full_like(first, -100), prepared["labels"], -100),
             segments=joined(torch.zeros_like(first), prepared["segments"], -1),
             position_ids=joined(
-                torch.arange(len(head), device=first.device), prepared["places"] + len(head), 0
+                torch.arange(len(head), device=first.device), prepared["positions"] + len(head), 0
             ),
         )
         return batch | self._read_features(inputs) | ({} if tokens is None else dict(tokens=tokens))

@@ -11,6 +11,8 @@
 #SBATCH --output=%x-%j.log
 set -eu
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS={cpus}
+# torchrun kills its processes 30 s after a signal; a checkpoint of a 7B model takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):29500"
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 {command} &

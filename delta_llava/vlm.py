@@ -627,7 +627,7 @@ class DeltaLlavaForConditionalGeneration(
 
     def _segment_mask(self, segments: Tensor, dtype: torch.dtype) -> Tensor:
         "The mask of `segments` as the LLM's attention reads it."
-        kind = self.language_model.config._attn_implementation
+        kind = adapter.attention_implementation(self.language_model.config)
         if kind not in ("sdpa", "eager") or "decoder" in self.multi_modal_projector.requires:
             raise ValueError(
                 f"segments with attn_implementation={kind!r} and compressor={self.config.compressor!r}: only "

@@ -663,6 +663,7 @@ def test_slurm_script_is_a_script(two):
         "#SBATCH --requeue",
         "#SBATCH --signal=B:USR1@300",
         "#SBATCH --ntasks-per-node=1",
+        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600",
     ):
         assert line in text.splitlines()
     assert "--images 'a b'" in text and "@first@" not in text

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -252,3 +253,13 @@ def test_names_of_a_reference():
     back = to_reference(ours, state_dict_map, "model.")
     assert back.keys() == prefixed.keys()
     assert all(torch.equal(back[name], prefixed[name]) for name in back)
+
+
+def test_every_data_file_is_in_the_wheel():
+    "Modules find their way by themselves; what else lies in the package must be named."
+    root = Path(delta_llava.__file__).parent
+    settings = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["delta_llava"]
+    named = {file for pattern in patterns for file in root.glob(pattern)}
+    found = {file for file in root.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert {file for file in found if "__pycache__" not in file.parts} <= named

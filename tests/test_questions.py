@@ -109,9 +109,9 @@ def test_answers_are_balanced_and_negatives_hard():
 
 def test_the_prompts_of_benchmarks_are_among_the_phrasings():
     "As `tasks.py` and its YAML files ask them."
-    asked = set()
+    questions = set()
     for index in range(200):
-        asked |= {question for _, question, _ in make_questions(plan_question_scene(index))}
+        questions |= {question for _, question, _ in make_questions(plan_question_scene(index))}
     for wanted in (
         r"Is there an? \w+ in the picture\?" + SHORT_ANSWER,
         r"How many things are in the picture\?" + SHORT_ANSWER,
@@ -122,7 +122,7 @@ def test_the_prompts_of_benchmarks_are_among_the_phrasings():
         r"Which of these is in the picture\?\nA\. \w+\nB\. \w+\nC\. \w+\nD\. \w+" + LETTER_ANSWER,
         r"Provide a one-sentence caption for the provided image\.",
     ):
-        assert any(re.fullmatch(wanted, question) for question in asked), wanted
+        assert any(re.fullmatch(wanted, question) for question in questions), wanted
 
 
 def test_every_object_has_a_category():

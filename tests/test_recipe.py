@@ -144,15 +144,15 @@ def test_another_order_shows_other_images(tiny):
     files = recipe_module.write_recipe_scenes(tiny)
     scenes = recipe_module.read_scene_sets(tiny, files)["heldout_scenes"]
     model, processor = build_stage_model(tiny.stage1())
-    seen = []
+    shown = []
     model.register_forward_pre_hook(
-        lambda m, args, inputs: seen.append(inputs["vision_features"]), with_kwargs=True
+        lambda m, args, inputs: shown.append(inputs["vision_features"]), with_kwargs=True
     )
     questions = QuestionSet(processor, scenes, batch_size=2)
     questions.right_answers(model, 4)
     questions.right_answers(model, 4, torch.tensor([1, 2, 0]))
-    assert torch.cat(seen[:2]).equal(scenes.features)
-    assert torch.cat(seen[2:]).equal(scenes.features[[1, 2, 0]])
+    assert torch.cat(shown[:2]).equal(scenes.features)
+    assert torch.cat(shown[2:]).equal(scenes.features[[1, 2, 0]])
 
 
 def test_stage_1_reads_captions_alone(tiny):

@@ -33,6 +33,7 @@ from transformers import AutoModelForImageTextToText
 from delta_llava.compressors.base import build_compressor, compressor_config
 from delta_llava.flops import model_config, num_parameters
 from delta_llava.launch import PAPER_TIMES, ROWS, RowLengths, llm_row_flops, row_flops
+from delta_llava.passes import compile_layers
 from delta_llava.runs import read_record, write_record
 from delta_llava.speed import StageTimer, measured_device, median_and_quartiles, resolve_device
 from delta_llava.train import Finetune, Pretrain
@@ -198,6 +199,8 @@ class StepTimes:
         cells += [replace(base, tokens=tokens) for tokens in budgets]
         most = self.fitting_layers()
         cells += [replace(base, float32=True, layers=layers) for layers in (most, most // 2)]
+        if self.place.type == "cuda":
+            cells.append(replace(lora, gradient_checkpointing=False, compiled=True))
         return cells
 
     def fitting_layers(self) -> int:
@@ -244,8 +247,7 @@ class StepTimes:
         if cell.float32:
             model.language_model.float()
         if cell.compiled:
-            for layer in model.get_decoder().layers:
-                layer.compile(dynamic=False)
+            compile_layers(model)
         self.model, self.model_key = model.to(self.place), cell.model_key
         freeze(model, cell.stage, cell.lora_rank)
 

@@ -17,7 +17,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from shutil import which
 from typing import Annotated, Any, Literal
@@ -25,7 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __version__
-from .files import read_json
+from .files import read_json, shipped_folder
 from .settings import Cost, Finetune, LongRecipe, Pretrain, Quickstart, Recipe, SpeedSettings
 
 # %% ../nbs/52_cli.ipynb #7398e823
@@ -73,23 +72,23 @@ def trained_folder(
         return check_trained(output_dir)
     if OWN_MODEL.exists():
         return check_trained(OWN_MODEL)
-    return Path(str(files("delta_llava") / "shipped"))
+    return shipped_folder()
 
 
 def say_what_it_knows(
     folder: Path,  # Of a trained model
 ) -> None:
-    "A note on standard error if the model is the one that comes with the package."
-    if folder == OWN_MODEL or not (folder / "run.json").is_file():
-        return
-    if read_json(folder / "run.json").get("kind") != "recipe":
+    "A note on standard error if the model was trained on drawn scenes only."
+    about = folder / "run.json"
+    if about.is_file() and read_json(about).get("kind") == "quickstart":
+        print("A quickstart's model has learned one question: What is in the picture?", file=sys.stderr)
+    if folder != shipped_folder():
         return
     from delta_llava.scenes import concept_names
 
-    names = ", ".join(concept_names())
     print(
         "The model that comes with the package was trained on drawn scenes of one to four of these "
-        f"objects only:\n  {names}.\n"
+        f"objects only:\n  {', '.join(concept_names())}.\n"
         "It answers questions such as 'What do you see?', 'Is there a fox in the picture?',\n"
         "  'How many things are in the picture?', 'Is the fox left or right of the bus?',\n"
         "  'Where is the fox?' and 'What is odd in this picture?'.",
@@ -218,8 +217,7 @@ class Chat:
         if self.question is not None:
             print(answerer.answer(image, self.question, **options))
             return
-        print("Ask about the image; an empty line ends. A quickstart's model has learned one question:")
-        print("What is in the picture?")
+        print("Ask about the image; an empty line ends.")
         for question in iter(read_question, ""):
             print(answerer.answer(image, question, **options))
 

@@ -146,7 +146,7 @@ def _some(facts: Iterator, most: int, rng: np.random.Generator) -> list:
 # %% ../nbs/30d_questions.ipynb #50944cfd
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
+CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."  # as in lmms-eval
 QUESTION_TASKS = (
     *("caption", "existence", "count", "relation", "choice"),
     *("neighbor", "place", "half", "name", "odd"),

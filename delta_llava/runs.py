@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEGACY_NAMES', 'SAMPLED_IMAGES', 'RUN_FILE', 'RUN_FILES', 'hardware', 'library_versions', 'commit', 'provenance',
            'write_record', 'rename_legacy', 'read_record', 'data_fingerprint', 'weights_fingerprint', 'llm_fingerprint',
-           'write_run', 'add_results', 'read_run', 'llm_dtype', 'shipped_folder', 'load', 'write_card']
+           'write_run', 'add_results', 'read_run', 'llm_dtype', 'load', 'write_card']
 
 # %% ../nbs/29_runs.ipynb #cb095666
 import json
@@ -24,7 +24,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .assets import resolve
-from .files import file_sha256, read_json, read_safetensors, text_sha256, write_json
+from delta_llava.files import (
+    file_sha256,
+    read_json,
+    read_safetensors,
+    shipped_folder,
+    text_sha256,
+    write_json,
+)
 from .lora import LORA_FILE, load_lora, merge_lora
 from .processor import DeltaLlavaProcessor, build_pretrained
 from .vlm import DeltaLlavaForConditionalGeneration, load_projector
@@ -325,11 +332,6 @@ def _load_parts(
         load_lora(model, folder)
         merge_lora(model)
     return model, processor
-
-
-def shipped_folder() -> Path:
-    "The model that comes with the package: Delta, trained in both stages on planted scenes."
-    return Path(str(files("delta_llava") / "shipped"))
 
 
 def load(

@@ -495,22 +495,24 @@ def _train(
     if args.process_index == 0:
         _log_plan(plan)
     passes = Passes(model, stage)
-    log = train_stage(
-        model,
-        rows,
-        collator,
-        args,
-        stage=stage.stage,
-        lora_rank=stage.lora_rank,
-        resume=stage.resume,
-        callbacks=callbacks,
-        result_dir=stage.output_dir,
-        eval_rows=eval_rows,
-        eval_budgets=stage.eval_budgets or (stage.tokens,),
-        max_minutes=stage.max_minutes,
-        keep_lora=stage.keep_lora,
-    )
-    passes.remove()
+    try:
+        log = train_stage(
+            model,
+            rows,
+            collator,
+            args,
+            stage=stage.stage,
+            lora_rank=stage.lora_rank,
+            resume=stage.resume,
+            callbacks=callbacks,
+            result_dir=stage.output_dir,
+            eval_rows=eval_rows,
+            eval_budgets=stage.eval_budgets or (stage.tokens,),
+            max_minutes=stage.max_minutes,
+            keep_lora=stage.keep_lora,
+        )
+    finally:
+        passes.remove()
     return model, processor, log, plan
 
 # %% ../nbs/31b_train.ipynb #7e8d1d17

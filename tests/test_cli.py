@@ -18,7 +18,9 @@ from transformers import CLIPVisionConfig
 
 from delta_llava import cli
 from delta_llava.config import dinov2_s14
+from delta_llava.files import shipped_folder
 from delta_llava.projector import DeltaProjector
+from delta_llava.scenes import concept_names
 from delta_llava.settings import Finetune, Pretrain, Quickstart
 from delta_llava.vlm import save_projector
 
@@ -485,3 +487,30 @@ def test_evaluate_refuses_before_it_loads(tmp_path, trained, loaded, monkeypatch
     assert "other settings" in refused("evaluate", trained, other, capsys=capsys)
     assert "not a folder" in refused("evaluate", "--tables", "--runs", tmp_path / "none", capsys=capsys)
     assert not loaded.called
+
+
+# --- the model in the package
+
+
+def test_without_a_run_of_ones_own_the_model_in_the_package_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.trained_folder(None) == shipped_folder()
+    cli.say_what_it_knows(shipped_folder())
+    note = capsys.readouterr().err
+    assert "comes with the package" in note and all(name in note for name in concept_names())
+
+
+def test_ones_own_run_comes_first_and_is_not_called_the_packages(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = Path("runs/quickstart")
+    own.mkdir(parents=True)
+    with pytest.raises(ValueError, match="runs/quickstart holds no trained model"):
+        cli.trained_folder(None)
+    shutil.copytree(shipped_folder(), own, dirs_exist_ok=True)  # a recipe's run
+    assert cli.trained_folder(None) == own
+    cli.say_what_it_knows(own)
+    assert capsys.readouterr().err == ""
+    run = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps(run | dict(kind="quickstart")))
+    cli.say_what_it_knows(own)
+    assert "has learned one question" in capsys.readouterr().err

@@ -8,9 +8,9 @@ from safetensors import safe_open
 
 from delta_llava import load
 from delta_llava.answerer import Answerer
-from delta_llava.files import read_json
+from delta_llava.files import read_json, shipped_folder
 from delta_llava.questions import make_questions, plan_question_scene
-from delta_llava.runs import read_record, shipped_folder
+from delta_llava.runs import read_record
 from delta_llava.scenes import draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]

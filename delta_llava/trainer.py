@@ -143,7 +143,8 @@ class RowIdCollator:
         rows: Sequence[dict],  # As the collator takes them, with `id`
     ) -> dict:  # The batch and `ids`
         if torch.utils.data.get_worker_info() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers; the step needs them
+            for number in StopOnSignal.SIGNALS:  # they reach workers, too, but the step needs them
+                signal.signal(number, signal.SIG_IGN)
         return {**self.collator(rows), "ids": [row["id"] for row in rows]}
 
 # %% ../nbs/31_trainer.ipynb #f62ae1e0
@@ -391,28 +392,33 @@ class TimeLimit(TrainerCallback):
 
     def __init__(
         self,
-        minutes: float,  # Of training, in all processes that it takes until the end
+        minutes: float,  # Of training, with the time before a resumption
     ):
         self.seconds = 60 * minutes
-        self.before, self.start = 0.0, None
+        self.before, self.start, self.shared = 0.0, None, 0.0
 
     def elapsed(self) -> float:
         "Seconds of training."
         return self.before + (0.0 if self.start is None else time.monotonic() - self.start)
 
     def fraction(self) -> float:
-        "Part of the time that has passed."
-        return self.elapsed() / self.seconds
+        "Part of the time that had passed after the last step: the same in all processes."
+        return self.shared / self.seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.start = time.monotonic()
+        self.start, self.shared = time.monotonic(), self.before
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1]["seconds"] = round(self.elapsed(), 2)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.elapsed() >= self.seconds:
+        self.shared = self.elapsed()
+        if args.world_size > 1:  # clocks differ, but all processes need one learning rate and one last step
+            slowest = torch.tensor(self.shared, device=args.device)
+            torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+            self.shared = float(slowest)
+        if self.shared >= self.seconds:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
 

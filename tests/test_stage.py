@@ -770,7 +770,8 @@ def test_two_processes_stop_at_the_same_step_and_go_on(parts, mixed, tmp_path, n
         assert process.poll() is None
     process.send_signal(number)
     stopped = finish(process)
-    assert stopped.returncode != 0 and "is complete: the same command goes on from there" in stopped.stderr
+    assert stopped.returncode != 0
+    assert "is complete: the same command goes on from there" in stopped.stderr, stopped.stderr[-6000:]
     step = int(last_checkpoint(tmp_path / "stopped").name.split("-")[1])
     assert 2 <= step < 40
     states = sorted(p.name for p in (tmp_path / "stopped" / f"checkpoint-{step}").glob("rng_state_*"))
@@ -778,6 +779,21 @@ def test_two_processes_stop_at_the_same_step_and_go_on(parts, mixed, tmp_path, n
     assert finish(launch("pretrain", parts, tmp_path / "stopped", **same)).returncode == 0
     assert finish(launch("pretrain", parts, tmp_path / "unbroken", **same)).returncode == 0
     assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "unbroken"))
+
+
+@pytest.mark.slow
+def test_two_processes_whose_clocks_differ_share_their_time(parts, mixed, tmp_path):
+    "One learning rate and one last step, or the second process would stop while the first waits for it."
+    limits = dict(per_device_batch_size=1, max_minutes=0.1)
+    done = finish(
+        launch("pretrain", parts, tmp_path / "run", clock_ahead=3, **mixed | dict(max_steps=10_000) | limits)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rates = [json.loads((tmp_path / f"run.rates.{rank}").read_text()) for rank in (0, 1)]
+    assert len(rates[0]) > 3
+    assert rates[0] == rates[1]
+    assert rates[0][-1] < 0.5 * max(rates[0])  # the schedule came near its end
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 60
 
 
 def test_finetune_asks_for_the_projector_of_stage_one(parts, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from delta_llava.train import Finetune, Pretrain, run_stage
-from delta_llava.trainer import COMPLETE, StageTrainer, TrainingInterrupted
+from delta_llava.trainer import COMPLETE, StageTrainer, TimeLimit, TrainingInterrupted
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
 
@@ -97,10 +97,10 @@ def stage(kind, parts, folder, **options):
 
 
 class EachStep(TrainerCallback):
-    "Keep the loss of every step, and the budget of every pass."
+    "Keep loss and learning rate of every step, and the budget of every pass."
 
     def __init__(self):
-        self.losses, self.budgets, self.sharded = [], [], False
+        self.losses, self.rates, self.budgets, self.sharded = [], [], [], False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         args.logging_steps = state.logging_steps = 1
@@ -113,7 +113,9 @@ class EachStep(TrainerCallback):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.losses += [logs["loss"]] if "loss" in logs else []
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.rates.append(logs["learning_rate"])
 
 
 class DieAt(TrainerCallback):
@@ -165,6 +167,13 @@ def die_while_saving(step, place):
     return None
 
 
+def clock_ahead(seconds):
+    "The clock of the second process is ahead of that of the first."
+    elapsed = TimeLimit.elapsed
+    if os.environ["RANK"] == "1":
+        TimeLimit.elapsed = lambda self: elapsed(self) + seconds
+
+
 def allow_fsdp_on_cpu():
     "accelerate refuses FSDP on CPUs by the name of the distributed type alone; torch's FSDP2 works there."
     from accelerate import PartialState
@@ -193,6 +202,8 @@ def main(kind, parts, folder, options):
         callbacks.append(DieAt(options.pop("die_at")))
     if "announce" in options:
         callbacks.append(Announce(*options.pop("announce")))
+    if "clock_ahead" in options:
+        clock_ahead(options.pop("clock_ahead"))
     if "die_saving" in options:
         die_while_saving(*options.pop("die_saving"))
     try:
@@ -202,6 +213,7 @@ def main(kind, parts, folder, options):
         sys.exit(128 + e.signal)
     rank = os.environ.get("RANK", "0")
     Path(f"{folder}.budgets.{rank}").write_text(json.dumps(each.budgets))
+    Path(f"{folder}.rates.{rank}").write_text(json.dumps(each.rates))
     if rank == "0":
         print("sharded" if each.sharded else "whole")
     if torch.distributed.is_initialized():

@@ -397,6 +397,7 @@ class Recipe:
     curve_budgets: tuple[int, ...] = (36, 16, 4)  # Budgets V of the scores during training
     tower: str = DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
     llm: str = DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
+    compressor: str = "delta"  # Which projector, by its name in the registry
     image_size: int = 168  # Side of an image, px; a multiple of the tower's patch size
     tokens: int = 36  # Main budget V
     train_budgets: tuple[int, ...] = (36, 16, 9)  # Budgets of the training steps
@@ -435,6 +436,7 @@ class Recipe:
             data=self.work_folder / "scenes" / "train.json",
             tower=self.tower,
             llm=self.llm,
+            compressor=self.compressor,
             image_size=self.image_size,
             tokens=self.tokens,
             train_budgets=self.train_budgets,
@@ -482,7 +484,7 @@ class Recipe:
 # %% ../nbs/07_settings.ipynb #b9d550d6
 @dataclass(frozen=True, kw_only=True)
 class LongRecipe(Recipe):
-    "The recipe on one GPU, as the shipped model was trained: five and a half minutes on one H200."
+    "The recipe on one GPU, as the shipped model was trained: five and a half minutes on an H200."
 
     train_images: int = 32_000  # Scenes with one to four objects
     test_images: int = 500  # In each held-out set, for the final scores
@@ -490,10 +492,8 @@ class LongRecipe(Recipe):
     curve_steps: int = 200  # Steps between them
     train_budgets: tuple[int, ...] = (36, 36, 144, 16, 16, 9, 4, 1)  # One named twice is drawn twice as often
     eval_budgets: tuple[int, ...] = (144, 36, 16, 9, 4, 1)  # Budgets of the final scores
-    stage1_steps: int = 2000  # Optimizer steps of stage 1
-    stage2_steps: int = 2500  # Optimizer steps of stage 2
-    stage1_minutes: float = 1.4  # Longest time of stage 1
-    stage2_minutes: float = 3.2  # Longest time of stage 2
+    stage1_steps: int = 600  # Optimizer steps of stage 1
+    stage2_steps: int = 700  # Optimizer steps of stage 2
     stage1_batch_size: int = 128  # Images in a step of stage 1
     stage2_batch_size: int = 48  # Images in a step of stage 2, each with all its questions
     stage1_learning_rate: float = 7e-4  # Highest learning rate of stage 1

@@ -1,0 +1,109 @@
+"""Both stages of the recipe with several seeds and systems, side by side on one GPU; one record of all.
+
+    python benchmarks/recipe.py                                 # three seeds; writes runs/recipe.json
+    python benchmarks/recipe.py --systems delta full --seeds 0  # other systems, the same number of steps
+    python benchmarks/recipe.py --merge-only                    # the record anew from finished trainings
+
+Every training is a process of its own, `delta-llava recipe-long` with the options of its system; its output
+is in `FOLDER/SYSTEM-SEED/log`. One that was stopped goes on when the program is started again. The trainings
+share the GPU, so their seconds say little about one that runs alone.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from delta_llava.runs import read_run, write_record
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_36 = ["--train-budgets", "36", "--eval-budgets", "36", "--curve-budgets", "36"]
+SYSTEMS = dict(  # options of `delta-llava recipe-long`
+    delta=[],
+    full=["--lora-rank", "0", "--stage2-learning-rate", "1e-4"],
+    tokenpacker=["--compressor", "tokenpacker", *AT_36],
+    honeybee=["--compressor", "cabstractor", *AT_36],
+)
+
+
+@dataclass
+class RecipeSeeds:
+    systems: tuple[str, ...] = ("delta",)  # Names in SYSTEMS
+    seeds: tuple[int, ...] = (0, 1, 2)  # Of each system
+    folder: Path = Path("runs/seeds")  # Gets a folder for each training
+    work: Path = Path("runs/seeds")  # Gets scenes and checkpoints, in the same folders
+    record: Path = Path("runs/recipe.json")  # Gets the scores of all trainings
+    num_workers: int = 4  # Of each training
+    stage1_minutes: float = 0.0  # Longest time of stage 1; 0 sets no limit
+    stage2_minutes: float = 0.0  # Longest time of stage 2; 0 sets no limit
+    options: str = ""  # More options of `delta-llava recipe-long`, as one text
+    merge_only: bool = False  # Train nothing
+
+    def __post_init__(self):
+        if unknown := [name for name in self.systems if name not in SYSTEMS]:
+            raise ValueError(f"systems={unknown} must be among {list(SYSTEMS)}.")
+        self.trainings = [f"{name}-{seed}" for name in self.systems for seed in self.seeds]
+
+    def start(self, training: str) -> subprocess.Popen:
+        "A process that trains."
+        name, seed = training.rsplit("-", 1)
+        folder = self.folder / training
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-W", "ignore", "-m", "delta_llava", "recipe-long", "--seed", seed]
+        command += ["--output-dir", str(folder.resolve())]
+        command += ["--work-dir", str((self.work / training / "work").resolve())]
+        for option in ("num_workers", "stage1_minutes", "stage2_minutes"):
+            command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
+        command += [*SYSTEMS[name], *shlex.split(self.options)]
+        shown = dict(PYTHONUNBUFFERED="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1")
+        with (folder / "log").open("a") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | shown)
+
+    def last_line(self, training: str) -> str:
+        "Where a training is."
+        lines = (self.folder / training / "log").read_text(errors="replace").splitlines() or [""]
+        return f"  {training}: {lines[-1][-100:]}"
+
+    def train(self) -> list[str]:  # Trainings that failed
+        "All trainings at the same time."
+        processes = {training: self.start(training) for training in self.trainings}
+        start = time.monotonic()
+        while running := [t for t, process in processes.items() if process.poll() is None]:
+            print(f"{time.monotonic() - start:.0f} s", *map(self.last_line, running), sep="\n", flush=True)
+            time.sleep(15)
+        return [training for training, process in processes.items() if process.returncode]
+
+    def merge(self) -> Path:
+        "One record of all trainings that have ended."
+        rows = []
+        for training in self.trainings:
+            if not (self.folder / training / "run.json").exists():
+                continue
+            run = read_run(self.folder / training)
+            logs = run["result"]["logs"]
+            rows.append(
+                dict(
+                    system=training.rsplit("-", 1)[0],
+                    seed=run["seeds"][0],
+                    scores=run["result"]["scores"],
+                    losses={stage: [e for e in log if "loss" in e] for stage, log in logs.items()},
+                    curves={stage: [e for e in log if "scores" in e] for stage, log in logs.items()},
+                    **{name: run[name] for name in ("command", "laps", "settings")},
+                )
+            )
+        return write_record(self.record, sorted({row["seed"] for row in rows}), dict(trainings=rows))
+
+    def __call__(self):
+        failed = [] if self.merge_only else self.train()
+        print(self.merge())
+        if failed:
+            sys.exit(f"failed: {', '.join(failed)}; see the file log of each")
+
+
+if __name__ == "__main__":
+    tyro.cli(RecipeSeeds)()

@@ -1,17 +1,19 @@
-"""Grad-CAM of trained projectors on planted scenes, compared with attention, with models whose weights are
-shuffled, with the center of the image, and with chance.
+"""Maps of words on planted scenes, by Grad-CAM, by two other maps of the same gradient, by attention, with
+shuffled weights, and by chance.
 
-    python benchmarks/gradcam.py  # trains what is missing; writes runs/gradcam.json
-    python benchmarks/gradcam.py --compressors delta --seeds 0 --images 16  # a first look
+    python benchmarks/gradcam.py                            # the model in the package
+    python benchmarks/gradcam.py --runs runs/seeds/delta-*  # trainings of benchmarks/recipe.py
+    python benchmarks/gradcam.py --images 4 --budgets 16    # a first look
 
-The word is the name of one object in the true caption (the first object in the first image, the second in
-the second, and so on), given the true words before it. Every method makes one map for it:
+The word is the name of one object in the true answer (in captions the first object in the first image, the
+second in the second, and so on), given the true words before it. Every method makes one map for it:
 
-- `gradcam`, and `attention` of the LLM;
-- `shuffled projector`, `shuffled LLM`: Grad-CAM of the same model with the weights of that part in random
+- `gradcam`, `hirescam`, `saliency`: the methods of `answer_cam`;
+- `attention` of the LLM;
+- `gradcam, shuffled projector`, `saliency, shuffled LLM`, …: the same with the weights of that part in random
   order (sanity check);
-- `other image`: the same model's Grad-CAM for the word of another image, which shows where objects are
-  usually placed;
+- `gradcam, other image`, `saliency, other image`: the map of the word of another image, which shows where
+  objects are usually placed;
 - `center`: one map for all images, highest in the middle, where a large object nearly always is;
 - `box`: the true box, an upper bound: it shows how far deletion and insertion can come;
 - `chance`: a uniform map.
@@ -21,14 +23,14 @@ another one (`other`, beside `other_area`, the energy of a uniform map there); d
 `deletion_insertion`, at the main budget of the training, in nats above the same curve for a random order of
 the same cells; the rank correlation with `gradcam`; `empty`, the share of maps that are zero everywhere.
 Intervals are 95 % bootstrap intervals over the images. An image's values are averaged over seeds first,
-because all models are evaluated on the same images. `gradcam minus` is Grad-CAM's score minus that of the
-method, on the same images, with its own interval.
+because all models are evaluated on the same images. `gradcam minus` and `saliency minus` are the score of
+Grad-CAM and of saliency minus that of the method, on the same images, with their own intervals.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +41,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delta_llava.collator import Collator
-from delta_llava.compare import supports_budget
-from delta_llava.config import dinov2_s14
+from delta_llava.conversations import load_conversations
 from delta_llava.evaluate import derangement
+from delta_llava.files import shipped_folder
 from delta_llava.gradcam import (
+    CAM_METHODS,
     PointingGame,
     answer_cam,
     attention_map,
@@ -52,24 +55,29 @@ from delta_llava.gradcam import (
     pointing_game,
     shuffled_weights,
 )
-from delta_llava.quickstart import held_out_images, read_quickstart
-from delta_llava.runs import commit, load, write_record
-from delta_llava.settings import Quickstart
+from delta_llava.questions import write_questions
+from delta_llava.runs import commit, load, read_run, write_record
 from delta_llava.tower import vision_features
-from delta_llava.train import train_run
 
-METHODS = (
+CHECKED = (
     "gradcam",
+    "saliency",
+)  # methods that are compared with all others, and repeated on shuffled weights
+METHODS = (
+    *CAM_METHODS,
     "attention",
-    "shuffled projector",
-    "shuffled LLM",
-    "other image",
+    *(f"{method}, {check}" for method in CHECKED for check in ("shuffled projector", "shuffled LLM")),
+    *(f"{method}, other image" for method in CHECKED),
     "center",
     "box",
     "chance",
 )
-CURVE_METHODS = ("gradcam", "attention", "shuffled projector", "box", "chance")  # curves are slow
+CURVE_METHODS = (*CAM_METHODS, "attention", "box", "chance")  # curves are slow
 COMPARED_SCORES = ("hit", "energy", "deletion", "insertion")  # in `gradcam minus`
+SETS = dict(  # fewest and most objects in a scene, and the kind of question whose answer names the object
+    one=(1, 1, "caption"), several=(2, 4, "caption"), odd=(3, 4, "odd")
+)
+SCENES_SEED = 9_000_000  # of scenes that neither training nor its scores used
 
 
 # --- maps -----------------------------------------------------------------------------------------
@@ -94,16 +102,19 @@ def box_map(boxes, v, size):
 def method_maps(model, batch, marks, boxes, size, seed):
     "A map of each method for each row."
 
-    def cams():
-        return answer_cam(model, batch, marks[None])[0].cpu()
+    def cams(method):
+        return answer_cam(model, batch, marks[None], method=method)[0].cpu()
 
-    maps = {"gradcam": cams(), "attention": attention_map(model, batch, marks[None])[0].cpu()}
-    with shuffled_weights(model.multi_modal_projector, seed):
-        maps["shuffled projector"] = cams()
-    with shuffled_weights(model.get_decoder().layers, seed):
-        maps["shuffled LLM"] = cams()
+    maps = {method: cams(method) for method in CAM_METHODS}
+    maps["attention"] = attention_map(model, batch, marks[None])[0].cpu()
+    parts = {"projector": model.multi_modal_projector, "LLM": model.get_decoder().layers}
     b, v = maps["gradcam"].shape
-    maps["other image"] = maps["gradcam"][derangement(b, seed)]
+    for part, module in parts.items():
+        with shuffled_weights(module, seed):
+            for method in CHECKED:
+                maps[f"{method}, shuffled {part}"] = cams(method)
+    for method in CHECKED:
+        maps[f"{method}, other image"] = maps[method][derangement(b, seed)]
     maps["center"] = center_map(v).expand(b, v)
     maps["box"] = box_map(boxes, v, size)
     maps["chance"] = torch.ones(b, v)
@@ -124,12 +135,14 @@ class Targets:
 
 
 def choose_targets(rows, first, scale):
-    "The object whose name is mapped, another one for each new image."
+    "The object whose name is mapped: the only one that the answer names, or another one for each new image."
     chosen, others = [], []
     for i, row in enumerate(rows, start=first):
-        objects = row["objects"]
-        chosen.append(objects[i % len(objects)])
-        others.append(objects[(i + 1) % len(objects)])
+        objects, answer = row["objects"], row["conversations"][1]["value"].casefold()
+        named = [k for k, o in enumerate(objects) if o["name"].casefold() in answer]
+        k = named[0] if len(named) == 1 else i % len(objects)
+        chosen.append(objects[k])
+        others.append(objects[(k + 1) % len(objects)])
 
     def boxes(objects):
         return torch.tensor([o["box"] for o in objects]).float() * scale
@@ -178,17 +191,17 @@ def row_scores(cam, gradcam, i, game: PointingGame, other: PointingGame, has_oth
     return scores | dict(correlation=rank_correlation(cam, gradcam))
 
 
-def score_batch(model, processor, rows, tokens, config, *, first=0, curve_images=0, steps=4):
+def score_batch(model, processor, rows, tokens, settings, *, first=0, curve_images=0, steps=4):
     "Scores of some images, by method; the first `curve_images` of all have curves at the main budget."
     batch = {}
     for name, value in Collator(processor=processor, tokens=tokens)(rows).items():
         batch[name] = value if isinstance(value, int) else value.to(model.device)
     height, width = batch["pixel_values"].shape[-2:]
     size = (height, width)
-    targets = choose_targets(rows, first, height / config.image_size)
+    targets = choose_targets(rows, first, height / settings["image_size"])
     marks = mark_phrases(batch["input_ids"], targets.names, processor.tokenizer)
-    maps = method_maps(model, with_features(model, batch), marks, targets.boxes, size, config.seed)
-    n_curves = max(0, min(curve_images - first, len(rows))) if tokens == config.tokens else 0
+    maps = method_maps(model, with_features(model, batch), marks, targets.boxes, size, settings["seed"])
+    n_curves = max(0, min(curve_images - first, len(rows))) if tokens == settings["tokens"] else 0
     areas = curve_areas(model, batch, marks, maps, n_curves, steps)
     scores = [dict() for _ in rows]
     for method in METHODS:
@@ -245,15 +258,15 @@ def summarize(rows):
     methods = {}
     for method, scores in values.items():
         methods[method] = {score: interval(x) for score, x in scores.items()}
-        minus = {}
-        for score in COMPARED_SCORES:
-            if score in scores:
-                minus[score] = interval(values["gradcam"][score] - scores[score])
-        methods[method]["gradcam minus"] = minus
+        for checked in CHECKED:
+            minus = {}
+            for score in COMPARED_SCORES:
+                if score in scores:
+                    minus[score] = interval(values[checked][score] - scores[score])
+            methods[method][f"{checked} minus"] = minus
         methods[method]["hit by seed"] = hit_by_seed(rows, method, seeds)
     return dict(
         compressor=rows[0]["compressor"],
-        trained_steps=sorted({row["steps"] for row in rows}),
         tokens=rows[0]["tokens"],
         set=rows[0]["set"],
         images=len({row["image"] for row in rows}),
@@ -279,89 +292,92 @@ def print_summary(summary):
             if score in scores:
                 mean, low, high = scores[score]
                 texts.append(f"{score} {mean:.2f} [{low:.2f}, {high:.2f}]")
-        print(f"  {method:20}" + "  ".join(texts))
+        print(f"  {method:28}" + "  ".join(texts))
 
 
 # --- the benchmark --------------------------------------------------------------------------------
 
 
+def write_set(folder: Path, name: str, images: int, size: int):
+    "Rows of one set: a question, its answer, and the objects with their boxes."
+    fewest, most, task = SETS[name]
+    scenes = 8 * images if task == "odd" else images  # not every scene has an odd object
+    file = folder / name / "heldout_scenes.json"
+    if not file.exists():
+        write_questions(file.parent, scenes, "heldout_scenes", SCENES_SEED, (fewest, most), size)
+    rows = []
+    for row in load_conversations(file):
+        tasks = row["task"].split(",")
+        if task in tasks:
+            at = 2 * tasks.index(task)
+            question, answer = (dict(turn) for turn in row["conversations"][at : at + 2])
+            question["value"] = "<image>\n" + question["value"].removeprefix("<image>\n")
+            rows.append(row | dict(conversations=[question, answer]))
+    if len(rows) < images:
+        raise ValueError(
+            f"images={images}: only {len(rows)} of {scenes} scenes have a question of kind {task}."
+        )
+    return rows[:images]
+
+
 @dataclass
 class GradcamBenchmark:
-    compressors: tuple[str, ...] = ("delta", "m3", "tokenpacker")  # Whose tokens have a position in the image
-    seeds: tuple[int, ...] = (0, 1)  # Of scenes, initialization and order
-    one_seed: tuple[str, ...] = ()  # Compressors that have the first seed alone
-    budgets: tuple[int, ...] = (9, 16, 36)  # V; those that a compressor cannot have are left out for it
-    sets: tuple[str, ...] = (
-        "heldout_scenes, one object",
-        "heldout_scenes, several objects",
-    )  # Held-out sets, of `quickstart.HELD_OUT_SETS`
-    images: int = 24  # Of each set
+    runs: tuple[Path, ...] = ()  # Folders of trainings; without them the model in the package
+    budgets: tuple[int, ...] = (144, 36, 16)  # V
+    sets: tuple[str, ...] = tuple(SETS)  # Names in SETS
+    images: int = 48  # Of each set
     curve_images: int = 12  # Of these, how many have deletion and insertion curves; 0 leaves them out
     steps: int = 4  # Points of a curve
     batch_size: int = 12  # Images in one pass
-    train_steps: int = 300  # Of the quickstart, for compressors that have to be trained
-    llm_dtype: str = "bfloat16"  # Of the frozen LLM
-    output_dir: Path = Path("runs/gradcam")  # Holds a run COMPRESSOR-SEED/ for each; missing ones are trained
+    output_dir: Path = Path("runs/gradcam")  # Gets the scenes, and the scores of each run
     record: Path = Path("runs/gradcam.json")
 
-    def __call__(self):
+    def __post_init__(self):
         if self.curve_images > self.images:
             raise ValueError(f"curve_images={self.curve_images} must be at most images={self.images}.")
+        if unknown := [name for name in self.sets if name not in SETS]:
+            raise ValueError(f"sets={unknown} must be among {list(SETS)}.")
+
+    def __call__(self):
         rows: list[dict] = []
         parts: list[dict] = []
-        for name in self.compressors:
-            for seed in self.seeds[:1] if name in self.one_seed else self.seeds:
-                self.train_missing(name, seed)
-                self.score_run(name, seed, rows, parts)
+        for folder in self.runs or (shipped_folder(),):
+            self.score_run(folder, rows, parts)
         result = summarize_all(rows)
         for summary in result:
             print_summary(summary)
-        settings = {k: v for k, v in asdict(self).items() if k not in ("output_dir", "record", "seeds")}
+        settings = {k: v for k, v in asdict(self).items() if k not in ("output_dir", "record", "runs")}
         commits = sorted({part["commit"] for part in parts})
         settings |= dict(scored_by=commits, seconds=sum(part["seconds"] for part in parts))
-        print(f"wrote {write_record(self.record, self.seeds, result, **settings)}")
+        seeds = sorted({row["seed"] for row in rows})
+        print(f"wrote {write_record(self.record, seeds, result, **settings)}")
 
-    def run_dir(self, name, seed):
-        return self.output_dir / f"{name}-{seed}"
-
-    def train_missing(self, name, seed):
-        "Train a run that does not exist."
-        folder = self.run_dir(name, seed)
-        if not (folder / "projector.safetensors").exists():
-            sizes = dict(max_steps=self.train_steps, llm_dtype=self.llm_dtype)
-            train_run(Quickstart(output_dir=folder, compressor=name, seed=seed, **sizes))
-
-    def score_run(self, name, seed, rows, parts):
+    def score_run(self, folder, rows, parts):
         "Append the scores of one trained model: a row for each image, budget and set."
-        folder = self.run_dir(name, seed)
         model, processor = load(folder)
-        config = read_quickstart(folder)
-        held_out_dir = self.output_dir / f"held-out-{self.images}"
-        held_out = held_out_images(replace(config, test_images=self.images), held_out_dir)
-        sizes = dinov2_s14(config.image_size)
-        for tokens in (v for v in self.budgets if supports_budget(name, sizes, v)):
-            for set_name in self.sets:
-                part = self.score_set(model, processor, list(held_out[set_name]), set_name, tokens, config)
+        run = read_run(folder)
+        settings = run["settings"]
+        about = dict(compressor=settings["compressor"], seed=run["seeds"][0])
+        for name in self.sets:
+            held_out = write_set(self.output_dir / "scenes", name, self.images, settings["image_size"])
+            for tokens in self.budgets:
+                part = self.score_set(model, processor, held_out, name, tokens, settings | about)
                 parts.append(part)
-                about = dict(compressor=name, seed=seed, steps=config.max_steps, set=set_name, tokens=tokens)
-                rows += [about | row for row in part["rows"]]
+                rows += [about | dict(set=name, tokens=tokens) | row for row in part["rows"]]
 
-    def score_set(self, model, processor, rows: Sequence[dict], set_name, tokens, config):
-        "Scores of one set at one budget; kept in the run's folder, so that a stopped benchmark goes on."
-        label = set_name.replace(", ", "-").replace(" ", "_")
-        name = f"scores-{label}-{tokens}-{self.images}-{self.curve_images}-{self.steps}.json"
-        path = config.output_dir / name
+    def score_set(self, model, processor, rows: Sequence[dict], name, tokens, settings):
+        "Scores of one set at one budget; kept in `output_dir`, so that a stopped benchmark goes on."
+        label = f"{settings['compressor']}-{settings['seed']}-{name}-{tokens}"
+        path = self.output_dir / f"{label}-{self.images}-{self.curve_images}-{self.steps}.json"
         if path.exists():
             return json.loads(path.read_text())
         start = time.perf_counter()
         found = []
-        description = f"{config.output_dir.name}, {set_name}, {tokens} tokens"
-        for first in tqdm(range(0, len(rows), self.batch_size), desc=description):
+        for first in tqdm(range(0, len(rows), self.batch_size), desc=label):
             part = rows[first : first + self.batch_size]
             counts = dict(first=first, curve_images=self.curve_images, steps=self.steps)
-            found += score_batch(model, processor, part, tokens, config, **counts)
-        seconds = round(time.perf_counter() - start)
-        content = dict(rows=found, commit=commit(), seconds=seconds)
+            found += score_batch(model, processor, part, tokens, settings, **counts)
+        content = dict(rows=found, commit=commit(), seconds=round(time.perf_counter() - start))
         path.write_text(json.dumps(content))
         return content
 

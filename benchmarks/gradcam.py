@@ -47,13 +47,14 @@ from delta_llava.files import shipped_folder
 from delta_llava.gradcam import (
     CAM_METHODS,
     PointingGame,
-    answer_cam,
     attention_map,
     deletion_insertion,
     infer_grid,
     mark_phrases,
     pointing_game,
     shuffled_weights,
+    token_map,
+    word_gradients,
 )
 from delta_llava.questions import write_questions
 from delta_llava.runs import commit, load, read_run, write_record
@@ -102,17 +103,17 @@ def box_map(boxes, v, size):
 def method_maps(model, batch, marks, boxes, size, seed):
     "A map of each method for each row."
 
-    def cams(method):
-        return answer_cam(model, batch, marks[None], method=method)[0].cpu()
+    def cams():
+        (tokens, grads), *_ = word_gradients(model, batch, marks[None])
+        return {method: token_map(tokens, grads, method).cpu() for method in CAM_METHODS}
 
-    maps = {method: cams(method) for method in CAM_METHODS}
-    maps["attention"] = attention_map(model, batch, marks[None])[0].cpu()
-    parts = {"projector": model.multi_modal_projector, "LLM": model.get_decoder().layers}
+    maps = cams() | dict(attention=attention_map(model, batch, marks[None])[0].cpu())
     b, v = maps["gradcam"].shape
+    parts = {"projector": model.multi_modal_projector, "LLM": model.get_decoder().layers}
     for part, module in parts.items():
         with shuffled_weights(module, seed):
-            for method in CHECKED:
-                maps[f"{method}, shuffled {part}"] = cams(method)
+            shuffled = cams()
+        maps |= {f"{method}, shuffled {part}": shuffled[method] for method in CHECKED}
     for method in CHECKED:
         maps[f"{method}, other image"] = maps[method][derangement(b, seed)]
     maps["center"] = center_map(v).expand(b, v)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CAM_LABELS', 'CAM_METHODS', 'WORD', 'grad_cam', 'token_map', 'infer_grid', 'upsample', 'minmax', 'relative',
-           'leaf_output', 'frozen_eval', 'find_projector', 'answer_cam', 'Word', 'words_of', 'find_phrase',
-           'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_box', 'draw_cams', 'PointingGame',
-           'pointing_game', 'blurred', 'DeletionInsertion', 'deletion_insertion', 'eager_attention', 'attention_map',
-           'shuffled_weights', 'denormalize_pixels', 'AnswerCams', 'word_cams', 'visual_effects', 'draw_answer']
+           'leaf_output', 'frozen_eval', 'find_projector', 'word_gradients', 'answer_cam', 'Word', 'words_of',
+           'find_phrase', 'mark_phrases', 'reshape_transform', 'WordTarget', 'library_cam', 'draw_box', 'draw_cams',
+           'PointingGame', 'pointing_game', 'blurred', 'DeletionInsertion', 'deletion_insertion', 'eager_attention',
+           'attention_map', 'shuffled_weights', 'denormalize_pixels', 'AnswerCams', 'word_cams', 'visual_effects',
+           'draw_answer']
 
 # %% ../nbs/40_gradcam.ipynb #49bc35b7
 import re
@@ -150,30 +151,39 @@ def find_projector(
     return found[0]
 
 
-def answer_cam(
+def word_gradients(
     model: nn.Module,  # A LLaVA-like model: `model(**inputs).logits`
     inputs: Mapping,  # `input_ids` of prompt *and* answer, the image, `tokens` and `prompt_end` if needed
     words: Bool[Tensor, "w b t"],  # Which positions of `input_ids` belong to word `w` in row `b`
     *,
     log_prob: bool = False,  # Score by log-probabilities; `False` takes logits, as the authors do
-    method: str = "gradcam",  # One of `CAM_METHODS`
     projector: nn.Module | None = None,  # Makes the visual tokens; `None` finds it
-) -> Float[Tensor, "w p v"]:  # One map per word and image
-    "Grad-CAM of each word at the projector's output (Fig. 1): one forward pass, one backward pass per word."
-    _check_method(method)
+) -> Iterator[tuple[Tensor, Tensor]]:  # For each word: visual tokens and their gradient, both `[p, v, d]`
+    "Gradient of each word's score at the projector's output: one forward pass, one backward pass per word."
     positions = _scored_positions(inputs["input_ids"], words)
     projector = find_projector(model) if projector is None else projector
-    maps: list[Tensor] = []
     with frozen_eval(model), leaf_output(projector) as outputs, torch.enable_grad():
         scores = _token_scores(model, inputs, positions, log_prob)
         if len(outputs) != 1:
             raise ValueError(f"the projector ran {len(outputs)} times, not once: pass the image, too.")
-        tokens = outputs[0]
-        for word in words[..., positions]:
-            last = len(maps) + 1 == len(words)
-            (grads,) = torch.autograd.grad((scores * word).sum(), tokens, retain_graph=not last)
-            maps.append(token_map(tokens.detach(), grads, method))
-    return torch.stack(maps)
+        for i, word in enumerate(words[..., positions], 1):
+            (grads,) = torch.autograd.grad((scores * word).sum(), outputs[0], retain_graph=i < len(words))
+            yield outputs[0].detach(), grads
+
+
+def answer_cam(
+    model: nn.Module,  # As in `word_gradients`
+    inputs: Mapping,  # As in `word_gradients`
+    words: Bool[Tensor, "w b t"],  # As in `word_gradients`
+    *,
+    log_prob: bool = False,  # As in `word_gradients`
+    method: str = "gradcam",  # One of `CAM_METHODS`
+    projector: nn.Module | None = None,  # As in `word_gradients`
+) -> Float[Tensor, "w p v"]:  # One map per word and image
+    "Grad-CAM of each word at the projector's output (Fig. 1), or another map of the same gradient."
+    _check_method(method)
+    gradients = word_gradients(model, inputs, words, log_prob=log_prob, projector=projector)
+    return torch.stack([token_map(tokens, grads, method) for tokens, grads in gradients])
 
 
 def _without_labels(inputs):
@@ -340,7 +350,9 @@ def _draw_overlay(ax, image, cam, frame):
     "A map over the gray image; returns what a color bar needs."
     size = image.height, image.width
     ax.imshow(image.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
-    return ax.imshow(upsample(cam, size, "bilinear").numpy(), alpha=0.6, **frame)
+    pixels = upsample(cam, size, "bilinear")
+    strength = (pixels / frame["vmax"]).clamp(0, 1)
+    return ax.imshow(pixels.numpy(), alpha=(0.15 + 0.65 * strength).numpy(), **frame)
 
 
 def _frame(image, maps):

@@ -73,7 +73,7 @@ METHODS = (
     "box",
     "chance",
 )
-CURVE_METHODS = (*CAM_METHODS, "attention", "box", "chance")  # curves are slow
+CURVE_METHODS = (*CHECKED, "attention", "box", "chance")  # curves are slow
 COMPARED_SCORES = ("hit", "energy", "deletion", "insertion")  # in `gradcam minus`
 SETS = dict(  # fewest and most objects in a scene, and the kind of question whose answer names the object
     one=(1, 1, "caption"), several=(2, 4, "caption"), odd=(3, 4, "odd")

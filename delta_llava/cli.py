@@ -237,8 +237,9 @@ class Gradcam:
 
     image: Path  # The image
     question: Annotated[str, ASK] = "What is in the picture?"  # The question
-    word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the longest one
+    word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the one that the image decides
     tokens: tuple[int, ...] = ()  # Budgets, one column each; without it those of the evaluation, except 1
+    method: Literal["gradcam", "hirescam", "saliency"] = "gradcam"  # How a map is made from the gradient
     out: Path = Path("gradcam.png")  # The figure
     output_dir: Path | None = (
         None  # What was trained; without it runs/quickstart, else the model in the package
@@ -250,7 +251,7 @@ class Gradcam:
         if not self.out.absolute().parent.is_dir():
             raise ValueError(f"out={self.out} lies in a folder that does not exist; create it first.")
         from delta_llava.answerer import Answerer
-        from delta_llava.gradcam import draw_answer, word_cams
+        from delta_llava.gradcam import draw_answer, visual_effects, word_cams
         from delta_llava.runs import load, read_run
         from delta_llava.tower import open_image
 
@@ -267,13 +268,13 @@ class Gradcam:
             )
         model, processor = load(folder)
         answer = Answerer(model, processor).answer(image, self.question, tokens=settings["tokens"])
-        words = self.word or (max(answer.strip(".").split(), key=len, default=""),)
-        maps = {
-            budget: word_cams(
-                model, processor, image, self.question, list(words), answer=answer, tokens=budget
-            )
-            for budget in budgets
-        }
+        asked = model, processor, image, self.question
+        words = self.word
+        if not words:
+            effects = visual_effects(*asked, answer=answer, tokens=settings["tokens"])
+            words = (max(effects, key=lambda word: effects[word]),)
+        options = dict(answer=answer, method=self.method)
+        maps = {budget: word_cams(*asked, list(words), tokens=budget, **options) for budget in budgets}
         draw_answer(maps).savefig(self.out, dpi=120)
         print(f"{answer}\n{', '.join(words)}: {self.out}")
 

@@ -28,6 +28,7 @@ from delta_llava.collator import Collator
 from delta_llava.config import ProjectorConfig
 from delta_llava.conversations import load_conversations
 from delta_llava.gradcam import (
+    CAM_METHODS,
     Word,
     answer_cam,
     attention_map,
@@ -47,14 +48,16 @@ from delta_llava.gradcam import (
     minmax,
     pointing_game,
     relative,
+    reshape_transform,
     shuffled_weights,
+    token_map,
     upsample,
+    visual_effects,
     word_cams,
     words_of,
 )
 from delta_llava.processor import build_processor
 from delta_llava.scenes import write_scenes
-from delta_llava.settings import Quickstart
 from delta_llava.tower import vision_features
 from delta_llava.vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 
@@ -1035,7 +1038,8 @@ def benchmark_scores(benchmark, tmp_path_factory):
     for first in (0, 3):
         counts = dict(first=first, curve_images=4)
         part = rows[first : first + 3]
-        found += benchmark["score_batch"](model, processor, part, 16, Quickstart(), **counts)
+        settings = dict(image_size=168, tokens=16, seed=0)
+        found += benchmark["score_batch"](model, processor, part, 16, settings, **counts)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])  # the shuffled weights are restored
     return found
@@ -1055,14 +1059,13 @@ def test_benchmark_scores_of_known_maps(benchmark_scores):
 
 
 def test_benchmark_summary_keeps_every_score(benchmark, benchmark_scores):
-    set_name = "heldout_scenes, several objects"
+    set_name = "several"
     rows = []
     for seed in (0, 1):
-        about = dict(compressor="delta", seed=seed, steps=300, set=set_name, tokens=16)
+        about = dict(compressor="delta", seed=seed, set=set_name, tokens=16)
         rows += [about | row for row in benchmark_scores]
     (summary,) = benchmark["summarize_all"](rows)
     assert (summary["set"], summary["images"], summary["seeds"]) == (set_name, 6, [0, 1])
-    assert summary["trained_steps"] == [300]
     methods = summary["methods"]
     assert list(methods) == list(benchmark["METHODS"])
     attention = np.mean([row["scores"]["attention"]["energy"] for row in benchmark_scores])
@@ -1072,6 +1075,84 @@ def test_benchmark_summary_keeps_every_score(benchmark, benchmark_scores):
     difference, low, high = methods["attention"]["gradcam minus"]["energy"]
     assert abs(difference - (gradcam - attention)) < 1e-3
     assert low <= difference <= high
-    assert methods["gradcam"]["gradcam minus"]["hit"] == [0] * 3
+    for checked in ("gradcam", "saliency"):
+        assert methods[checked][f"{checked} minus"]["hit"] == [0] * 3
     assert "deletion" not in methods["center"]
     json.dumps(summary, allow_nan=False)
+
+
+def test_the_only_named_object_is_the_target(benchmark):
+    objects = [dict(name=name, box=[0, 0, 9, 9 + i]) for i, name in enumerate(("cat", "dog", "owl"))]
+
+    def target(number, answer):
+        row = dict(objects=objects, conversations=[{}, {"value": answer}])
+        return benchmark["choose_targets"]([row], number, 1.0).names
+
+    assert [target(i, "Owl") for i in (0, 1)] == [["owl"], ["owl"]]
+    assert [target(i, "A cat, a dog and an owl.") for i in (0, 1)] == [["cat"], ["dog"]]
+
+
+@pytest.mark.parametrize("name, fewest", [("several", 2), ("odd", 3)])
+def test_benchmark_rows_are_one_question_about_a_scene(benchmark, tmp_path, name, fewest):
+    rows = benchmark["write_set"](tmp_path, name, 3, 168)
+    assert len(rows) == 3
+    for row in rows:
+        question, answer = row["conversations"]
+        assert question["value"].count("<image>") == 1
+        assert len(row["objects"]) >= fewest
+        named = [o for o in row["objects"] if o["name"].casefold() in answer["value"].casefold()]
+        assert len(named) == (1 if name == "odd" else len(row["objects"]))
+
+
+# --- other maps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_maps_are_those_of_one_gradient(delta, method):
+    "Of several words, whose maps need one forward pass, and of each word alone."
+    options = dict(answer="A red fox.", tokens=4, method=method)
+    together = word_cams(*delta, IMAGE_224, "What?", ["red", "fox"], **options)
+    alone = [word_cams(*delta, IMAGE_224, "What?", [word], **options).cams[0] for word in ("red", "fox")]
+    assert_close(together.cams, torch.stack(alone))
+    assert together.method == method
+    assert (together.cams >= 0).all() and together.cams.any()
+
+
+@pytest.mark.slow  # the library takes seconds to import
+def test_hirescam_is_that_of_the_library():
+    from pytorch_grad_cam import HiResCAM
+
+    layer = nn.Linear(1, 1)
+    library = HiResCAM(layer, [layer])
+    tokens, grads = torch.randn(2, 2, 16, 8).unbind()
+    as_image = [reshape_transform(x).numpy() for x in (tokens, grads)]
+    expected = library.get_cam_image(None, None, None, *as_image, None)
+    ours = token_map(tokens, grads, "hirescam")
+    assert_close(ours, torch.from_numpy(expected).flatten(1).relu(), rtol=1e-4, atol=1e-5)
+
+
+def test_saliency_is_the_size_of_a_small_change():
+    "The steepest change of a score by a change of one token alone, found by differences."
+    torch.manual_seed(0)
+    tokens, direction = torch.randn(1, 4, 3, dtype=torch.double), torch.randn(4, 3, dtype=torch.double)
+    score = lambda x: (direction * x).sin().sum()  # noqa: E731
+    leaf = tokens.clone().requires_grad_()
+    (grads,) = torch.autograd.grad(score(leaf), leaf)
+    for token in range(4):
+        steps = torch.zeros(3, *tokens.shape, dtype=torch.double)
+        steps[:, 0, token] = 1e-6 * torch.eye(3, dtype=torch.double)
+        slopes = torch.stack([score(tokens + s) - score(tokens - s) for s in steps]) / 2e-6
+        assert_close(
+            token_map(tokens, grads, "saliency")[0, token].double(), slopes.norm(), rtol=1e-5, atol=0
+        )
+
+
+def test_the_image_decides_no_word_if_the_model_does_not_see_it(delta):
+    model, processor = delta
+    with shuffled_weights(model.multi_modal_projector):
+        for p in model.multi_modal_projector.parameters():
+            p.data.zero_()
+        effects = visual_effects(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=4)
+    assert effects == dict(A=0, red=0, fox=0)
+    seen = visual_effects(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=4)
+    assert all(effect != 0 for effect in seen.values())

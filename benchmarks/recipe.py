@@ -1,6 +1,6 @@
 """Both stages of the recipe with several seeds and systems, side by side on one GPU; one record of all.
 
-    python benchmarks/recipe.py                                 # three seeds; writes runs/recipe.json
+    python benchmarks/recipe.py                                 # three seeds of Delta
     python benchmarks/recipe.py --systems delta full --seeds 0  # other systems, the same number of steps
     python benchmarks/recipe.py --merge-only                    # the record anew from finished trainings
 
@@ -31,13 +31,28 @@ SYSTEMS = dict(  # options of `delta-llava recipe-long`
 )
 
 
+def last_step(log: list[dict]) -> int:
+    "How far a stage came."
+    return max(entry["step"] for entry in log)
+
+
+def curve_rows(log: list[dict]):
+    "The scores during a stage, in whole percents: a row for each step, held-out set and budget."
+    for entry in log:
+        for images, budgets in entry.get("scores", {}).items():
+            for tokens, tasks in budgets.items():
+                own, blind = ({t: round(100 * s[i]) for t, s in tasks.items()} for i in (0, 1))
+                step = entry["step"]
+                yield dict(step=step, images=images, tokens=int(tokens), percent=own, blind_percent=blind)
+
+
 @dataclass
 class RecipeSeeds:
     systems: tuple[str, ...] = ("delta",)  # Names in SYSTEMS
     seeds: tuple[int, ...] = (0, 1, 2)  # Of each system
     folder: Path = Path("runs/seeds")  # Gets a folder for each training
     work: Path = Path("runs/seeds")  # Gets scenes and checkpoints, in the same folders
-    record: Path = Path("runs/recipe.json")  # Gets the scores of all trainings
+    record: Path = Path("runs/recipe_seeds.json")  # Gets the scores of all trainings
     num_workers: int = 4  # Of each training
     stage1_minutes: float = 0.0  # Longest time of stage 1; 0 sets no limit
     stage2_minutes: float = 0.0  # Longest time of stage 2; 0 sets no limit
@@ -85,15 +100,17 @@ class RecipeSeeds:
             if not (self.folder / training / "run.json").exists():
                 continue
             run = read_run(self.folder / training)
-            logs = run["result"]["logs"]
+            stage1, stage2 = (run["result"]["logs"][stage] for stage in ("stage1", "stage2"))
             rows.append(
                 dict(
                     system=training.rsplit("-", 1)[0],
                     seed=run["seeds"][0],
+                    stage1_steps=last_step(stage1),
+                    stage2_steps=last_step(stage2),
                     scores=run["result"]["scores"],
-                    losses={stage: [e for e in log if "loss" in e] for stage, log in logs.items()},
-                    curves={stage: [e for e in log if "scores" in e] for stage, log in logs.items()},
-                    **{name: run[name] for name in ("command", "laps", "settings")},
+                    curves=list(curve_rows(stage2)),
+                    losses=[dict(step=e["step"], loss=e["loss"]) for e in stage2 if "loss" in e],
+                    seconds=run["seconds"],
                 )
             )
         return write_record(self.record, sorted({row["seed"] for row in rows}), dict(trainings=rows))

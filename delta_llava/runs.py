@@ -87,7 +87,9 @@ def provenance(
     seeds: Sequence[int],  # All seeds that the result depends on
 ) -> dict:  # JSON-safe
     "Commit, command, hardware, seeds and versions of the running program."
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = "delta-llava" if program.parts[-2:] == ("delta_llava", "__main__.py") else program.name
+    command = " ".join([name, *sys.argv[1:]])
     return dict(
         commit=commit(), command=command, hardware=hardware(), seeds=list(seeds), versions=library_versions()
     )

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tyro
 from tiny_stage import write_models
 
 from delta_llava import speed
-from delta_llava.settings import SpeedSettings
+from delta_llava.runs import write_run
+from delta_llava.settings import LongRecipe, SpeedSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RUNS = BENCHMARKS.parent / "runs"
@@ -303,3 +305,46 @@ def test_calls_of_the_command_line_are_timed(tmp_path, capsys):
     (row,) = json.loads(path.read_text())["result"]
     assert row["call"] == "empty" and row["cpu_seconds"] > 0
     assert "| empty" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- recipe.py
+
+
+def test_finished_trainings_become_one_record(tmp_path, monkeypatch):
+    recipe = load_benchmark("recipe")
+    scores = {"heldout_scenes": {"36": {"count": [0.956, 0.25]}}}
+    logs = dict(
+        stage1=[dict(step=3, loss=2.0)],
+        stage2=[
+            dict(step=4, loss=0.5, seconds=1.0),
+            dict(step=4, scores=scores),
+            dict(step=5, train_loss=1.0),
+        ],
+    )
+    for seed in (0, 2):  # seed 1 was stopped
+        write_run(
+            tmp_path / f"delta-{seed}",
+            "recipe",
+            {},
+            seeds=[seed],
+            result=dict(scores={}, logs=logs),
+            seconds=9,
+        )
+    benchmark = recipe["RecipeSeeds"](folder=tmp_path, record=tmp_path / "r.json", merge_only=True)
+    benchmark()
+    record = json.loads((tmp_path / "r.json").read_text())
+    first, last = record["result"]["trainings"]
+    assert (record["seeds"], first["seed"], last["seed"]) == ([0, 2], 0, 2)
+    assert (first["stage1_steps"], first["stage2_steps"]) == (3, 5)
+    assert first["losses"] == [dict(step=4, loss=0.5)]
+    (curve,) = first["curves"]
+    assert (curve["step"], curve["percent"], curve["blind_percent"]) == (4, {"count": 96}, {"count": 25})
+    with pytest.raises(ValueError, match="systems=.*must be among"):
+        recipe["RecipeSeeds"](systems=("resampler",))
+
+
+def test_the_systems_of_the_recipe_are_options_that_it_has():
+    for options in load_benchmark("recipe")["SYSTEMS"].values():
+        recipe = tyro.cli(LongRecipe, args=[*options, "--seed", "3"])
+        assert recipe.seed == 3
+        assert recipe.stage1().compressor == recipe.stage2().compressor == recipe.compressor

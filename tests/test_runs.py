@@ -19,6 +19,7 @@ from delta_llava.runs import (
     commit,
     data_fingerprint,
     load,
+    provenance,
     read_record,
     read_run,
     rename_legacy,
@@ -64,6 +65,19 @@ def test_the_commit_is_that_of_the_packages_own_repository(tmp_path, monkeypatch
     assert commit(package) == head
     (package / "__init__.py").write_text("x = 1\n")
     assert commit(package) == f"{head}-dirty"
+
+
+@pytest.mark.parametrize(
+    "program, name",
+    [
+        ("/x/delta_llava/__main__.py", "delta-llava"),
+        ("/x/delta-llava", "delta-llava"),
+        ("b/gpu.py", "gpu.py"),
+    ],
+)
+def test_the_command_is_what_one_would_type(monkeypatch, program, name):
+    monkeypatch.setattr("sys.argv", [program, "recipe", "--seed", "1"])
+    assert provenance([1])["command"] == f"{name} recipe --seed 1"
 
 
 def test_the_commit_of_an_enclosing_repository_is_not_taken(tmp_path, monkeypatch):

@@ -277,6 +277,8 @@ class Gradcam:
         maps = {budget: word_cams(*asked, list(words), tokens=budget, **options) for budget in budgets}
         draw_answer(maps).savefig(self.out, dpi=120)
         print(f"{answer}\n{', '.join(words)}: {self.out}")
+        if self.method == "gradcam":
+            print("Grad-CAM as in the paper. Maps of --method saliency find objects more often (tutorial b).")
 
 # %% ../nbs/52_cli.ipynb #de8ff5c4
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,8 @@ HELP = {
     "pretrain": ["--learning-rate", "--eval-data", "--report-to", "--per-device-batch-size"],
     "finetune": ["--lora-rank", "--load-in-4bit", "--sharding"],
     "chat": ["--image", "The image", "--question", "One question", "--tokens", "Budget V, a square"],
-    "gradcam": ["--word", "Words of the answer", "--out", "The figure", "--tokens", "one column each"],
+    "gradcam": ["--word", "Words of the answer", "--out", "The figure", "--tokens", "one column each",
+                "--method", "hirescam"],
     "doctor": ["A JSON list of LLaVA rows", "--images", "--out", "index.json", "--no-text-rows", "--llm",
                "--max-length", "--num-workers"],
     "tasks": ["offline tasks for lmms-eval", "--split", "--caption", "Prompt of the captions", "--seed"],
@@ -212,6 +213,28 @@ def test_figure_needs_a_folder(tmp_path, image, trained, loaded, capsys):
     args = ("gradcam", "--image", image, "--out", tmp_path / "no" / "a.png", "--output-dir", trained)
     assert "does not exist" in refused(*args, capsys=capsys)
     assert not loaded.called
+
+
+def test_the_word_that_the_image_decides_is_mapped(image, trained, tmp_path, monkeypatch, capsys):
+    gradcam = importlib.import_module("delta_llava.gradcam")
+    answerer = importlib.import_module("delta_llava.answerer")
+    monkeypatch.setattr(importlib.import_module("delta_llava.runs"), "load", Mock(return_value=(None, None)))
+    monkeypatch.setattr(
+        answerer, "Answerer", Mock(return_value=Mock(answer=Mock(return_value="An owl swims.")))
+    )
+    monkeypatch.setattr(gradcam, "visual_effects", Mock(return_value=dict(An=-9.0, owl=4.0, swims=1.0)))
+    monkeypatch.setattr(gradcam, "draw_answer", Mock())
+    mapped = Mock()
+    monkeypatch.setattr(gradcam, "word_cams", mapped)
+    args = ["gradcam", "--image", str(image), "--output-dir", str(trained), "--tokens", "16"]
+    args += ["--out", str(tmp_path / "o.png")]
+    cli.main([*args, "--method", "saliency"])
+    assert mapped.call_args.args[-1] == ["owl"]
+    assert mapped.call_args.kwargs == dict(answer="An owl swims.", method="saliency", tokens=16)
+    assert "in the paper" not in capsys.readouterr().out
+    cli.main([*args, "--word", "swims"])
+    assert mapped.call_args.args[-1] == ["swims"]
+    assert "--method saliency" in capsys.readouterr().out
 
 
 def test_chat_ends_with_the_input(image, trained, monkeypatch, capsys):

@@ -6,7 +6,8 @@
 
 Every training is a process of its own, `delta-llava recipe-long` with the options of its system; its output
 is in `FOLDER/SYSTEM-SEED/log`. One that was stopped goes on when the program is started again. The trainings
-share the GPU, so their seconds say little about one that runs alone.
+share the GPU, so their seconds say little about one that runs alone. Each needs up to 35 GB of its memory:
+three at once on an H200, two on an H100.
 """
 
 import os

@@ -352,7 +352,7 @@ def _draw_overlay(ax, image, cam, frame):
     ax.imshow(image.convert("L"), extent=frame["extent"], cmap="gray", vmin=0, vmax=255)
     pixels = upsample(cam, size, "bilinear")
     strength = (pixels / frame["vmax"]).clamp(0, 1)
-    return ax.imshow(pixels.numpy(), alpha=(0.15 + 0.65 * strength).numpy(), **frame)
+    return ax.imshow(pixels.numpy(), alpha=(0.8 * strength.sqrt()).numpy(), **frame)
 
 
 def _frame(image, maps):

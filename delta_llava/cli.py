@@ -251,7 +251,7 @@ class Gradcam:
         if not self.out.absolute().parent.is_dir():
             raise ValueError(f"out={self.out} lies in a folder that does not exist; create it first.")
         from delta_llava.answerer import Answerer
-        from delta_llava.gradcam import draw_answer, visual_effects, word_cams
+        from delta_llava.gradcam import draw_answer, most_visual_word, visual_effects, word_cams
         from delta_llava.runs import load, read_run
         from delta_llava.tower import open_image
 
@@ -272,7 +272,7 @@ class Gradcam:
         words = self.word
         if not words:
             effects = visual_effects(*asked, answer=answer, tokens=settings["tokens"])
-            words = (max(effects, key=lambda word: effects[word]),)
+            words = (most_visual_word(effects),)
         options = dict(answer=answer, method=self.method)
         maps = {budget: word_cams(*asked, list(words), tokens=budget, **options) for budget in budgets}
         draw_answer(maps).savefig(self.out, dpi=120)

@@ -222,7 +222,8 @@ def test_the_word_that_the_image_decides_is_mapped(image, trained, tmp_path, mon
     monkeypatch.setattr(
         answerer, "Answerer", Mock(return_value=Mock(answer=Mock(return_value="An owl swims.")))
     )
-    monkeypatch.setattr(gradcam, "visual_effects", Mock(return_value=dict(An=-9.0, owl=4.0, swims=1.0)))
+    effects = dict(An=9.0, owl=4.0, swims=1.0)
+    monkeypatch.setattr(gradcam, "visual_effects", Mock(return_value=effects))
     monkeypatch.setattr(gradcam, "draw_answer", Mock())
     mapped = Mock()
     monkeypatch.setattr(gradcam, "word_cams", mapped)

@@ -687,8 +687,8 @@ def word_cams(
 FUNCTION_WORDS = frozenset(
     """a an the this that these those and or but nor so if as of in on at by to for with from into over under
     above below between near beside behind it its he she they them his her their there here i you we is are
-    was were be been being has have had do does did can could will would may might must not no yes which who what
-    where when how than then very some any each other""".split()
+    was were be been being has have had do does did can could will would may might must not no yes which who
+    what where when how than then very some any each other""".split()
 )
 
 

@@ -412,6 +412,7 @@ TRAINER_METHODS = {  # method -> parameters that the class below, or training, r
     "prediction_step": ("inputs", "prediction_loss_only", "ignore_keys"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "training_step": ("inputs", "num_items_in_batch"),
+    "_get_train_sampler": ("train_dataset",),
     "_clip_grad_norm": ("model",),
     "_save": ("output_dir", "state_dict"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
@@ -424,6 +425,14 @@ TRAINER_METHODS = {  # method -> parameters that the class below, or training, r
 
 class TrainerHooks:
     "Public methods to override in place of `Trainer`'s private ones, which they call."
+
+    def train_sampler(
+        self,
+        rows=None,  # Training rows; `None` takes the trainer's
+    ) -> Any:  # Gives the order of the rows
+        "Make the sampler of the training rows."
+        trainer: Any = super()
+        return trainer._get_train_sampler(rows)
 
     def clip_gradients(
         self,
@@ -484,6 +493,9 @@ def hooked_trainer() -> type:  # `HookedTrainer`
     check_overrides(trainer, TRAINER_METHODS, "training draws budgets, refuses NaN and marks checkpoints")
 
     class HookedTrainer(TrainerHooks, trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return self.train_sampler(train_dataset)
+
         def _clip_grad_norm(self, model):
             return self.clip_gradients(model)
 

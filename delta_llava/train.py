@@ -440,7 +440,8 @@ def trainer_arguments(
     if stage.group_by_length:
         fields["train_sampling_strategy"] = "group_by_length"
     if stage.num_workers:
-        fields |= dict(dataloader_persistent_workers=True, dataloader_prefetch_factor=4)
+        # not persistent: new workers draw a seed in each epoch, as those of a resumed run do
+        fields["dataloader_prefetch_factor"] = 4
     if stage.eval_data is not None:
         fields |= dict(eval_strategy="steps", eval_steps=stage.eval_steps)
     return stage_arguments(

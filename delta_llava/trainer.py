@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPLETE', 'count_parameters', 'freeze', 'draw_budget', 'ElasticCollator', 'RowIdCollator', 'BudgetTrainer',
-           'FiniteTrainer', 'last_checkpoint', 'CheckpointTrainer', 'TimedTrainer', 'StageTrainer',
-           'TrainingInterrupted', 'StopOnSignal', 'TimeLimit', 'KeepIntervals', 'stage_arguments', 'checkpoint_bytes',
-           'check_space', 'train_stage']
+           'EpochSampler', 'OrderTrainer', 'FiniteTrainer', 'last_checkpoint', 'CheckpointTrainer', 'TimedTrainer',
+           'StageTrainer', 'TrainingInterrupted', 'StopOnSignal', 'TimeLimit', 'KeepIntervals', 'stage_arguments',
+           'checkpoint_bytes', 'check_space', 'train_stage']
 
 # %% ../nbs/31_trainer.ipynb #b90e3ca9
 import hashlib
@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
 from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device
@@ -198,6 +199,34 @@ class BudgetTrainer(HookedTrainer):
         torch.set_rng_state(random_state)
         return metrics
 
+# %% ../nbs/31_trainer.ipynb #5f6404f6
+class EpochSampler(Sampler):
+    "Another sampler's order, which depends on the seed and the epoch of the training alone."
+
+    def __init__(
+        self,
+        sampler,  # Draws from its `generator`
+        trainer,  # Knows seed and epoch
+    ):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        seed = self.trainer.args.data_seed + int(self.trainer.state.epoch or 0)
+        self.sampler.generator = torch.Generator().manual_seed(seed)
+        return iter(self.sampler)
+
+
+class OrderTrainer(HookedTrainer):
+    "One order of rows grouped by length for all processes, and for a resumed run."
+
+    def train_sampler(self, rows=None):
+        sampler = super().train_sampler(rows)
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return EpochSampler(sampler, self) if grouped else sampler
+
 # %% ../nbs/31_trainer.ipynb #b34eab4d
 class FiniteTrainer(HookedTrainer):
     "No optimizer step on a loss or a gradient that is not finite."
@@ -338,7 +367,7 @@ class TimedTrainer(HookedTrainer):
         return self.lr_scheduler
 
 
-class StageTrainer(TimedTrainer, FiniteTrainer, BudgetTrainer, CheckpointTrainer):
+class StageTrainer(TimedTrainer, FiniteTrainer, OrderTrainer, BudgetTrainer, CheckpointTrainer):
     "transformers' `Trainer` for both stages."
 
 # %% ../nbs/31_trainer.ipynb #2daf429f

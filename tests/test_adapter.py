@@ -79,6 +79,7 @@ OTHER_PRIVATE = {  # private names that none of these four libraries owns, or th
     "_repr_mimebundle_": "IPython's protocol",
     "_cdata": "torch's storage, whose address identifies it",
     "_dynamo": "torch's compiler",
+    "_compiled_call_impl": "torch's compiled module, which only this attribute makes eager again",
 }
 MODEL_FLAGS = re.compile("_init_weights|_supports_|_can_compile_fullgraph|_abc_")  # set by authors of models
 MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -189,6 +190,10 @@ def test_private_methods_are_overridden_in_the_adapter_only(path):
 
 def test_the_private_methods_of_trainer_call_the_hooks(tmp_path):
     class Recorder(adapter.HookedTrainer):
+        def train_sampler(self, rows=None):
+            calls.append("sampler")
+            return super().train_sampler(rows)
+
         def clip_gradients(self, model):
             calls.append("clip")
             return super().clip_gradients(model)
@@ -213,10 +218,13 @@ def test_the_private_methods_of_trainer_call_the_hooks(tmp_path):
         causal_lm("llama"), TrainingArguments(str(tmp_path), max_steps=1, **options), train_dataset=rows
     )
     trainer.train()
-    assert calls == ["clip", "write", "save"] and (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    assert (
+        calls == ["sampler", "clip", "write", "save"]
+        and (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    )
     more = TrainingArguments(str(tmp_path), max_steps=2, **options)
     Recorder(causal_lm("llama", 1), more, train_dataset=rows).train(resume_from_checkpoint=True)
-    assert calls[3:] == ["load", "clip", "write", "save"]
+    assert calls[4:] == ["load", "sampler", "clip", "write", "save"]
 
 
 def test_low_rank_updates_are_added_and_merged():

@@ -632,6 +632,47 @@ def test_room_on_the_disk_is_checked_first(parts, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+# ---------------------------------------------------------------- stopped
+
+
+STOPPED = [(dict(num_workers=1), (3, 7)), (dict(group_by_length=True), (9,))]
+
+
+@pytest.mark.parametrize("options, steps", STOPPED, ids=str)
+def test_stopped_in_any_epoch_a_run_ends_bit_for_bit_as_an_unbroken_one(parts, tmp_path, options, steps):
+    "Seven steps are an epoch. DropPath shows when anything draws more or less from the random state."
+    same = dict(max_steps=12, save_steps=12) | options
+    run_stage(stage("pretrain", parts, tmp_path / "unbroken", **same))
+    for step in steps:
+        stop_at(stage("pretrain", parts, tmp_path / str(step), **same), step)
+        run_stage(stage("pretrain", parts, tmp_path / str(step), **same | dict(num_workers=0)))
+        assert equal(weights(tmp_path / str(step)), weights(tmp_path / "unbroken")), step
+
+
+class OrderOfRows(TrainerCallback):
+    "The order of all rows at the beginning of each epoch."
+
+    def __init__(self, disturbed):
+        self.disturbed, self.orders = disturbed, []
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        torch.rand(self.disturbed)  # as DropPath of another process
+        self.orders.append(list(train_dataloader.batch_sampler.sampler))
+
+
+def test_all_processes_group_rows_in_one_order_that_is_new_in_each_epoch(parts, tmp_path):
+    "Each draws random numbers of its own: with one order each, they would miss rows and repeat others."
+    orders = []
+    for disturbed in (0, 1):
+        watch = OrderOfRows(disturbed)
+        run = stage("pretrain", parts, tmp_path / str(disturbed), max_steps=8, group_by_length=True)
+        run_stage(run, callbacks=[watch])
+        orders.append(watch.orders)
+    assert orders[0] == orders[1]
+    assert len(orders[0]) == 2 and orders[0][0] != orders[0][1]
+    assert all(sorted(order) == list(range(28)) for order in orders[0])
+
+
 # ---------------------------------------------------------------- killed
 
 

@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 
 from delta_llava.adapter import (
     LlavaImageProcessorPil,
+    positions_in_memory,
     vision_blocks,
     vision_hidden_states,
     vision_projections,
@@ -206,17 +207,20 @@ def vision_features(
     n = grid**2
     _check_levels(levels, config.num_hidden_layers)
     resize = {}
+    resized = pixel_values.shape[-2] != config.image_size
     if not config.model_type.startswith("dinov2"):  # DINOv2 always interpolates
-        resize["interpolate_pos_encoding"] = pixel_values.shape[-2] != config.image_size
+        resize["interpolate_pos_encoding"] = resized
     extra = {}
     if attention:
         query_level = levels[-1]
         _check_attention(config, query_level)
-        states = vision_hidden_states(model, pixel_values, max(levels), **resize)
+        with positions_in_memory(model) if resized else nullcontext():
+            states = vision_hidden_states(model, pixel_values, max(levels), **resize)
         cls_attention, keys = _cls_attention(vision_blocks(model)[query_level], states[query_level], n)
         extra = dict(cls_attention=cls_attention, keys=keys)
     else:
-        states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
+        with positions_in_memory(model) if resized else nullcontext():
+            states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
     if states[0].shape[1] < n:
         raise ValueError(
             f"{config.model_type} gives {states[0].shape[1]} tokens for a {grid}×{grid} grid. {GRIDS}"

@@ -55,11 +55,12 @@ def is_plain_layer(
     layer: nn.Module,  # `nn.Linear` or `nn.LayerNorm`, or what another library put in its place
 ) -> bool:
     "Whether a layer does nothing but what its class does, with weights that can be read."
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    if type(layer) not in (nn.Linear, nn.LayerNorm) or hooks or "forward" in vars(layer):
+    parts = vars(layer)
+    hooked = parts["_forward_hooks"] or parts["_forward_pre_hooks"] or parts["_backward_hooks"]
+    if type(layer) not in (nn.Linear, nn.LayerNorm) or hooked or "forward" in parts:
         return False
     weight = layer.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 def on_tokens(

@@ -7,8 +7,9 @@ __all__ = ['TESTED', 'PARTS', 'PRIVATE', 'TRAINER_METHODS', 'AdapterError', 'ins
            'cache_argument', 'cache_of', 'check_dynamic_cache', 'causal_mask', 'is_packed', 'checkpointing_runs_hooks',
            'rotary_function', 'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys',
            'attention_implementation', 'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states',
-           'vision_projections', 'add_adapters', 'is_lora_layer', 'merged_linear', 'forget_adapters', 'check_overrides',
-           'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer', 'TaskRequest', 'task_request']
+           'vision_projections', 'execution_device', 'positions_in_memory', 'add_adapters', 'is_lora_layer',
+           'merged_linear', 'forget_adapters', 'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device',
+           'hooked_trainer', 'TaskRequest', 'task_request']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import re
@@ -88,6 +89,7 @@ PARTS = {  # name: (module that holds it, reason)
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
     "inject_adapter_in_model": ("peft", "LoRA layers are added without a check of versions"),
     "disable_input_dtype_casting": ("peft.helpers", "LoRA reads bfloat16 as it is where autocast is on"),
+    "align_module_device": ("accelerate.utils", "towers read offloaded position embeddings"),
     "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are added to dequantized weights"),
     "ModelManifest": ("lmms_eval.models.registry_v2", "the plug-in registers itself with lmms-eval"),
     "GenerationResult": ("lmms_eval.api.instance", "the plug-in answers requests of lmms-eval"),
@@ -346,6 +348,31 @@ def vision_projections(
     return norm, q_proj, k_proj
 
 # %% ../nbs/09_adapter.ipynb #9c7a3f65
+def execution_device(
+    module: nn.Module,  # Perhaps with weights that accelerate keeps elsewhere
+) -> torch.device:
+    "Where a module computes: where accelerate moves its weights for a call, or where they are."
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            if getattr(single, "execution_device", None) is not None:
+                return torch.device(single.execution_device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def positions_in_memory(
+    model: nn.Module,  # CLIP or SigLIP vision model, perhaps with weights that accelerate keeps elsewhere
+) -> Iterator[None]:
+    "While it lasts, the weight of the position embedding can be read without a call of its layer."
+    layer = getattr(getattr(model, "embeddings", None), "position_embedding", None)
+    if not isinstance(layer, nn.Module) or not next(layer.parameters()).is_meta:
+        yield
+        return
+    with moving_part("align_module_device")(layer):
+        yield
+
+
 def add_adapters(
     model: nn.Module,  # A transformers model
     config,  # `LoraConfig` of PEFT

@@ -115,11 +115,21 @@ class RequestEncoder:
             )
         self.processor = processor
         self.system_prompt = system_prompt
-        if system_prompt and system_prompt not in self.prompt(Request("?")):
-            raise ValueError(
-                f"system_prompt={system_prompt!r} has no place in this model's chat template; "
-                "leave it out, or take another template."
-            )
+        if system_prompt:
+            self._check_system_prompt()
+
+    def _check_system_prompt(self) -> None:
+        "An error if the chat template has no place for a system prompt."
+        reason = ""
+        try:
+            if self.system_prompt in self.prompt(Request("?")):
+                return
+        except ValueError as e:
+            reason = f" ({e.__cause__ or e})"
+        raise ValueError(
+            f"system_prompt={self.system_prompt!r} has no place in this model's chat template{reason}; "
+            "leave it out, or take another template."
+        )
 
     def messages(
         self,

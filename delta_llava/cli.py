@@ -289,6 +289,7 @@ class Doctor:
     images: Path | None = None  # Folder of the images; without it the folder of the data
     out: Path | None = None  # Gets index.json, report.json and report.txt; without it runs/doctor-NAME
     text_rows: bool = True  # Allow rows without an image
+    follow_links: bool = False  # Symbolic links below the folder of the images may lead out of it
     llm: str | None = None  # Also measure lengths, with this model's tokenizer
     template: Literal["plain", "v1", "chatml", "chat"] = "v1"  # Of the training; chat is the model's own
     tokens: int = 144  # Budget V: positions that the image occupies
@@ -305,7 +306,14 @@ class Doctor:
         processor = None if self.llm is None else self.processor()
         try:
             report = check_dataset(
-                self.data, self.images, out, self.text_rows, processor, self.max_length, workers
+                self.data,
+                self.images,
+                out,
+                self.text_rows,
+                processor,
+                self.max_length,
+                workers,
+                self.follow_links,
             )
         except KeyboardInterrupt:
             sys.exit(f"\nStopped; {out} is unchanged.")

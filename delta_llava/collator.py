@@ -125,6 +125,11 @@ def _select(
     return replace(values, **{name: x[order] for name, x in tensors.items() if isinstance(x, Tensor)})
 
 # %% ../nbs/30c_collator.ipynb #69f44878
+def _first_question(turns: Sequence[dict]) -> str:
+    "What a projector reads: the first turn of the user."
+    return next(turn["value"] for turn in turns if turn["from"] == "human")
+
+
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."
@@ -205,7 +210,7 @@ class Collator:
         else:
             prepared = dict(vision_features=index_batch(self.features, images))
         if self.processor.questions:
-            questions = [row["conversations"][0]["value"] for row in rows]
+            questions = [_first_question(row["conversations"]) for row in rows]
             prepared |= self.processor.encode_questions(questions)
         return prepared
 

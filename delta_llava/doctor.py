@@ -29,10 +29,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from .conversations import RowError, check_row, read_rows, training_turns
+from delta_llava.conversations import (
+    RowError,
+    check_row,
+    read_rows,
+    split_system,
+    training_turns,
+    unknown_keys,
+)
 from .files import atomic_path, write_atomic
 from .processor import expand_row
-from .tower import FORMATS, open_image
+from .tower import FORMATS, open_image, resolve_image_path
 
 # %% ../nbs/33_doctor.ipynb #bbdd19dc
 PROBLEMS = {
@@ -49,13 +56,23 @@ PROBLEMS = {
     "several-images": ("error", "A conversation can have one image; split the row, or remove it."),
     "text-only": ("error", "Allow rows without an image (text_rows=True), or remove the row."),
     "bad-image": ("error", "Write the path of one image."),
-    "path-escape": ("error", "Copy the image into the image folder, and name it by its path below it."),
+    "path-escape": (
+        "error",
+        "Copy the image into the image folder, or allow links in it (follow_links=True).",
+    ),
+    "unused-media": ("error", "One image is read, from 'image'; name it there, or remove the row."),
+    "bad-system": ("error", "Write one system prompt, a text, in 'system'."),
     "missing": ("error", "Download the image again, or correct the path."),
     "truncated": ("error", "The file ends before the image does; download it again."),
     "unreadable": ("error", "The file is no whole image of a known format; download or convert it."),
     "bad-size": ("error", "Scale or crop the image."),
+    "template": (
+        "error",
+        "The chat template cannot write the row; change the row, or take another template.",
+    ),
     "cut-away": ("error", "No answer is left of the row: raise max_length, lower tokens, or remove it."),
     "over-long": ("warning", "Training cuts the end of the row: raise max_length, or split it."),
+    "unknown-key": ("warning", "Training does not read this key; named once, at its first row."),
     "empty-question": ("warning", "A turn of the human is empty."),
     "animated": ("warning", "Training uses the first frame only."),
     "wrong-extension": ("warning", "Rename the file, or ignore it: images are read by their content."),
@@ -138,11 +155,12 @@ def _image_warnings(
 def image_problems(
     image: str,  # Path of the image, as in a row
     folder: str | Path,  # Image folder
+    follow_links: bool = False,  # Symbolic links below `folder` may lead out of it
 ) -> list[Problem]:
     "Decode an image as training does, and look at its header."
     path = Path(folder) / image
     try:
-        open_image(image, folder)
+        open_image(resolve_image_path(image, folder, follow_links))
         with Image.open(path, formats=FORMATS) as opened:
             return _image_warnings(image, opened)
     except ValueError as e:
@@ -152,14 +170,17 @@ def image_problems(
 
 # %% ../nbs/33_doctor.ipynb #135c28ce
 def length_problems(
-    turns: list[dict],  # Turns that pass `check_turns`
+    turns: list[dict],  # From `training_turns`
     processor: ProcessorMixin,  # A `DeltaLlavaProcessor`: tokenizer, template and budget of the training
     max_length: int,  # Most tokens of a row, visual tokens included
 ) -> list[Problem]:
     "Whether a row fits into the context."
     image, tokens = processor.image_token_id, processor.num_image_tokens()
     try:
-        row = processor.tokenize_conversation(training_turns(turns))
+        row = processor.tokenize_conversation(turns)
+    except ValueError as e:
+        return [Problem("template", str(e))]
+    try:
         length = len(expand_row(row, image, tokens)["input_ids"])
         expand_row(row, image, tokens, max_length)
     except ValueError as e:
@@ -176,25 +197,35 @@ def row_problems(
     processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
     max_length: int = 2048,  # Most tokens of a row
     check_image: Callable | None = None,  # Finds problems of an image; `None` is `image_problems`
+    follow_links: bool = False,  # Symbolic links below `folder` may lead out of it
 ) -> list[Problem]:
     "All problems of one row by itself."
     try:
-        path = check_row(row, folder, text_rows)
+        path = check_row(row, folder, text_rows, follow_links)
     except RowError as e:
         return [Problem(e.kind, str(e))]
     problems: list[Problem] = []
     if path is not None:
-        problems += (check_image or image_problems)(row["image"], folder)
+        find = check_image or partial(image_problems, follow_links=follow_links)
+        problems += find(row["image"], folder)
     for k, turn in enumerate(row["conversations"]):
         if not turn["value"].strip():
             problems.append(Problem("empty-question", f"conversations[{k}]['value'] is an empty question."))
     if processor is not None:
-        problems += length_problems(row["conversations"], processor, max_length)
+        system, turns = split_system(row)
+        problems += length_problems(training_turns(turns, system), processor, max_length)
     return problems
 
 # %% ../nbs/33_doctor.ipynb #b6355355
 _ROLE_NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _ANY_MARK = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
+
+
+def _has_system(
+    turns: list[dict],  # Of a row
+) -> int:  # 1 or 0
+    "How many turns come before the first question: a system prompt may."
+    return int(bool(turns) and turns[0].get("from") == "system")
 
 
 def _has_mark(
@@ -259,19 +290,19 @@ def _repair_mark(row: dict, folder: Path) -> dict:
     if not isinstance(row.get("image"), str) or _has_mark(turns):
         return row
     turns = [dict(turn) for turn in turns]
-    questions = turns[::2]
+    questions = turns[_has_system(turns) :: 2]
     if any(_ANY_MARK.search(turn["value"]) for turn in questions):
         for turn in questions:
             turn["value"] = _ANY_MARK.sub("<image>", turn["value"])
     else:
-        turns[0]["value"] = f"<image>\n{turns[0]['value']}".strip()
+        questions[0]["value"] = f"<image>\n{questions[0]['value']}".strip()
     return {**row, "conversations": turns}
 
 
 def _repair_question(row: dict, folder: Path) -> dict:
     "Remove a last question without an answer, unless the image belongs to it."
     *turns, last = row["conversations"]
-    answered = turns and len(turns) % 2 == 0
+    answered = turns and len(turns) % 2 == _has_system(turns)
     if answered and last["from"] == "human" and not _ANY_MARK.search(last["value"]):
         return {**row, "conversations": turns}
     return row
@@ -316,6 +347,7 @@ class RowResult:
     length: int  # Characters of the row as it was
     content: bytes  # Hash of image path and conversation
     text_only: bool  # Whether the row has no image
+    unread: list[str]  # Keys that nobody reads
 
 
 def _content_hash(
@@ -358,6 +390,7 @@ def _check_one(
         length,
         content,
         fields.get("image") is None,
+        unknown_keys(fields),
     )
 
 
@@ -369,9 +402,11 @@ def _check_chunk(
     "Check some rows; an image that several of them show is decoded once."
     of_image = {}
 
+    follow_links = options.get("follow_links", False)
+
     def check_image(image, folder):
         if image not in of_image:
-            of_image[image] = image_problems(image, folder)
+            of_image[image] = image_problems(image, folder, follow_links)
         return of_image[image]
 
     find_problems = partial(row_problems, folder=folder, check_image=check_image, **options)
@@ -439,7 +474,7 @@ def check_rows(
     file: str | Path,  # JSON list of rows, or JSON lines
     folder: str | Path,  # Image folder
     num_workers: int = 1,  # Processes; 1 works in this one
-    **options,  # `text_rows`, `processor` and `max_length` of `row_problems`
+    **options,  # `text_rows`, `processor`, `max_length` and `follow_links` of `row_problems`
 ) -> Generator[RowResult, None, None]:  # In the order of the file
     "Check every row of a file."
     if num_workers < 1:
@@ -606,9 +641,13 @@ def _collect(
     "Count every row, look for duplicates, and write the index."
     ids: dict[bytes, int] = {}
     contents: dict[bytes, int] = {}
+    keys: set[str] = set()
     with tqdm(desc="doctor", total=size, unit="B", unit_scale=True) as bar:
         for result in results:
             _add_duplicates(result, ids, contents)
+            for key in sorted(set(result.unread) - keys):
+                result.problems.append(Problem("unknown-key", f"the key {key!r} is not read."))
+            keys.update(result.unread)
             report.add(result)
             bar.set_postfix(rows=report.rows, left_out=report.outcomes["left out"], refresh=False)
             bar.update(result.length)
@@ -630,6 +669,7 @@ def check_dataset(
     processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
     max_length: int = 2048,  # Most tokens of a row, if there is a processor
     num_workers: int = 1,  # Processes
+    follow_links: bool = False,  # Symbolic links below the image folder may lead out of it
 ) -> DatasetReport:
     "Check a data set, and write an index of the rows to train on."
     file = Path(file)
@@ -639,7 +679,13 @@ def check_dataset(
     checked = dict(text_rows=text_rows, max_length=max_length if processor else None)
     report = DatasetReport(str(file), str(folder), checked)
     results = check_rows(
-        file, folder, num_workers, text_rows=text_rows, processor=processor, max_length=max_length
+        file,
+        folder,
+        num_workers,
+        text_rows=text_rows,
+        processor=processor,
+        max_length=max_length,
+        follow_links=follow_links,
     )
     with ExitStack() as stack:
         stack.callback(results.close)

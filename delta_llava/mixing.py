@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .delta import on_tokens, rows_of_layer
+
 # %% ../nbs/04_mixing.ipynb #7522915a
 class EMHSA(nn.Module):
     "Efficient multi-head self-attention with its own LayerNorm (§4.1, Eq. 2)."
@@ -64,9 +66,8 @@ class EMHSA(nn.Module):
         if reduction == 1:
             return self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
         c = self.channels
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x.flatten(1, 2), weight[:c], bias[:c])
-        k, v = F.linear(self.reduce(x, reduction), weight[c:], bias[c:]).chunk(2, dim=-1)
+        q = rows_of_layer(self.qkv, x.flatten(1, 2), 0, c)
+        k, v = rows_of_layer(self.qkv, self.reduce(x, reduction), c, 3 * c).chunk(2, dim=-1)
         return q, k, v
 
     def forward(
@@ -108,7 +109,7 @@ class MHCA(nn.Module):
         x: Float[Tensor, "b row col {self.channels}"],  # Map of tokens
     ) -> Float[Tensor, "b row col {self.channels}"]:  # Combination of each token's neighborhood
         y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views: memory stays channels-last
-        return self.out(F.relu(self.norm(y)))  # @eq-mhca
+        return on_tokens(self.out, F.relu(self.norm(y)))  # @eq-mhca
 
 # %% ../nbs/04_mixing.ipynb #5e5a0fac
 class DropPath(nn.Module):
@@ -225,11 +226,11 @@ class NTB(nn.Module):
         if self.stride == 2:
             image = x.permute(0, 3, 1, 2)
             x = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
-        t = self.attn_branch(x)
+        t = on_tokens(self.attn_branch, x)
         if self.emhsa is not None and self.norm is not None:  # both or neither
             t = t + self.drop_attn(self.emhsa(self.norm(t), reduction))
-        p = self.conv_branch(t)
+        p = on_tokens(self.conv_branch, t)
         if self.mhca is not None:
             p = p + self.drop_conv(self.mhca(p))
         y = torch.cat([t, p], dim=-1)
-        return y + self.drop_mlp(self.mlp(y))  # @eq-ntb
+        return y + self.drop_mlp(on_tokens(self.mlp, y))  # @eq-ntb

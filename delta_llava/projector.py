@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .compressors.base import Compressor
 from .config import ProjectorConfig
-from .delta import DeltaProjection
+from .delta import DeltaProjection, is_plain_layer, rows_of_layer
 from .grid import FeaturesLike, grid_side, interpolate, pos_embed, to_windows
 from .mixing import NTB
 
@@ -85,10 +85,12 @@ class WindowAttention(nn.Module):
         k: Float[Tensor, "b n {self.channels}"],  # One key for each patch
         v: Float[Tensor, "b n {self.channels}"],  # One value for each patch
     ) -> Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
+        c, g = self.channels, grid_side(q.shape[1])
+        if not is_plain_layer(self.qkv):  # adapters, quantization and offloading need the layer itself
+            return self.out(self._with_called_layers(q, k, v, g))
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         b_q, _, b_v = self.qkv.bias.chunk(3)
-        g = grid_side(q.shape[1])
-        q = F.linear(q, w_q, b_q) / math.sqrt(self.channels // self.heads)
+        q = F.linear(q, w_q, b_q) / math.sqrt(c // self.heads)
         if q.shape[1] * self.heads > 2 * k.shape[1]:
             k = to_windows(F.linear(k, w_k), g)
             v = to_windows(F.linear(v, w_v), g)
@@ -104,17 +106,23 @@ class WindowAttention(nn.Module):
         v: Float[Tensor, "b v {self.channels}"],  # One value for each visual token
     ) -> Float[Tensor, "b v {self.channels}"]:  # Attention's output for each visual token
         "`forward` where each window is a single patch: the softmax over one key is 1, so only values matter."
-        w_v = self.qkv.weight.chunk(3)[2]
-        b_v = self.qkv.bias.chunk(3)[2]
-        return self.out(F.linear(v, w_v, b_v))
+        return self.out(rows_of_layer(self.qkv, v, 2 * self.channels, 3 * self.channels))
+
+    def _with_called_layers(self, q: Tensor, k: Tensor, v: Tensor, g: int) -> Tensor:
+        "Attention before the output layer, where `qkv` is not a plain layer."
+        c = self.channels
+        q = rows_of_layer(self.qkv, q, 0, c) / math.sqrt(c // self.heads)
+        k = to_windows(rows_of_layer(self.qkv, k, c, 2 * c), g)
+        v = to_windows(rows_of_layer(self.qkv, v, 2 * c, 3 * c), g)
+        return projected_windowed_attention(q, k, v, self.heads)
 
 # %% ../nbs/06_projector.ipynb #0c404649
 def zero_grad_anchor(
     *unused: Tensor,  # Parameters that have no effect, at least one
 ) -> Float[Tensor, ""]:  # On their device
     "0, with a gradient of 0 for each of the parameters: DDP needs a gradient for every parameter."
-    firsts = [p.flatten()[:1] for p in unused]
-    return (torch.cat(firsts) * 0).sum()
+    learning = [p.flatten()[:1] for p in unused if p.requires_grad and not p.is_meta]
+    return (torch.cat(learning) * 0).sum() if learning else torch.zeros(())
 
 # %% ../nbs/06_projector.ipynb #a371af98
 class ResidualMLP(nn.Module):
@@ -249,6 +257,12 @@ class DeltaProjector(Compressor):
         mlp = self.mlp.mlp if self.config.residual_mlp else self.mlp
         return readers, mlp[-1]
 
+    def _share_base(self):
+        "Give the shared base to q, k and v again if another library has replaced it."
+        for part in (self.q, self.k, self.v) if self.config.share_base else ():
+            if isinstance(part, DeltaProjection) and part.shared[0] is not self.base:
+                part.shared = (self.base,)
+
     def mix_and_project(
         self,
         x: Float[Tensor, "b v {self.config.d_vision}"],  # Query level, shrunk to one token for each query
@@ -279,6 +293,7 @@ class DeltaProjector(Compressor):
         g: int,  # Visual tokens per side
     ) -> Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
         "The projector proper, after the features have been checked and standardized (§4)."
+        self._share_base()
         if g * g < level.shape[1]:
             return self.mlp(self.attend(self.queries(level, g), self.k(levels), self.v(levels)))
         y = self.attend.single_patch(self.v(levels))

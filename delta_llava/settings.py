@@ -25,6 +25,7 @@ class StageSettings:
 
     data: Path  # Conversations, as LLaVA stores them
     images: Path | None = None  # Folder of the images; without it the folder of the conversations
+    follow_links: bool = False  # Symbolic links below the folder of the images may lead out of it
     eval_data: Path | None = None  # Conversations for a validation loss; their images lie in the same folder
     output_dir: Path  # Gets checkpoints, run.json, and what was trained
     tower: str = "hub:openai/clip-vit-large-patch14-336"  # Vision tower: pypi:…, hub:… or a folder
@@ -211,7 +212,7 @@ class Stage(StageSettings):
         "Training rows; a preset may make them."
         from delta_llava.conversations import load_conversations
 
-        return load_conversations(self.data, self.images, text_rows=True)
+        return load_conversations(self.data, self.images, True, follow_links=self.follow_links)
 
     def load_eval_rows(self):
         "Validation rows, or `None`."
@@ -219,7 +220,7 @@ class Stage(StageSettings):
             return None
         from delta_llava.conversations import load_conversations
 
-        return load_conversations(self.eval_data, self.images, text_rows=True)
+        return load_conversations(self.eval_data, self.images, True, follow_links=self.follow_links)
 
     def __call__(self):
         for name in ("data", "eval_data"):

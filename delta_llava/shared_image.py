@@ -122,6 +122,11 @@ class SharedImageCollator(Collator):
             raise ValueError(
                 f"{without[0]}: separate_turns=True needs an image in every row; remove this one."
             )
+        if systems := [row_name(row) for row in rows if row["conversations"][0]["from"] == "system"]:
+            raise ValueError(
+                f"{systems[0]}: separate_turns=True has no place for a system prompt; "
+                "use separate_turns=False."
+            )
         pairs = [question_pairs(row["conversations"]) for row in rows]
         tokenized = iter(self.turns([pair for row in pairs for pair in row]))
         questions = [[next(tokenized) for _ in row] for row in pairs]

@@ -11,6 +11,7 @@ __all__ = ['MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'required_depth', 'trun
 import hashlib
 import json
 import logging
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 
 from delta_llava.adapter import (
     LlavaImageProcessorPil,
+    positions_in_memory,
     vision_blocks,
     vision_hidden_states,
     vision_projections,
@@ -206,17 +208,20 @@ def vision_features(
     n = grid**2
     _check_levels(levels, config.num_hidden_layers)
     resize = {}
+    resized = pixel_values.shape[-2] != config.image_size
     if not config.model_type.startswith("dinov2"):  # DINOv2 always interpolates
-        resize["interpolate_pos_encoding"] = pixel_values.shape[-2] != config.image_size
+        resize["interpolate_pos_encoding"] = resized
     extra = {}
     if attention:
         query_level = levels[-1]
         _check_attention(config, query_level)
-        states = vision_hidden_states(model, pixel_values, max(levels), **resize)
+        with positions_in_memory(model) if resized else nullcontext():
+            states = vision_hidden_states(model, pixel_values, max(levels), **resize)
         cls_attention, keys = _cls_attention(vision_blocks(model)[query_level], states[query_level], n)
         extra = dict(cls_attention=cls_attention, keys=keys)
     else:
-        states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
+        with positions_in_memory(model) if resized else nullcontext():
+            states = model(pixel_values, output_hidden_states=True, **resize).hidden_states
     if states[0].shape[1] < n:
         raise ValueError(
             f"{config.model_type} gives {states[0].shape[1]} tokens for a {grid}×{grid} grid. {GRIDS}"
@@ -245,13 +250,23 @@ _DECODER_ERRORS = (  # what Pillow's decoders raise on damaged bytes
 def resolve_image_path(
     path: str | Path,  # As written in a data set
     root: str | Path | None = None,  # Folder it must stay in; `None` for any place
+    follow_links: bool = False,  # Symbolic links below `root` may lead out of it
 ) -> Path:  # The file, symbolic links followed
     "The file that a data set names, if it lies inside `root`."
-    full = (Path(path) if root is None else Path(root) / path).resolve()
+    written = Path(path) if root is None else Path(root) / path
+    full = written.resolve()
     if root is not None and not full.is_relative_to(Path(root).resolve()):
-        raise ValueError(
-            f"image path {str(path)!r} leads outside its folder {str(root)!r}; copy the image into it."
-        )
+        below = Path(os.path.abspath(written)).is_relative_to(os.path.abspath(root))
+        linked = below and ".." not in Path(path).parts
+        if not linked:
+            raise ValueError(
+                f"image path {str(path)!r} leads outside its folder {str(root)!r}; copy the image into it."
+            )
+        if not follow_links:
+            raise ValueError(
+                f"image path {str(path)!r} leads outside its folder {str(root)!r} by a symbolic link; copy "
+                "the image into it, or allow links with follow_links=True (--follow-links)."
+            )
     if not full.is_file():
         hint = f" in {str(root)!r}; check the image folder." if root else "; check the path."
         raise ValueError(f"image {str(path)!r} is not a file{hint}")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'check_sizes', 'DeltaLlavaConfig', 'tensor_projection', 'tower_fingerprint',
-           'DeltaLlavaPreTrainedModel', 'check_loaded', 'reload_projector', 'question_embedding', 'visual_tokens',
-           'check_placeholders', 'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs', 'shifted_targets',
-           'supervised_loss', 'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt', 'LanguageModelAccess',
-           'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings', 'build_vlm',
-           'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
+           'DeltaLlavaPreTrainedModel', 'check_loaded', 'reload_projector', 'projector_dtype', 'question_embedding',
+           'visual_tokens', 'check_placeholders', 'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs',
+           'shifted_targets', 'supervised_loss', 'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt',
+           'LanguageModelAccess', 'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings',
+           'build_vlm', 'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
            'check_projector_fits', 'install_projector']
 
 # %% ../nbs/22_vlm.ipynb #fadcd782
@@ -128,11 +128,11 @@ def tensor_projection(
 
 def tower_fingerprint(
     tower: nn.Module,  # Vision tower with whole weights
-) -> dict[str, float] | None:  # Block -> number; `None` if the weights are not in memory
+) -> dict[str, float] | None:  # Block -> number; `None` if the weights are not in memory, or quantized
     "One number for each block of a tower, which other weights change and another precision does not."
     sums: dict[str, float] = {}
     for name, weight in tower.named_parameters():
-        if weight.is_meta:
+        if weight.is_meta or not weight.is_floating_point():
             return None
         if weight.ndim < 2:
             continue  # norms and biases of different towers are nearly equal
@@ -237,6 +237,14 @@ def reload_projector(
         names[kind] = others | {PROJECTOR + name for name in found}
 
 # %% ../nbs/22_vlm.ipynb #2784bc55
+def projector_dtype(
+    projector: nn.Module,  # Its linear layers may hold integers, if they are quantized
+) -> torch.dtype:  # Of what it reads
+    "Precision of a projector: that of its first weights in floating point."
+    found = [weight.dtype for weight in projector.parameters() if weight.is_floating_point()]
+    return found[0] if found else torch.get_default_dtype()
+
+
 @torch.no_grad()
 def question_embedding(
     model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
@@ -251,7 +259,7 @@ def question_embedding(
         )
     decoder = model.get_decoder()
     hidden = decoder(input_ids=question_ids, attention_mask=question_mask, use_cache=False).last_hidden_state
-    return hidden[:, -1:].to(next(model.multi_modal_projector.parameters()).dtype)
+    return hidden[:, -1:].to(projector_dtype(model.multi_modal_projector))
 
 
 def visual_tokens(
@@ -270,12 +278,13 @@ def visual_tokens(
     projector = model.multi_modal_projector
     if pixel_values is not None:
         attention = "attention" in projector.requires
-        with torch.no_grad():
+        learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
             vision_features = tower_features(tower, pixel_values.to(tower.dtype), levels, attention=attention)
     text = question_embedding(model, question_ids, question_mask) if "text" in projector.requires else None
-    weight = next(projector.parameters())
-    features = VisionFeatures.of(vision_features).to(weight.device, weight.dtype)
+    device = adapter.execution_device(projector)
+    features = VisionFeatures.of(vision_features).to(device, projector_dtype(projector))
     return projector(features, tokens=tokens, text=text)
 
 # %% ../nbs/22_vlm.ipynb #d5cec0fe
@@ -358,8 +367,10 @@ class VisualInputs(nn.Module):
         "Visual tokens of patch tokens that are 0, to be added times 0 where a batch has no image (for DDP)."
         projector = self.multi_modal_projector
         config = projector.config
-        weight = next(projector.parameters())
         n = config.grid**2
+        weight = torch.empty(
+            0, device=adapter.execution_device(projector), dtype=projector_dtype(projector)
+        )  # only for its place and type
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
         if "attention" in projector.requires:
             features = replace(

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from delta_llava import conversations
-from delta_llava.conversations import load_conversations, read_rows, row_name
+from delta_llava.conversations import load_conversations, media_of_key, read_rows, row_name, unknown_keys
 
 
 def make_row(*values, roles=("human", "gpt"), **fields):
-    turns = [{"from": roles[k % 2], "value": value} for k, value in enumerate(values)]
+    turns = [{"from": roles[k % len(roles)], "value": value} for k, value in enumerate(values)]
     return {"id": "x7", "image": "fox.png", "conversations": turns, **fields}
 
 
@@ -53,6 +53,38 @@ BROKEN = {
     "no path at all": (make_row("<image>", "A fox.", image="a\0b.png"), "null"),
     "endless path": (make_row("<image>", "A fox.", image="a" * 5000 + ".png"), "too long"),
     "no object": ("fox", "must be an object"),
+    "images": (make_row("What?", "A fox.", image=None, images=["fox.png"]), "'images' is"),
+    "image_path": (make_row("<image>", "A fox.", image=None, image_path="fox.png"), "'image_path' is"),
+    "image_file": (make_row("<image>", "A fox.", image=None, image_file="fox.png"), "from the row's 'image'"),
+    "camel case": (make_row("Q", "A", image=None, imageFile="fox.png"), "'imageFile' is"),
+    "other case": (make_row("<image>", "A fox.", image=None, Image="fox.png"), "'Image' is"),
+    "more images": (make_row("<image>", "A", images=["fox.png", "dog.png"]), "'images' is"),
+    "another image": (make_row("<image>", "A", picture="dog.png"), "'picture' is"),
+    "video": (make_row("Q", "A", image=None, video="a.mp4"), "'video' is 'a.mp4'"),
+    "video and image": (make_row("<image>", "A", video_path="a.mp4"), "'video_path' is"),
+    "audio": (make_row("Q", "A", image=None, audios=["a.wav"]), "'audios' is"),
+    "mark of a video": (make_row("<video>\nWhat happens?", "A dog.", image=None), "shows '<video>'"),
+    "mark of a sound": (make_row("Listen.\n<audio>", "A dog.", image=None), "shows '<audio>'"),
+    "image of a turn": (
+        {
+            "id": "x7",
+            "conversations": [
+                dict(make_row("Q")["conversations"][0], image="fox.png"),
+                {"from": "gpt", "value": "A"},
+            ],
+        },
+        "conversations[0]: 'image' is",
+    ),
+    "system of a list": (make_row("<image>", "A", system=["Be brief."]), "'system' must hold one"),
+    "two systems": (make_row("<image>", "A", system="A", system_prompt="B"), "'system' and 'system_prompt'"),
+    "image in the system prompt": (make_row("<image>", "A", system="<image> is it."), "holds '<image>'"),
+    "system alone": (make_row("Be brief.", roles=("system",)), "'conversations' must be a list"),
+}
+KEPT = {
+    "metadata": dict(source="web", image_id=7, width=64, video=None, audio="", images=[]),
+    "where it came from": dict(
+        image_url="https://x.org/a.png", image_path="/data/fox.png", images=["fox.png"]
+    ),
 }
 
 
@@ -64,6 +96,70 @@ def test_broken_rows_are_named(name, tmp_path):
     own_id = row.get("id") if isinstance(row, dict) else None
     assert "rows.json: 1 of 2 rows cannot be used." in str(error.value)
     assert f"row 1 (id {own_id!r}): " in str(error.value)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_keys_that_change_nothing(name, tmp_path):
+    assert len(load_with(tmp_path, make_row("<image>", "A fox.", **KEPT[name]))) == 2
+
+
+def test_unknown_keys_are_named_once(tmp_path, caplog):
+    rows = [make_row("<image>", "A", weight=2, id=i) for i in range(3)] + [
+        make_row("<image>", "B", caption=1)
+    ]
+    load_with(tmp_path, *rows)
+    assert [record.message.endswith("not read: caption, weight.") for record in caplog.records] == [True]
+    assert unknown_keys(dict(id=1, image="a", conversations=[], System_Prompt="S", video=None)) == []
+
+
+def test_media_of_keys():
+    found = {"image": "image", "images": "image", "img_list": "img", "imagePaths": "image", "VIDEO": "video"}
+    found |= {"photo_url": "photo", "audio_file": "audio", "frames": "frame", "soundName": "sound"}
+    assert {key: media_of_key(key) for key in found} == found
+    others = ("image_id", "video_length", "file", "path", "imagination", "id", "caption", "image_size", "")
+    assert [media_of_key(key) for key in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "System", None])
+def test_system_prompts_come_first(key, tmp_path):
+    if key is None:
+        row = make_row("Be brief.", "<image>\nQ", "A", roles=("x", "y"))
+        for turn, role in zip(row["conversations"], ("system", "human", "gpt"), strict=True):
+            turn["from"] = role
+    else:
+        row = make_row("Q\n<image>", "A", **{key: "Be brief."})
+    plain, found = load_with(tmp_path, row)["conversations"]
+    assert found == [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "<image>\nQ"},
+        {"from": "gpt", "value": "A"},
+    ]
+    assert [turn["from"] for turn in plain] == ["human", "gpt"]
+
+
+def test_links_in_the_image_folder(tmp_path):
+    elsewhere, folder = tmp_path / "disk" / "coco", tmp_path / "images"
+    elsewhere.mkdir(parents=True)
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "fox.png")
+    Image.new("RGB", (8, 8)).save(elsewhere.parent / "secret.png")
+    (folder / "coco").symlink_to(elsewhere)
+    file = tmp_path / "rows.json"
+
+    def load(image, **options):
+        file.write_text(json.dumps([make_row("<image>", "A fox.", image=image)]))
+        return load_conversations(file, folder, open_images=True, **options)
+
+    with pytest.raises(ValueError, match=r"by a symbolic link; .*follow_links=True \(--follow-links\)"):
+        load("coco/fox.png")
+    assert load("coco/fox.png", follow_links=True)["image"] == [str(elsewhere / "fox.png")]
+    for image in ("coco/../secret.png", "../disk/secret.png", str(elsewhere / "fox.png")):
+        with pytest.raises(ValueError, match="leads outside its folder"):
+            load(image, follow_links=True)
+    cached = load("coco/fox.png", follow_links=True, cache=tmp_path / "cache")
+    assert len(cached) == 1
+    with pytest.raises(ValueError, match="by a symbolic link"):  # another table than that with links
+        load("coco/fox.png", cache=tmp_path / "cache")
 
 
 def test_all_problems_are_counted_and_five_shown(tmp_path):

@@ -114,6 +114,10 @@ LEFT_OUT = {
     "no path": (make_row("<image>\nI", "A fox.", image=7), ["bad-image"]),
     "no object": (["fox"], ["no-object"]),
     "cut away": (make_row("<image>\nJ" + "?" * 900, "A fox."), ["cut-away"]),
+    "a video": (make_row("U", "A fox.", image=None, video="a.mp4"), ["unused-media"]),
+    "images": (make_row("<image>\nV", "A fox.", image=None, images=["good0.png"]), ["unused-media"]),
+    "a sound": (make_row("<image>\nW", "A fox.", audio_path="a.wav"), ["unused-media"]),
+    "two system prompts": (make_row("<image>\nX", "A", system="A", system_prompt="B"), ["bad-system"]),
     "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-mark", "truncated"]),
     "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-mark", "missing"]),
 }
@@ -126,6 +130,7 @@ KEPT = {
     "empty question": (make_row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"]),
     "blank question": (make_row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"]),
     "over-long": (make_row("<image>\nJ", "A fox. " * 200), ["over-long"]),
+    "unknown key": (make_row("<image>\nY", "A fox.", caption="A fox."), ["unknown-key"]),
 }
 REPAIRED = {
     "other roles": (make_row("<image>\nK", "A fox.", roles=("User", "assistant")), ["wrong-role"], ["roles"]),
@@ -215,7 +220,7 @@ def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_pat
 
 
 def test_every_kind_is_planted_somewhere():
-    elsewhere = {"text-only", "duplicate-id", "duplicate-row"}
+    elsewhere = {"text-only", "duplicate-id", "duplicate-row", "template"}
     assert {kind for _, kinds, _, _ in DAMAGE.values() for kind in kinds} | elsewhere == set(PROBLEMS)
     assert {name for _, _, repairs, _ in DAMAGE.values() for name in repairs} == set(REPAIRS)
 
@@ -278,6 +283,36 @@ def test_rows_without_images(images, tmp_path):
     report = check_dataset(file, images)
     assert report.found == [] and report.text_only == 1 and "text_rows=True" in report.summary()
     assert kinds_found(check_dataset(file, images, text_rows=False)) == [(1, ["text-only"])]
+
+
+def test_unknown_keys_are_named_once(images, tmp_path):
+    rows = [make_row(f"<image>\n{i}", "A", id=i, system="Be brief.", **{"ab"[i % 2]: 1}) for i in range(4)]
+    found = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out").found
+    assert [(r.index, [p.message for p in r.problems]) for r in found] == [
+        (0, ["the key 'a' is not read."]),
+        (1, ["the key 'b' is not read."]),
+    ]
+
+
+def test_system_prompts_need_a_place(images, processor, tmp_path):
+    rows = [make_row("<image>\nQ", "A", id=1), make_row("<image>\nQ2", "A", id=2, system="Be brief.")]
+    file = write_rows(tmp_path / "rows.json", rows)
+    assert check_dataset(file, images, processor=processor).found == []
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    for before in ("", refusing):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = before + (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        )
+        other = build_processor(CLIPImageProcessorPil(), tokenizer, 9, "chat")
+        assert kinds_found(check_dataset(file, images, processor=other)) == [(1, ["template"])]
+
+
+def test_links_below_the_folder(images, tmp_path):
+    file = write_rows(tmp_path / "rows.json", [row_of("link.png")])
+    assert kinds_found(check_dataset(file, images)) == [(0, ["path-escape"])]
+    assert check_dataset(file, images, tmp_path / "out", follow_links=True).found == []
+    assert len(load_conversations(tmp_path / "out" / "index.json", images, follow_links=True)) == 1
 
 
 def test_duplicates(images, tmp_path):
@@ -452,7 +487,7 @@ def test_report_holds_every_problem(images, tmp_path):
 def test_good_rows_pass_to_the_letter(images, tmp_path):
     row = (
         '{"id":1 , "image": "good0.png","conversations":[{"from":"human","value":"<image>\\u00e9 é"},'
-        '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "x": 1E2}'
+        '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "model": 1E2}'
     )
     (tmp_path / "rows.json").write_text(f"[{row}]")
     assert check_dataset(tmp_path / "rows.json", images, tmp_path / "out").found == []

@@ -1,5 +1,7 @@
 "Prompts, image tokens and labels: templates to the letter, left padding, whole images, spans of the answers."
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from delta_llava.processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor, as_messages, build_processor
+from delta_llava.tower import open_image
 
 # strings of LLaVA's conversation.py (haotian-liu/LLaVA @ c121f04, Apache-2.0)
 PROMPTS = json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())
@@ -177,6 +180,24 @@ def test_inference_asks_in_the_form_of_training(template, tokenizer_adds_bos, te
             assert i > 1 or first_learned(row) == len(ids)
 
 
+@pytest.mark.parametrize("template", ALL_TEMPLATES)
+def test_what_a_tokenizer_puts_after_a_text_is_in_no_prompt(template):
+    "Some tokenizers end each text with EOS, or begin it with several tokens."
+    plain, processor = make_processor(template), make_processor(template)
+    tokenizer = processor.tokenizer
+    ids = [(x, tokenizer.convert_tokens_to_ids(x)) for x in ("<s>", "[", tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> [ $A {tokenizer.eos_token}", special_tokens=ids
+    )
+    first = [ids[0][1], ids[1][1]]
+    row, without = processor.encode_conversation(TWO_ANSWERS), plain.encode_conversation(TWO_ANSWERS)
+    assert row["input_ids"] == first + without["input_ids"]
+    assert row["labels"] == [-100] * 2 + without["labels"]
+    prompt = processor.build_prompt(TWO_ANSWERS[:1])
+    seen = processor(make_image(), prompt).input_ids[0].tolist()
+    assert seen == row["input_ids"][: len(seen)]
+
+
 def test_bos_is_not_doubled_nor_learned():
     processor = make_processor("v1")
     processor.chat_template = JOIN_PARTS + "{{ bos_token }}" + TEMPLATES["v1"]
@@ -261,13 +282,157 @@ def test_trainers_may_pad_otherwise():
         (0, "<image>", "name 1 image"),
         (2, "<image>", "2 were given"),
         (1, "no place", "name 0 image"),
-        (1, None, "text=None"),
+        (0, None, "text=None"),
         (1, [], "text="),
     ],
 )
 def test_images_and_places_must_agree(n, text, message):
     with pytest.raises(ValueError, match=message):
         make_processor()([make_image()] * n or None, text)
+
+
+def test_padding_and_other_arguments_of_transformers():
+    processor = make_processor()
+    texts = ["a", "abc"]
+    assert processor(text=texts, padding=False, return_tensors=None).input_ids == [
+        processor.encode_text(t) for t in texts
+    ]
+    out = processor(text=texts, padding="max_length", max_length=12)
+    assert out.input_ids.shape == (2, 12) and out.attention_mask.sum().item() == 4
+    grouped = dict(
+        text_kwargs=dict(padding="max_length", max_length=12), common_kwargs=dict(return_tensors="np")
+    )
+    assert processor(text=texts, **grouped)["input_ids"].tolist() == out.input_ids.tolist()
+    assert "attention_mask" not in processor(text=texts, return_attention_mask=False)
+    image = make_image()
+    whole = processor(image, "<image>ab", return_mm_token_type_ids=True)
+    assert whole.mm_token_type_ids.tolist() == [[1, 1, 1, 1, 0, 0]]
+    raw = processor(image, "<image>", do_rescale=False, do_normalize=False).pixel_values
+    assert raw.max() > 200 and raw.equal(
+        processor(image, "<image>", images_kwargs=dict(do_rescale=False, do_normalize=False)).pixel_values
+    )
+    alone = processor(images=image)
+    assert list(alone) == ["pixel_values"] and alone.pixel_values.equal(whole.pixel_values)
+
+
+@pytest.mark.parametrize("template", ["v1", "chatml", "plain"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_assistant_mask_covers_what_is_learned(template, rows):
+    "TRL's `assistant_only_loss` reads it."
+    processor = make_processor(template)
+    user = dict(
+        role="user", content=[dict(type="image", image=make_image()), dict(type="text", text="Who? " + "é")]
+    )
+    answer = dict(role="assistant", content=[dict(type="text", text="A cat, a fox.")])
+    chats = [
+        [user, answer],
+        [user, answer, dict(role="user", content="Sure?"), dict(role="assistant", content="Yes.")],
+    ]
+    out = processor.apply_chat_template(
+        chats[:rows], tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    for i in range(rows):
+        real = out.attention_mask[i].bool()
+        row = processor.encode_conversation(chats[i])
+        assert out.input_ids[i][real].tolist() == row["input_ids"]
+        mask = torch.as_tensor(out["assistant_masks"])[i][real].bool()
+        end = {"v1": "</s>", "chatml": "<|im_end|>", "plain": "\n"}[template]
+        answers = [m["content"] for m in chats[i][1::2]]
+        answers = [a if isinstance(a, str) else a[0]["text"] for a in answers]
+        assert processor.tokenizer.decode(out.input_ids[i][real][mask]) == "".join(a + end for a in answers)
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "LA", "RGBA", "I;16", "1"])
+@pytest.mark.parametrize("form", ["path", "url", "base64", "openai", "image"])
+def test_images_in_chats_are_those_of_training(form, mode, tmp_path):
+    processor = make_processor()
+    if mode == "I;16":
+        image = Image.fromarray((np.arange(60 * 50).reshape(60, 50) * 20).astype(np.uint16))
+    else:
+        image = make_image().convert("RGBA" if mode in ("RGBA", "LA") else "RGB").convert(mode)
+    if "A" in mode:
+        image.putalpha(100)
+    image.save(tmp_path / "a.png")
+    file, data = str(tmp_path / "a.png"), _png(image)
+    part = {
+        "path": dict(type="image", path=file),
+        "url": dict(type="image", url=file),
+        "base64": dict(type="image", base64=data),
+        "openai": dict(type="image_url", image_url=dict(url="data:image/png;base64," + data)),
+        "image": dict(type="image", image=Image.open(file)),
+    }[form]
+    chat = [dict(role="user", content=[part, dict(type="text", text="Who?")])]
+    out = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    want = processor.image_processor([open_image(file)], return_tensors="pt")["pixel_values"]
+    assert out.pixel_values.equal(want) and (out.input_ids == IMAGE).sum() == 4
+
+
+def test_images_that_are_nowhere():
+    processor = make_processor()
+    for image, message in {
+        "data:image/png;base64,%%": "in base64",
+        "http://127.0.0.1:9/a.png": "fetched",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            processor(image, "<image>")
+
+
+def test_named_chat_templates():
+    tokenizer = byte_tokenizer()
+    own = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer.chat_template = {"rag": "R", "default": own}
+    processor = build_processor(CLIPImageProcessorPil(), tokenizer, 4)
+    assert processor.build_prompt([dict(role="user", content="Q")]) == "Q</s>"
+    tokenizer.chat_template = {"rag": "R", "tool_use": "T"}
+    with pytest.raises(ValueError, match=r"several chat templates, \['rag', 'tool_use'\]"):
+        build_processor(CLIPImageProcessorPil(), tokenizer, 4)
+
+
+@pytest.mark.parametrize("template", ["v1", "plain", "chat"])
+def test_tokenizers_without_eos_are_refused(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.chat_template = "{{ messages[0]['content'] + eos_token }}"
+    with pytest.raises(ValueError, match=r"no EOS token .*tokenizer.eos_token = "):
+        build_processor(CLIPImageProcessorPil(), tokenizer, 4, template)
+
+
+def test_tokenizers_without_bos():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    processor = build_processor(CLIPImageProcessorPil(), tokenizer, 4, "v1")
+    row, want = processor.encode_conversation(QA), make_processor("v1").encode_conversation(QA)
+    assert row == want
+    tokenizer.chat_template = "{{ bos_token + messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="chat template refuses .*bos_token"):
+        build_processor(CLIPImageProcessorPil(), tokenizer, 4).build_prompt("Q")
+
+
+def test_system_prompts_that_have_no_place():
+    tokenizer = byte_tokenizer()
+    messages = [dict(role="system", content="Be brief."), dict(role="user", content="Q")]
+    for template, message in {
+        "{{ messages[-1]['content'] }}": "'Be brief.' has no place",
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}": "refuses .*: no",
+    }.items():
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            build_processor(CLIPImageProcessorPil(), tokenizer, 4).build_prompt(messages)
+    assert make_processor("plain").build_prompt(messages) == ""
+    assert make_processor("v1").build_prompt(messages).startswith("Be brief. USER: Q")
+
+
+def test_the_backend_is_not_saved_with_the_tokenizer(tmp_path):
+    make_processor().save_pretrained(tmp_path / "a")
+    DeltaLlavaProcessor.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    saved = [(tmp_path / x / "tokenizer_config.json").read_text() for x in "ab"]
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("unknown", [dict(stride=3), dict(videos=[1]), dict(is_split_into_words=True)])

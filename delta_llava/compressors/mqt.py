@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .base import Compressor
 from ..config import CompressorConfig
+from ..delta import rows_of_layer
 from ..grid import FeaturesLike, interpolate, sincos_2d
 from ..projector import WindowAttention
 
@@ -57,9 +58,8 @@ class QueryAttention(WindowAttention):
         part: int,  # 0 for queries, 1 for keys, 2 for values
     ) -> Float[Tensor, "_ n h c"]:  # One projection for each head
         "Apply one third of the stacked in-projection."
-        weight = self.qkv.weight.chunk(3)[part]
-        bias = self.qkv.bias.chunk(3)[part]
-        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+        start = part * self.channels
+        return rows_of_layer(self.qkv, x, start, start + self.channels).unflatten(-1, (self.heads, -1))
 
     def attention_weights(
         self,
@@ -117,6 +117,15 @@ class Resampler(nn.Module):
     ) -> Float[Tensor, "1 {grid**2} {self.channels}"]:  # One position for each patch
         "The positions of the queries, resized bicubically to the patches."
         return interpolate(self.pos_embed[None].float(), grid, "bicubic").to(self.query.dtype)
+
+    def forward(
+        self,
+        grid: int,  # Patches per side
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # Queries, their positions `[v, c]`, positions of the patches `[1, n, c]`
+        "Everything that does not depend on the image."
+        return self.query, self.pos_embed, self.patch_pos_embed(grid)
 
 # %% ../../nbs/14_mqt.ipynb #57d8d6ee
 def convert_legacy_names(
@@ -184,8 +193,8 @@ class MQT(Compressor):
         grid: int,  # Patches per side
     ) -> tuple[Tensor, Tensor]:  # Queries `[1, v, c]` and keys `[1, n, c]`
         "Queries and keys, which do not depend on the image."
-        r = self.resample
-        return self.ln_q(r.query[:v] + r.pos_embed[:v])[None], self.ln_k(r.patch_pos_embed(grid))
+        query, position, patch_position = self.resample(grid)
+        return self.ln_q(query[:v] + position[:v])[None], self.ln_k(patch_position)
 
     def forward(
         self,

@@ -115,10 +115,10 @@ class QwenResampler(Compressor):
         grid: int,  # Patches per side
     ) -> tuple[Tensor, Tensor, Tensor]:  # Queries `[1, v, d]`, keys and values `[b, n, d]`
         "The inputs of the attention (@eq-qwen)."
-        r = self.resample
-        queries = self.ln_q(r.query) + r.pos_embed
+        query, position, patch_position = self.resample(grid)
+        queries = self.ln_q(query) + position
         values = self.ln_kv(self.kv_proj(level))
-        return queries[None], values + r.patch_pos_embed(grid), values
+        return queries[None], values + patch_position, values
 
     def forward(
         self,

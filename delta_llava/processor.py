@@ -444,11 +444,14 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
     ) -> BatchFeature:  # `input_ids`, `attention_mask`, and `pixel_values` if there are images
         "Pixels, and token ids with $V$ placeholders for each image, padded on the left."
         image_options = self._image_options(kwargs)
-        images = flatten_images(images)
-        if text is None and images:
-            return square_pixels(self.image_processor, images, return_tensors, **image_options)
         texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
-        self._check_texts(texts, text)
+        if text is not None:
+            self._check_texts(texts, text)
+        images = flatten_images(images)
+        if not images:
+            self._check_texts(texts, text)
+        if text is None:
+            return square_pixels(self.image_processor, images, return_tensors, **image_options)
         counts = [t.count(self.image_token) for t in texts]
         self._check_images(counts, len(images), questions)
         limit = None if truncation is False else max_length

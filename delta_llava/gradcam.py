@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import attention_implementation
+from .adapter import attention_implementation, unwrap_model
 from .answerer import Answerer, Request
 
 # %% ../nbs/40_gradcam.ipynb #8c1c8adb
@@ -601,7 +601,12 @@ def word_cams(
     log_prob: bool = False,  # As in `answer_cam`
 ) -> AnswerCams:
     "Ask, answer, and map the words of the answer over the visual tokens (Fig. 1)."
+    model = unwrap_model(model)
     _check_spatial(model.multi_modal_projector)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "word_cams computes gradients, which torch.inference_mode() forbids; call it outside of it."
+        )
     if isinstance(phrases, str):
         raise ValueError(f"phrases={phrases!r} is a string; pass a list: phrases=[{phrases!r}].")
     request = Request(question, [image])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .adapter import BaseModelOutputWithPooling
+from .adapter import BaseModelOutputWithPooling, unwrap_model
 from .grid import VisionFeatures
 from .processor import DeltaLlavaProcessor, as_messages, expand_images
 from .tower import open_image
@@ -378,7 +378,7 @@ class RequestRunner:
         processor: DeltaLlavaProcessor,  # Its processor
         system_prompt: str = "",  # Placed before each question, where the template has room for it
     ):
-        self.model = model
+        self.model = unwrap_model(model)
         self.processor = processor
         self.encoder = RequestEncoder(processor, system_prompt)
 

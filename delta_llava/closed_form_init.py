@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .adapter import unwrap_part
 from .compressors.base import Compressor
 from .delta import DeltaProjection
 from .grid import VisionFeatures, batches, index_batch
@@ -270,7 +271,7 @@ def _budget_of_each_layer(
 # %% ../nbs/25_closed_form_init.ipynb #0d00f1c7
 @torch.no_grad()
 def closed_form_init(
-    projector: Compressor,  # Changed in place
+    projector: nn.Module,  # A `Compressor`, changed in place; perhaps in `modules_to_save` of PEFT
     features: Tensor | Sequence | Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set
     embeddings: Float[Tensor, "images d"],  # Where each image's visual tokens should lie: `answer_embeddings`
     *,
@@ -282,6 +283,7 @@ def closed_form_init(
     progress: bool = True,  # Show a bar if it takes more than some seconds
 ):
     "Set the first and last linear layers so that visual tokens start near the text of the training answers."
+    projector = unwrap_part(projector)
     first = _check_arguments(projector, features, embeddings, tokens)
     input_layers, output_layer = projector.input_output_layers()
     centered = (embeddings - embeddings.mean(0)).to(output_layer.weight)

@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import attention_implementation
+from .adapter import attention_implementation, unwrap_model
 from .answerer import Answerer, Request
 
 # %% ../nbs/40_gradcam.ipynb #8c1c8adb
@@ -670,7 +670,12 @@ def word_cams(
 ) -> AnswerCams:
     "Ask, answer, and map the words of the answer over the visual tokens (Fig. 1)."
     _check_method(method)
+    model = unwrap_model(model)
     _check_spatial(model.multi_modal_projector)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "word_cams computes gradients, which torch.inference_mode() forbids; call it outside of it."
+        )
     if isinstance(phrases, str):
         raise ValueError(f"phrases={phrases!r} is a string; pass a list: phrases=[{phrases!r}].")
     text, words, inputs, start = _word_inputs(
@@ -704,6 +709,7 @@ def visual_effects(
     max_new_tokens: int = 40,  # As in `word_cams`
 ) -> dict[str, float]:  # Word of the answer to nats; of a word that occurs twice the larger value
     "How much the image raises the log-probability of each word, against a blank image."
+    model = unwrap_model(model)
     _, words, inputs, start = _word_inputs(model, processor, image, question, answer, tokens, max_new_tokens)
     marks = _mark_words(words, inputs["input_ids"], start)
     positions = _scored_positions(inputs["input_ids"], marks)

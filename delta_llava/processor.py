@@ -563,10 +563,12 @@ AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor, exist_ok=True)
 
 def template_text(
     tokenizer: PreTrainedTokenizerBase,  # The LLM's
-    template: str,  # A key of `TEMPLATES`, or `"chat"`: the tokenizer's own
+    template: str,  # A key of `TEMPLATES`, or `"chat"`: the tokenizer's own; the authors say `"hermes_43"`
 ) -> str:  # Jinja text
     "A chat template by its name, if it suits the tokenizer."
     names = [*TEMPLATES, "chat"]
+    if template == "hermes_43":  # of the authors' 36B model: what the tokenizer of Hermes-4.3 brings along
+        template = "chat"
     if template not in names:
         raise ValueError(f"template={template!r}; use one of {names}.")
     own = tokenizer.chat_template

@@ -7,7 +7,7 @@ __all__ = ['AUTHORS_STATE_DICT_MAP', 'POINTWISE_CONVOLUTIONS', 'windowed_cross_a
            'WindowAttention', 'zero_grad_anchor', 'ResidualMLP', 'build_projection', 'build_mixing_block',
            'build_output_mlp', 'mix_tokens', 'reset_linear', 'DeltaProjector', 'part_state_dict_map', 'check_keys',
            'flatten_pointwise', 'from_authors_state', 'to_authors_state', 'fold_weights', 'merge_update',
-           'FoldedProjector']
+           'check_readable', 'FoldedProjector']
 
 # %% ../nbs/06_projector.ipynb #8c898c5c
 import copy
@@ -519,6 +519,22 @@ def _layers_after_first(mlp: nn.Module) -> nn.Module:
     return copy.deepcopy(mlp[1:])
 
 # %% ../nbs/06_projector.ipynb #449b8923
+def check_readable(
+    projector: nn.Module,  # To be folded
+) -> None:
+    "An error if another library has replaced a layer, so that its weight alone is not what it computes."
+    for name, layer in projector.named_modules():
+        weight = getattr(layer, "weight", None)
+        replaced = hasattr(layer, "base_layer") or "modules_to_save" in dict(layer.named_children())
+        hidden = isinstance(weight, Tensor) and (weight.is_meta or not weight.is_floating_point())
+        if replaced or hidden:
+            raise ValueError(
+                f"fold() reads the weights of the projector, but {name or 'it'} is a {type(layer).__name__} "
+                "with adapters, integers, or weights kept elsewhere. Merge adapters first "
+                "(model.merge_and_unload()), or load the projector in full precision."
+            )
+
+
 class FoldedProjector(nn.Module):
     "What `DeltaProjector.fold()` returns: the same function with fewer products, for inference only."
 
@@ -528,6 +544,7 @@ class FoldedProjector(nn.Module):
     ):
         super().__init__()
         self.config = projector.config
+        check_readable(projector)
         if self.config.projection == "tokenpacker":
             raise ValueError(
                 "fold() merges DeltaProjections, and projection='tokenpacker' has none; use the projector as "

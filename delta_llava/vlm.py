@@ -6,10 +6,10 @@
 __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'check_sizes', 'DeltaLlavaConfig', 'tensor_projection', 'tower_fingerprint',
            'DeltaLlavaPreTrainedModel', 'check_loaded', 'reload_projector', 'projector_dtype', 'question_embedding',
            'visual_tokens', 'check_placeholders', 'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs',
-           'shifted_targets', 'supervised_loss', 'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt',
-           'LanguageModelAccess', 'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings',
-           'build_vlm', 'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
-           'check_projector_fits', 'install_projector']
+           'shifted_targets', 'supervised_loss', 'check_packing', 'DeltaLlavaOutput', 'VisualGeneration',
+           'embeddings_of_prompt', 'LanguageModelAccess', 'DeltaLlavaForConditionalGeneration', 'add_image_token',
+           'generation_settings', 'build_vlm', 'tower_identity', 'save_projector', 'load_projector_state',
+           'load_projector', 'same_weights', 'check_projector_fits', 'install_projector']
 
 # %% ../nbs/22_vlm.ipynb #fadcd782
 import copy
@@ -451,6 +451,19 @@ def supervised_loss(
     return loss, {name: value for name, value in out.items() if name != "logits"}
 
 # %% ../nbs/22_vlm.ipynb #3b6da3ef
+def check_packing(
+    llm: nn.Module,  # Causal LM
+) -> None:
+    "An error if rows of one sequence would reach each other."
+    mixing = adapter.mixes_rows(llm)
+    if mixing:
+        raise ValueError(
+            "packing=True (or separate_turns=True) puts several rows into one sequence, but this LLM, "
+            f"{llm.config.model_type!r}, is not attention alone: through {mixing} they would reach each "
+            "other. Use packing=False and separate_turns=False."
+        )
+
+
 @dataclass
 class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     "Output of the LLM, its cache included, and the visual tokens."
@@ -620,6 +633,9 @@ class DeltaLlavaForConditionalGeneration(
         embeds, image_mask, visual = self.merge_visual_tokens(input_ids, inputs_embeds, images)
         if visual is None and self.training and torch.is_grad_enabled():
             embeds = embeds + 0 * self.dummy_visual_tokens(tokens).sum()
+        packed = labels is not None and position_ids is not None and adapter.mixes_rows(self.language_model)
+        if segments is not None or (packed and adapter.is_packed(position_ids)):
+            check_packing(self.language_model)
         if segments is not None:
             attention_mask = self._segment_mask(segments, embeds.dtype)
         elif prompt_end is None and labels is not None:
@@ -738,14 +754,17 @@ def tower_identity(
 
 
 def save_projector(
-    model: Compressor | DeltaLlavaForConditionalGeneration,  # The projector, or the model that holds it
+    model: nn.Module,  # The projector, or the model that holds it, perhaps in PEFT's wrappers
     folder: str | Path,  # Gets `projector.safetensors` and `projector.json`
     state: dict[str, Tensor]
     | None = None,  # The projector's weights, where the model's are spread over processes
 ) -> Path:  # The folder
     "Save the projector alone."
+    model = adapter.unwrap_model(model)
     whole_model = isinstance(model, PreTrainedModel)
-    projector = model.multi_modal_projector if whole_model else model
+    projector = adapter.unwrap_part(model.multi_modal_projector if whole_model else model)
+    if state is None:
+        projector = adapter.merged_copy(projector)
     tower = None
     if whole_model:  # a tower that is spread over processes was noted when it was whole
         tower = tower_identity(model, model.known_fingerprint if state is not None else None)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_vlm import byte_tokenizer
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -976,4 +978,92 @@ def test_parts_hold_no_more_than_asked(tmp_path):
             "total_size"
         ]
         == 2800
+    )
+
+
+# ---------------------------------------------------------------- LLMs of other makes
+
+
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=D,
+    intermediate_size=FF,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+MAKES = {  # the authors' model_type -> transformers', and more fields
+    "llava_seed_oss": ("seed_oss", dict(head_dim=16, attention_bias=True)),
+    "llava_gemma": ("gemma", dict(head_dim=16)),
+    "llava_gemma2": ("gemma2", dict(head_dim=16, final_logit_softcapping=3.0)),
+    "llava_phi": ("phi", {}),
+    "llava_phi3": ("phi3", {}),
+    "llava_qwen3": ("qwen3", dict(head_dim=16)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MAKES)
+def test_llms_of_other_makes(model_type, tmp_path):
+    "The file has the names that transformers' own class of the LLM saves."
+    kind, more = MAKES[model_type]
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | more)).eval()
+    for weight in llm.parameters():
+        weight.add_(torch.randn_like(weight) * 0.1)
+    state = {k: v.clone() for k, v in llm.state_dict().items()}
+    if llm.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    fields = llm.config.to_dict() | dict(model_type=model_type)
+    kept_fields = {k: v for k, v in CONFIG.items() if k.startswith(("mm_", "use_", "image_"))}
+    folder = write(
+        state | draw(tower_shapes() | mlp_shapes()), tmp_path / "authors", config=fields | kept_fields
+    )
+    convert(folder, tmp_path / "ours", compressor="mlp")
+    model = load(tmp_path / "ours")
+    assert model.config.text_config.model_type == kind
+    ids = torch.tensor([[1, 5, 9, 200]])
+    found = model(ids).logits
+    torch.testing.assert_close(found[..., :VOCAB], llm(ids).logits, atol=1e-4, rtol=1e-4)
+    ids = torch.tensor([[1, *[model.config.image_token_id] * 16, 9]])
+    assert model(ids, torch.randn(1, 3, SIDE, SIDE)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("shape", [(0,), (0, D)])
+def test_tensors_that_zero3_left_empty(shape, kind, tmp_path):
+    state = draw(delta_shapes())
+    state[min(state)] = torch.zeros(shape)
+    file = write(state, tmp_path / "stage1", kind, stem="mm_projector")
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors are empty, .*of shape \(0,.*zero_to_fp32"):
+        convert(file, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nan_is_refused(whole, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight" if whole else min(delta_shapes())
+    if whole:
+        folder = authors(tmp_path / "authors", more={name: torch.full((FF, D), torch.nan)})
+    else:
+        state = draw(delta_shapes())
+        state[name].view(-1)[3] = torch.nan
+        folder = write(state, tmp_path / "stage1", stem="mm_projector")
+    with pytest.raises(ValueError, match=rf"of the \d+ numbers of '{name}' are NaN"):
+        convert(folder, tmp_path / "ours", **DELTA)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_everything_that_is_left_out_is_listed(tmp_path):
+    more = {"model.embed_tokens.weight": (VOCAB, D), "model.image_newline": (D,)}
+    more |= {f"model.layers.{i}.mlp.up_proj.weight": (FF, D) for i in range(3)}
+    folder = write(draw(mlp_shapes() | more), tmp_path / "model", config=CONFIG)
+    done = convert(folder, tmp_path / "ours", compressor="mlp", projector_only=True)
+    assert sorted(done.dropped) == sorted(more)
+    left_out = next(line for line in str(done).splitlines() if line.startswith("left out: 5: "))
+    assert all(
+        name in left_out for name in ("embed_tokens", "image_newline", "layers.*.mlp.up_proj.weight (3)")
     )

@@ -350,7 +350,8 @@ def examined(monkeypatch):
 def test_doctor_passes_every_field(tmp_path, examined):
     options = "--images pictures --out o --no-text-rows --max-length 99 --num-workers 3".split()
     cli.main(["doctor", rows(tmp_path), *options])
-    assert examined.call_args.args == (tmp_path / "set.json", Path("pictures"), Path("o"), False, None, 99, 3)
+    expected = (tmp_path / "set.json", Path("pictures"), Path("o"), False, None, 99, 3)
+    assert examined.call_args.args == (*expected, False)  # links are not followed
 
 
 def test_doctor_measures_with_the_llms_tokenizer(tmp_path, image, capsys):

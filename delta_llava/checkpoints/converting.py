@@ -7,12 +7,13 @@ __all__ = ['HF_MLP', 'VOCABULARY', 'TOKENIZER_FILES', 'SUPPORTED_FIELDS', 'UNSUP
            'from_layout_state', 'check_shapes', 'read_projector', 'our_projector', 'our_tensors', 'find_tower',
            'resize_rows', 'drop_tied_head', 'read_tokenizer', 'read_image_processor', 'expected_shapes',
            'drop_unused_blocks', 'check_fields', 'assemble_model', 'check_exportable', 'authors_config', 'hf_config',
-           'export_model', 'Conversion', 'to_ours', 'from_ours', 'convert']
+           'export_model', 'group_names', 'Conversion', 'projector_leftovers', 'to_ours', 'from_ours', 'convert']
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #3b8967b5
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -263,7 +264,7 @@ VOCABULARY = (LLM + "embed_tokens.weight", HEAD + "weight")  # matrices with one
 
 
 def resize_rows(
-    lazy: LazyTensor,  # A matrix with one row for each token
+    lazy: LazyTensor,  # A matrix, or a bias, with one row for each token
     n: int,  # Rows wanted
 ) -> LazyTensor:
     "Rows of zeros appended, or the last rows removed."
@@ -392,7 +393,8 @@ def _our_llm(
         image_id = rows if tokenizer is None else add_image_token(tokenizer)
     config.vocab_size = max(rows, image_id + 1)
     llm = drop_tied_head({k: v for k, v in tensors.items() if k.startswith((LLM, HEAD))}, config)
-    llm |= {name: resize_rows(llm[name], config.vocab_size) for name in VOCABULARY if name in llm}
+    rows_of = (*VOCABULARY, HEAD + "bias")  # Phi's head has a bias
+    llm |= {name: resize_rows(llm[name], config.vocab_size) for name in rows_of if name in llm}
     return config, llm, image_id
 
 
@@ -655,6 +657,14 @@ def export_model(
     return exported, out, [f"row {last} of the vocabulary, which is <image>"] if drop_image else []
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #583e2612
+def group_names(
+    names: Sequence[str],  # Of tensors, or what else was left out
+) -> list[str]:  # Each form of a name once, with how often it occurs
+    "Names that differ in the numbers of layers alone, as one: `layers.*.mlp.weight (32)`."
+    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    return [name if n == 1 else f"{name} ({n})" for name, n in counts.items()]
+
+
 @dataclass
 class Conversion:
     "What was found and what was written."
@@ -678,7 +688,7 @@ class Conversion:
             settings = ", ".join(f"{k}={v}" for k, v in self.assumed.items())
             lines.append(f"not in the source, taken as published: {settings}")
         if self.dropped:
-            lines.append(f"left out: {len(self.dropped)}, e.g. {self.dropped[0]}")
+            lines.append(f"left out: {len(self.dropped)}: {', '.join(group_names(self.dropped))}")
         return "\n".join(lines)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #78654985
@@ -724,6 +734,14 @@ def _write_model(
     write_weights(tensors, folder, part_size=part_size)
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #89e4499f
+def projector_leftovers(
+    source: Source,  # The authors' or llava-hf's
+) -> list[str]:  # Names as they are in the file
+    "What a projector folder has no place for: everything but the projector."
+    names = [name for name in source.weights.shapes if not COMPUTED_BUFFERS.search(name)]
+    return [name for name in names if not our_name(name, source.layout).startswith(PROJECTOR)]
+
+
 def to_ours(
     source: Source,  # The authors' or llava-hf's
     target: str | Path,  # New folder
@@ -746,7 +764,7 @@ def to_ours(
     if source.has_llm and not projector_only:
         written, dropped = _write_whole_model(source, target, projector, name, vision, tower, part_size)
     else:
-        dropped = []
+        dropped = projector_leftovers(source)
         written = "a projector folder for load_projector"
         with new_folder(target) as folder:
             save_projector(projector, folder)
@@ -888,6 +906,7 @@ def convert(
         raise ValueError(f"format={format!r}; use 'bin' or 'safetensors'.")
     overrides = {k: v for k, v in overrides.items() if v is not None}
     opened = open_source(source)
+    opened.weights.check_whole()
     _check_request(opened, to, overrides | dict(compressor=compressor, projector_only=projector_only))
     check_new_folder(target)
     if to == "ours":

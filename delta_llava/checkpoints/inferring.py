@@ -414,11 +414,19 @@ AUTHORS_LLM = {  # model_type of the authors -> the LLM's
     "llava_mistral": "mistral",
     "llava_qwen": "qwen2",
     "llava_qwen2": "qwen2",
+    "llava_qwen3": "qwen3",
+    "llava_seed_oss": "seed_oss",
+    "llava_gemma": "gemma",
+    "llava_gemma2": "gemma2",
+    "llava_gemma3": "gemma3_text",
+    "llava_phi": "phi",
+    "llava_phi3": "phi3",
 }
 AUTHORS_TYPE = {  # the LLM's model_type -> the authors' model_type and class
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+    "seed_oss": ("llava_seed_oss", "LlavaSeedOssForCausalLM"),
 }
 
 

@@ -145,8 +145,26 @@ class Weights:
     ) -> Tensor:  # A contiguous copy in its own precision
         content = self._open(self.file_of[name])
         if isinstance(content, dict):
-            return content[name].detach().clone(memory_format=torch.contiguous_format)
-        return content.get_tensor(name)
+            tensor = content[name].detach().clone(memory_format=torch.contiguous_format)
+        else:
+            tensor = content.get_tensor(name)
+        if tensor.is_floating_point() and (bad := int(tensor.isnan().sum())):
+            raise ValueError(
+                f"{self.file_of[name]}: {bad} of the {tensor.numel()} numbers of {name!r} are NaN, so the "
+                "training had failed when it was saved; take a checkpoint of an earlier step."
+            )
+        return tensor
+
+    def check_whole(self) -> None:
+        "An error if tensors are empty."
+        empty = [name for name, shape in self.shapes.items() if 0 in shape]
+        if empty:
+            raise ValueError(
+                f"{self.source}: {len(empty)} of {len(self.shapes)} tensors are empty, e.g. {empty[0]!r} of "
+                f"shape {self.shapes[empty[0]]}. DeepSpeed's ZeRO-3 saves this if it does not gather the "
+                "weights: set stage3_gather_16bit_weights_on_model_save=true and save again, or join the "
+                "parts of its checkpoint with zero_to_fp32.py."
+            )
 
     def lazy(self) -> dict[str, LazyTensor]:
         "All tensors, none of them read."

@@ -18,7 +18,7 @@ from .base import Compressor
 from ..config import CompressorConfig
 from ..delta import rows_of_layer
 from ..grid import FeaturesLike, interpolate, sincos_2d
-from ..projector import WindowAttention
+from ..projector import WindowAttention, check_readable
 
 # %% ../../nbs/14_mqt.ipynb #0097de43
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +228,7 @@ class FoldedMQT(Compressor):
         grid: int,  # Patches per side
     ):
         super().__init__(mqt.config)
+        check_readable(mqt)
         self.folded_grid = grid
         for name, tensor in self._merge(mqt).items():
             self.register_buffer(name, tensor.to(mqt.out_proj.weight.dtype).contiguous())

@@ -1,0 +1,204 @@
+"LLMs of other makes inside the model: their own logits, training and generation, or one clear sentence."
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, projector_config, prompt
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from delta_llava import adapter, train
+from delta_llava.closed_form_init import closed_form_init
+from delta_llava.collator import concatenate_rows
+from delta_llava.compressors.base import compressor_config
+from delta_llava.settings import Finetune
+from delta_llava.vlm import (
+    DeltaLlavaForConditionalGeneration,
+    build_vlm,
+    check_packing,
+    load_projector,
+    save_projector,
+)
+
+TOWER = "clip_b32_224"
+ENDS = dict(vocab_size=264, bos_token_id=256, eos_token_id=257, pad_token_id=257)
+LLAMA = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    **ENDS,
+)
+CONFIGS = {
+    "granite": LLAMA | dict(logits_scaling=7.0, residual_multiplier=0.3, embedding_multiplier=3.0),
+    "cohere": LLAMA | dict(logit_scale=0.3),
+    "gemma3_text": LLAMA | dict(head_dim=16, final_logit_softcapping=3.0),
+    "phi": LLAMA,
+    "gptj": dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **ENDS),
+    "gpt2": dict(n_embd=64, n_layer=4, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **ENDS),
+    "opt": dict(hidden_size=64, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, dropout=0, **ENDS)
+    | dict(word_embed_proj_dim=64, max_position_embeddings=256),
+    "bloom": dict(hidden_size=64, n_layer=2, n_head=4, **ENDS),
+    "falcon": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, **ENDS),
+    "gpt_neox": dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **ENDS
+    ),
+}
+HYBRID = {
+    "lfm2": LLAMA | dict(layer_types=["conv", "full_attention"]),
+    "mamba": dict(hidden_size=64, state_size=4, num_hidden_layers=2, **ENDS),
+    "granitemoehybrid": LLAMA
+    | dict(layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8),
+    "qwen3_next": LLAMA
+    | dict(
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+}
+
+
+def make_llm(kind):
+    "A small LLM with weights that are far from 0, biases and norms too."
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS | HYBRID)[kind]))
+    with torch.no_grad():
+        for weight in llm.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return llm.eval()
+
+
+def make_model(llm, compressor="delta", seed=0):
+    torch.manual_seed(seed)
+    tower = AutoModel.from_config(TOWERS[TOWER][1]())
+    config = compressor_config(compressor, projector_config(TOWER), tokens=1)
+    return build_vlm(tower.eval(), llm, byte_tokenizer(), config, compressor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_are_the_llms_own(kind, tmp_path):
+    llm = make_llm(kind)
+    model = make_model(make_llm(kind))
+    ids = torch.tensor([[256, 72, 105, 33, 80, 90]])
+    own = llm(ids, labels=ids)
+    here = model(ids, labels=ids)
+    assert_close(here.logits[..., :IMAGE], own.logits[..., :IMAGE])
+    assert_close(model.train()(ids, labels=ids).loss, own.loss)
+    batch = dict(input_ids=prompt(1), pixel_values=images(TOWER))
+    want = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path)
+    again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert_close(again(**batch).logits, want)
+    written = again.generate(**batch, max_new_tokens=3, do_sample=False)
+    slow = again.generate(**batch, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert written.tolist() == slow.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "falcon"])
+def test_other_makes_learn_and_fastv_refuses_them(kind):
+    model = make_model(make_llm(kind))
+    ids = prompt(1)
+    model.train()(ids, images(TOWER), labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
+    with pytest.raises(ValueError, match="FastV|has no `layers`"):
+        fastv = make_model(make_llm(kind), "fastv")
+        ids = prompt(fastv.config.image_seq_length)
+        fastv(ids, images(TOWER), tokens=1)
+
+
+def packed(rows):
+    return concatenate_rows([[dict(input_ids=row, labels=row) for row in rows]], 257)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma3_text", "phi", "gpt_neox"])
+def test_packed_rows_do_not_reach_each_other(kind):
+    model = make_model(make_llm(kind))
+    batches = [packed([first, [80, 81, 82, 83]]) for first in ([65, 66, 67], [90, 70, 71])]
+    logits = [model(b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits for b in batches]
+    assert_close(logits[0][:, 3:7], logits[1][:, 3:7], atol=1e-6, rtol=1e-6)
+    check_packing(model.language_model)
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_packing_is_refused_where_it_would_leak(kind):
+    model = make_model(make_llm(kind))
+    rows = packed([[65, 66, 67], [80, 81, 82, 83]])
+    with pytest.raises(ValueError, match=rf"'{kind}', is not attention alone.*packing=False"):
+        model(**rows)
+    ids = rows["input_ids"]
+    assert model(ids, labels=ids).loss.isfinite()  # one row after another is no matter
+    steps = torch.arange(ids.shape[1])[None]
+    assert model(ids, labels=ids, position_ids=steps).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "package", "way_out"),
+    [
+        ("attn_implementation", "flash_attention_2", "flash-attn", "attn_implementation='sdpa'"),
+        ("sharding", "zero3", "deepspeed", "sharding='fsdp2'"),
+    ],
+)
+def test_missing_packages_are_named_before_anything_loads(
+    setting, value, package, way_out, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    stage = Finetune(data=tmp_path / "no.json", output_dir=tmp_path, projector=None, **{setting: value})
+    for run in (train.train_run, train.build_stage_model):
+        with pytest.raises(ValueError, match=f"{setting}='{value}' needs {package}.*or use {way_out}"):
+            run(stage)
+
+
+# ---------------------------------------------------------------- PEFT's wrappers
+
+
+def wrapped(**options):
+    model = make_model(make_llm("granite"))
+    fresh = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
+    return get_peft_model(model, LoraConfig(r=2, **options)), fresh
+
+
+def test_the_trained_copy_of_the_projector_is_saved(tmp_path):
+    model, fresh = wrapped(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    part = adapter.unwrap_part(model.base_model.model.multi_modal_projector)
+    with torch.no_grad():
+        for weight in part.parameters():
+            weight.add_(0.5)
+    for i, whole in enumerate((model, model.base_model.model, model.base_model.model.multi_modal_projector)):
+        again = load_projector(save_projector(whole, tmp_path / str(i))).state_dict()
+        assert all(again[k].equal(v) for k, v in part.state_dict().items())
+        assert not again["attend.out.weight"].equal(fresh["attend.out.weight"])
+
+
+@torch.no_grad()
+def test_adapters_on_the_projector_are_saved_in_its_weights(tmp_path):
+    model, _ = wrapped(target_modules="all-linear", init_lora_weights=False)
+    pixels = images(TOWER)
+    want = model.eval().get_image_features(pixels).pooler_output[0]
+    plain = make_model(make_llm("granite"))
+    projector = load_projector(save_projector(model, tmp_path))
+    assert not any(adapter.is_lora_layer(m) for m in projector.modules())
+    plain.vision_tower = adapter.merged_copy(model.base_model.model.vision_tower)
+    plain.multi_modal_projector = projector
+    assert_close(plain.get_image_features(pixels).pooler_output[0], want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"fold\(\) reads .*merge_and_unload"):
+        model.base_model.model.multi_modal_projector.fold()
+
+
+def test_the_closed_form_initialization_reaches_the_trained_copy():
+    model, _ = wrapped(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    part = model.base_model.model.multi_modal_projector
+    trained, config = adapter.unwrap_part(part), adapter.unwrap_part(part).config
+    before = trained.mlp[-1].weight.clone()
+    closed_form_init(part, torch.randn(20, config.grid**2, config.d_levels), torch.randn(20, config.d_llm))
+    assert not trained.mlp[-1].weight.equal(before)
+    assert adapter.unwrap_model(model) is model.base_model.model

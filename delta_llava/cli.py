@@ -268,13 +268,13 @@ class Gradcam:
             )
         model, processor = load(folder)
         answer = Answerer(model, processor).answer(image, self.question, tokens=settings["tokens"])
-        asked = model, processor, image, self.question
+        about = model, processor, image, self.question
         words = self.word
         if not words:
-            effects = visual_effects(*asked, answer=answer, tokens=settings["tokens"])
+            effects = visual_effects(*about, answer=answer, tokens=settings["tokens"])
             words = (most_visual_word(effects),)
         options = dict(answer=answer, method=self.method)
-        maps = {budget: word_cams(*asked, list(words), tokens=budget, **options) for budget in budgets}
+        maps = {budget: word_cams(*about, list(words), tokens=budget, **options) for budget in budgets}
         draw_answer(maps).savefig(self.out, dpi=120)
         print(f"{answer}\n{', '.join(words)}: {self.out}")
         if self.method == "gradcam":

@@ -129,7 +129,7 @@ def _first_question(turns: Sequence[dict]) -> str:
     "What a projector reads: the first turn of the user."
     return next(turn["value"] for turn in turns if turn["from"] == "human")
 
-
+# %% ../nbs/30c_collator.ipynb #a1c03002
 @dataclass(kw_only=True)
 class Collator:
     "Rows of `load_conversations` to one batch of the model's inputs."

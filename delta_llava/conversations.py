@@ -144,7 +144,7 @@ def unknown_keys(
     known = _KNOWN_KEYS | {key for key in row if key.lower() in SYSTEM_KEYS or media_of_key(key)}
     return sorted(row.keys() - known)
 
-
+# %% ../nbs/30b_conversations.ipynb #a1c03001
 def _check_turn(
     turn: object,  # One entry of `conversations`
     k: int,  # Its number

@@ -713,10 +713,10 @@ def visual_effects(
     _, words, inputs, start = _word_inputs(model, processor, image, question, answer, tokens, max_new_tokens)
     marks = _mark_words(words, inputs["input_ids"], start)
     positions = _scored_positions(inputs["input_ids"], marks)
-    blank = inputs | dict(pixel_values=torch.zeros_like(inputs["pixel_values"]))
+    empty = inputs | dict(pixel_values=torch.zeros_like(inputs["pixel_values"]))
     with frozen_eval(model):
-        seen, unseen = (_token_scores(model, given, positions, True) for given in (inputs, blank))
-    added = ((seen - unseen) * marks[:, :, positions]).sum((1, 2)).tolist()
+        with_image, without = (_token_scores(model, given, positions, True) for given in (inputs, empty))
+    added = ((with_image - without) * marks[:, :, positions]).sum((1, 2)).tolist()
     effects: dict[str, float] = {}
     for word, effect in zip(words, added, strict=True):
         effects[word.text] = max(effect, effects.get(word.text, effect))

@@ -266,7 +266,7 @@ def special_prefix(
     starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
 
-
+# %% ../nbs/23_processor.ipynb #a1c02301
 class PromptMixin:
     "Conversations to prompts, and texts to token ids; for training and inference alike."
 
@@ -389,7 +389,7 @@ def _flat_arguments(call: Callable) -> Callable:
 
     return with_groups
 
-
+# %% ../nbs/23_processor.ipynb #a1c02302
 class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
 
@@ -489,8 +489,12 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
         "Arguments of the image processor; an error for arguments that nobody has."
         own = set(self.image_processor.valid_kwargs.__annotations__)
         # transformers' `apply_chat_template` names these; they say nothing here
-        silent = {"return_text_replacement_offsets", "return_token_type_ids", "return_special_tokens_mask"}
-        unknown = [k for k, v in others.items() if v is not None and k not in own | silent]
+        without_effect = {
+            "return_text_replacement_offsets",
+            "return_token_type_ids",
+            "return_special_tokens_mask",
+        }
+        unknown = [k for k, v in others.items() if v is not None and k not in own | without_effect]
         if unknown:
             raise ValueError(
                 f"unknown arguments {sorted(unknown)}; this processor takes images, text, tokens, "

@@ -1154,5 +1154,5 @@ def test_the_image_decides_no_word_if_the_model_does_not_see_it(delta):
             p.data.zero_()
         effects = visual_effects(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=4)
     assert effects == dict(A=0, red=0, fox=0)
-    seen = visual_effects(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=4)
-    assert all(effect != 0 for effect in seen.values())
+    effects = visual_effects(model, processor, IMAGE_224, "What?", answer="A red fox.", tokens=4)
+    assert all(effect != 0 for effect in effects.values())

@@ -17,7 +17,7 @@ from delta_llava.vlm import DeltaLlavaForConditionalGeneration, tower_fingerprin
 
 FOUR = ("delta", "tokenpacker", "mqt", "qwen")  # those that use parts of a layer, each in its own way
 adapters = [(name, False) for name in COMPRESSORS] + [(name, True) for name in FOUR]
-places = [(name, "cpu") for name in COMPRESSORS] + [(name, "disk") for name in FOUR]
+LOADED = [(name, "cpu") for name in COMPRESSORS] + [(name, "disk") for name in FOUR]
 
 
 @pytest.mark.parametrize(("name", "dora"), adapters)
@@ -52,14 +52,14 @@ def test_every_adapter_of_the_projector_learns():
     batch = inputs(model.base_model.model)
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
     updates = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    silent = [n for n, p in updates.items() if p.grad is None or not p.grad.any()]
+    unmoved = [n for n, p in updates.items() if p.grad is None or not p.grad.any()]
     assert any("multi_modal_projector" in n for n in updates)
     assert any("vision_tower" in n for n in updates)  # somebody unfroze the tower: gradients flow
-    assert [n for n in silent if "vision_tower" not in n] == []
-    assert not any(f"layers.{i}." in n for n in silent for i in range(8))
+    assert [n for n in unmoved if "vision_tower" not in n] == []
+    assert not any(f"layers.{i}." in n for n in unmoved for i in range(8))
 
 
-@pytest.mark.parametrize(("name", "where"), places)
+@pytest.mark.parametrize(("name", "where"), LOADED)
 def test_offloaded_weights(name, where, tmp_path):
     model = tiny(name)
     batch = inputs(model)

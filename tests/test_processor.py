@@ -194,8 +194,8 @@ def test_what_a_tokenizer_puts_after_a_text_is_in_no_prompt(template):
     assert row["input_ids"] == first + without["input_ids"]
     assert row["labels"] == [-100] * 2 + without["labels"]
     prompt = processor.build_prompt(TWO_ANSWERS[:1])
-    seen = processor(make_image(), prompt).input_ids[0].tolist()
-    assert seen == row["input_ids"][: len(seen)]
+    received = processor(make_image(), prompt).input_ids[0].tolist()
+    assert received == row["input_ids"][: len(received)]
 
 
 def test_bos_is_not_doubled_nor_learned():

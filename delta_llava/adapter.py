@@ -400,7 +400,7 @@ def positions_in_memory(
     with moving_part("align_module_device")(layer):
         yield
 
-
+# %% ../nbs/09_adapter.ipynb #a1c00901
 def add_adapters(
     model: nn.Module,  # A transformers model
     config,  # `LoraConfig` of PEFT

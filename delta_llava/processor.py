@@ -558,7 +558,9 @@ class DeltaLlavaProcessor(PromptMixin, ProcessorMixin):
     ):
         "As in transformers, with the PIL backend: the pixels do not depend on what else is installed."
         processor = super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil"} | kwargs)
-        processor.tokenizer.init_kwargs["backend"] = processor.tokenizer.backend  # not the image processor's
+        tokenizer = processor.tokenizer  # which took the image processor's backend for its own
+        tokenizer.backend = "tokenizers" if tokenizer.is_fast else "custom"
+        tokenizer.init_kwargs["backend"] = tokenizer.backend
         return processor
 
 # %% ../nbs/23_processor.ipynb #fbaf0224

@@ -53,7 +53,7 @@ def run_budgets(
     sizes: CompressorConfig,  # Sizes of vision tower and LLM
     budgets: Sequence[int],  # Budgets $V$ of the comparison
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:  # Budgets of training and of evaluation, for each run
-    "The runs of one system."
+    "The budgets of all runs that one system needs."
     whole_grid = (sizes.grid**2,)
     if name == "mlp":
         return [(whole_grid, whole_grid)]
@@ -67,7 +67,7 @@ def run_budgets(
 
 # %% ../nbs/51_compare.ipynb #d3cccdce
 def _no_runs(compressors, budgets, sizes: CompressorConfig) -> ValueError:
-    "Why a comparison has no runs."
+    "The error of a comparison without runs, with the reason."
     name = compressors[-1]
     try:
         compressor_config("delta" if name == ELASTIC_DELTA else name, sizes, tokens=budgets[0])

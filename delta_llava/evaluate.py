@@ -295,7 +295,7 @@ def _table_rows(table: dict) -> list[dict[str, str]]:
 
 
 def _number(printed: str) -> float | None:
-    "As a number; a time in seconds; `None` for a dash."
+    "The printed text as a number; a time in seconds; `None` for a dash."
     if printed == "–":
         return None
     if ":" not in printed:
@@ -453,7 +453,7 @@ def _step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
 
 
 def _full_step_times(record: dict, stage: str) -> dict[tuple[str, int | None], str]:
-    "The same of the paper's model with random weights on a GPU; stage 2 with all weights in bfloat16."
+    "Relative step times of the paper's model, random weights, on a GPU; stage 2 all in bfloat16."
     found = {}
     for run in record["result"]:
         if run["stage"] == stage and run["plan"] != "switches" and "ratio" in run and not run["layers"]:

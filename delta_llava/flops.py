@@ -170,7 +170,7 @@ def counted(
     work: Callable,  # Called once, without arguments; its modules may be on the meta device
     backward: bool = False,  # Also the backward pass of what it returns
 ) -> int:
-    "FLOPs of some work, counted from the operations that are called."
+    "FLOPs of a call, counted by PyTorch from the operations that it runs."
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         out = work()
         if backward:
@@ -222,7 +222,7 @@ def counted_tower(
     image_size: int,  # Side of the image, px
     attention: bool = False,  # Also the CLS attention
 ) -> int:
-    "The same, counted."
+    "FLOPs of one image through the vision tower, counted by PyTorch."
     depth = max(*levels, levels[-1] + attention)
     with torch.device("meta"):
         tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
@@ -548,7 +548,7 @@ class Cost:
 # %% ../nbs/26_flops.ipynb #afc74f74
 @dataclass(frozen=True, kw_only=True)
 class Setup(CostSettings):
-    "What is run: settings whose parts and budget exist."
+    "What is run; a part or a budget that does not exist is an error."
 
     def __post_init__(self):
         super().__post_init__()
@@ -624,7 +624,7 @@ def cost(
 def counted_cost(
     setup: Setup,  # What is run, with integer numbers of tokens
 ) -> Cost:  # FLOPs
-    "The same, counted over the real modules on the meta device; attention is counted in full."
+    "FLOPs of each stage, counted over the real modules on the meta device, with full attention."
     for name in ("text", "answer", "question"):
         if (value := getattr(setup, name) or 0) % 1:
             raise ValueError(f"{name}={value} must be whole to be counted; `cost` takes means.")

@@ -182,7 +182,7 @@ class TaskRequests:
 
 # %% ../nbs/46_harness.ipynb #c04408f3
 class HarnessModel(TaskRequests):
-    "What lmms-eval calls: requests in, answers out, and every setting that affects a score in the result."
+    "Answers lmms-eval's requests, and writes every setting that affects a score into its result."
 
     cache_hook: Any  # Of lmms-eval: stores answers
 
@@ -273,13 +273,13 @@ class HarnessModel(TaskRequests):
         self,
         requests,  # Of lmms-eval
     ):
-        "Not offered: tasks that ask about an earlier answer."
+        "Not supported: tasks that ask about an earlier answer."
         raise NotImplementedError(
             "delta_llava answers one question at a time; leave out tasks of several rounds."
         )
 
     def clean(self):
-        "Free the memory, once all answers are there."
+        "Free the memory, after all answers are computed."
         self.answerer = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -327,7 +327,7 @@ def plugin_class() -> type:
     _check_lmms_eval()
     wrap = moving_part("GenerationResult")
 
-    def loglikelihood(self, requests):  # a bare pair would become a text
+    def loglikelihood(self, requests):  # lmms-eval would convert a bare pair to text
         return [wrap(text=pair) for pair in HarnessModel.loglikelihood(self, requests)]
 
     members = dict(

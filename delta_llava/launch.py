@@ -279,7 +279,7 @@ def block_bytes(
     element: int = 2,  # Bytes of one number, $e$
     lora_dropout: float | None = None,  # Of low-rank updates; `None` is a block without updates
 ) -> int:
-    "What one block keeps for the backward pass, for each token (the table above)."
+    "Bytes that one block keeps for the backward pass, for each token (the table above)."
     d, f, h = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, k = attention_widths(config)
     norms, attention, swiglu = 2 * (4 * d + 4), element * (2 * q + 2 * k) + 4 * h, 3 * element * f
@@ -334,7 +334,7 @@ def projector_bytes(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     element: int = 2,  # Bytes of one number
 ) -> int:
-    "What the projector keeps for the backward pass, for each image, its patch tokens included."
+    "Bytes that the projector keeps for the backward pass, for each image, with its patch tokens."
     work = projector_forward(model.multi_modal_projector)
     with SavedBytes(model.multi_modal_projector) as saved:
         work()
@@ -345,7 +345,7 @@ def gathered_bytes(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     element: int = 2,  # Bytes of one number
 ) -> int:
-    "Gathered at a time by a sharded model: what is outside the blocks, two blocks, one block's gradients."
+    "Bytes that a sharded model gathers: all but the blocks, two blocks, and one block's gradients."
     blocks = [num_parameters(b) for b in model.get_decoder().layers]
     return element * (num_parameters(model) - sum(blocks) + 3 * max(blocks))
 
@@ -386,7 +386,7 @@ def activation_bytes(
     stage: Stage,  # What is trained
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> int:  # For each token
-    "What a block keeps in this stage."
+    "Bytes that one block keeps for the backward pass in this stage, for each token."
     trained, everything = parameter_counts(stage, model)["llm"]
     dropout = stage.lora_dropout if stage.lora_rank else None
     element = 2 if stage.bf16 else 4
@@ -466,7 +466,7 @@ def _option(
     name: str,  # Field of the stage
     value,  # Its value
 ) -> list[str]:
-    "One field as the program reads it."
+    "One field as an option of the command line."
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
@@ -507,7 +507,7 @@ def deepspeed_config(
         2, 3
     ] = 3,  # 2 shards optimizer and gradients, 3 also weights (the authors: stage 1, stage 2)
 ) -> dict:  # JSON-safe; "auto" is filled in by transformers' `Trainer`
-    "DeepSpeed's file."
+    "The content of DeepSpeed's configuration file."
     options = {
         k: v for k, v in ZERO3["zero_optimization"].items() if zero == 3 or not k.startswith("stage3_")
     }
@@ -535,7 +535,7 @@ def accelerate_config(
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines; each adds its own `--machine_rank` and the address of the first
 ) -> dict:  # For `yaml.safe_dump`
-    "accelerate's file for one GPU, DDP, FSDP2 or ZeRO-3."
+    "The content of accelerate's file for one GPU, DDP, FSDP2 or ZeRO-3."
     several = "MULTI_GPU" if gpus * nodes > 1 else "NO"
     kind = {"fsdp2": "FSDP", "zero3": "DEEPSPEED", "none": several}[stage.sharding]
     config = dict(
@@ -558,7 +558,7 @@ def accelerate_cmd(
     stage: Stage,  # What to train
     file: str | Path,  # `accelerate_config` as YAML
 ) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
-    "The same training through `accelerate launch`."
+    "The command for the same training with `accelerate launch`."
     return ["accelerate", "launch", "--config_file", str(file), "--no_python", *stage_cmd(stage)]
 
 # %% ../nbs/32_launch.ipynb #6216377e
@@ -591,7 +591,7 @@ def utilization_of(
 ) -> tuple[
     str, tuple[float, float]
 ]:  # Where it is from: `"given"`, `"assumed"` or a GPU; fractions of the peak
-    "The fraction of the peak with which a plan computes."
+    "The fraction of the peak that an estimate assumes."
     if utilization is not None:
         return "given", utilization
     return measured_utilization(stage, record) or ("assumed", UTILIZATION)
@@ -696,7 +696,7 @@ def _fit(
 def format_percent(
     fractions: list[float] | tuple[float, float],  # Lowest and highest
 ) -> str:
-    "Two fractions in percent, or one if they are equal then."
+    "Two fractions in percent, or one if both round to the same number."
     low, high = (f"{100 * fraction:.0f}" for fraction in fractions)
     return f"{low} %" if low == high else f"{low} – {high} %"
 

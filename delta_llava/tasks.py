@@ -31,7 +31,7 @@ from .scenes import draw_scene, make_conversation, plan_scene, with_article
 
 # %% ../nbs/45_tasks.ipynb #b981c763
 def _pope_absent(
-    scenes: Sequence[Scene],  # The whole set: it says what is frequent, and what occurs together
+    scenes: Sequence[Scene],  # The whole set, in which frequency and co-occurrence are counted
 ) -> Iterator[tuple[Scene, dict[str, list[str]]]]:  # Kind -> absent objects to draw from
     "The absent objects of each scene, chosen in POPE's three ways."
     frequency = Counter(o.name for scene in scenes for o in scene.objects)
@@ -94,7 +94,7 @@ def caption_questions(
 def choice_questions(
     scene: Scene,  # The plan
 ) -> Iterator[dict]:  # With `question`, the letter as `answer`, its `index`
-    "One object that is there among three that are not."
+    "Which of four objects is in the image; three of them are absent."
     for question, answer in make_conversation(scene, "choice", paraphrase=False):
         options = "\n".join(question.split("\n")[:5])
         yield dict(question=options, answer=answer, index="ABCD".index(answer))
@@ -130,7 +130,7 @@ def _png(scene: Scene) -> dict:
 
 
 def _write_task(folder: Path, task: str, metadata: dict) -> None:
-    "The task file of the package, with what it asks about."
+    "Write the package's task file, with the settings of the scenes."
     template = (files("delta_llava") / "lmms_eval_tasks" / f"{task}.yaml").read_text(encoding="utf-8")
     (folder / f"{task}.yaml").write_text(f"{template}metadata: {json.dumps(metadata)}\n", encoding="utf-8")
 
@@ -172,7 +172,7 @@ def write_tasks(
 def scenes_doc_to_visual(
     doc: dict,  # A row of an offline task
 ) -> list[Image.Image]:
-    "Its image."
+    "The image of a row."
     return [doc["image"].convert("RGB")]
 
 
@@ -180,7 +180,7 @@ def scenes_doc_to_text(
     doc: dict,  # A row of an offline task
     kwargs: dict,  # The task's `lmms_eval_specific_kwargs`: `pre_prompt` and `post_prompt`
 ) -> str:
-    "Its question as the model is asked."
+    "The prompt of a row."
     return kwargs["pre_prompt"] + doc["question"] + kwargs["post_prompt"]
 
 # %% ../nbs/45_tasks.ipynb #41c30c5b
@@ -188,7 +188,7 @@ def pope_process_results(
     doc: dict,  # A row of `scenes_pope`
     results: list[str],  # The model's answer
 ) -> dict:  # Metric -> what was answered and what is true
-    "One answer, for all of POPE's metrics."
+    "One answer in the form that all of POPE's metrics read."
     pair = dict(prediction=normalize_text(results[0]), answer=doc["answer"])
     metrics = ("accuracy", "precision", "recall", "f1", "yes_ratio", f"accuracy_{doc['kind']}")
     return {f"pope_{metric}": pair for metric in metrics}
@@ -204,7 +204,7 @@ def pope_aggregate_accuracy(
 def pope_aggregate_precision(
     results: list[dict],  # From `pope_process_results`
 ) -> float:
-    "Fraction of yes that is correct; 0 without any."
+    "Fraction of the model's yes answers that are correct; 0 if there are none."
     answers = [r["answer"] for r in results if r["prediction"] == "yes"]
     return answers.count("yes") / len(answers) if answers else 0.0
 
@@ -212,7 +212,7 @@ def pope_aggregate_precision(
 def pope_aggregate_recall(
     results: list[dict],  # From `pope_process_results`
 ) -> float:
-    "Fraction of the objects that are there which the model affirms."
+    "Of the questions whose answer is yes, the fraction to which the model answers yes."
     predictions = [r["prediction"] for r in results if r["answer"] == "yes"]
     return predictions.count("yes") / len(predictions) if predictions else 0.0
 
@@ -245,7 +245,7 @@ def choice_process_results(
     doc: dict,  # A row of `scenes_choice`
     results: list[str],  # The model's answer
 ) -> dict[str, float]:
-    "The capital letter alone, or before a full stop, a colon or a closing parenthesis."
+    "Exact match of the capital letter, alone or before a full stop, a colon or a parenthesis."
     letter = re.match(r"\(?([A-D])(?:[.):]|$)", results[0].strip())
     return dict(exact_match=float(letter is not None and letter[1] == doc["answer"]))
 

@@ -132,7 +132,7 @@ def _infer_sizes(
     shapes: Shapes,  # By the layout's names, without prefix
     prefix: str,  # In the file, for the message
 ) -> dict:  # As `sizes` for `infer_config`
-    "Sizes from shapes; an error if a tensor that tells one is missing."
+    "Sizes from shapes; an error if a tensor that determines one is missing."
     try:
         return SIZES[kind](shapes)
     except (KeyError, IndexError) as e:
@@ -324,7 +324,7 @@ def read_image_processor(
 def expected_shapes(
     config: DeltaLlavaConfig,  # Of the whole model
 ) -> Shapes:  # By our names
-    "What a folder of ours must hold."
+    "Names and shapes of the tensors that a folder in our layout must hold."
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config)
     tied = {HEAD + "weight"} if config.text_config.tie_word_embeddings else set()
@@ -477,7 +477,7 @@ def check_exportable(
     config: CompressorConfig,  # Its config
     to: str,  # Layout
 ) -> dict:  # Fields of the authors' config
-    "An error if the other side has no place for a setting."
+    "An error if the target layout cannot represent a setting."
     if config.standardize:
         raise ValueError(
             f"standardize=True: {to} has no place for the statistics of the features; "
@@ -612,7 +612,7 @@ def _unused_blocks(
     tower: str | Path,  # Folder of the whole tower
     present: Iterable[str],  # llava-hf's names of the blocks that are there
 ) -> dict[str, LazyTensor]:  # By llava-hf's names
-    "Blocks of a tower that ours has no place for, and llava-hf stores."
+    "The blocks of a tower that our layout leaves out and llava-hf stores."
     out = {}
     for name, lazy in Weights(resolve(tower).path).lazy().items():
         exported = layout_name(TOWER + name, "llava-hf")

@@ -28,7 +28,7 @@ TOWER = "vision_tower."
 PROJECTOR = "multi_modal_projector."
 LLM = "language_model.model."
 HEAD = "language_model.lm_head."
-SPELLINGS = {  # layout -> its prefix -> ours; a longer prefix comes before its own beginning, so it is found
+SPELLINGS = {  # layout -> its prefix -> ours; where two prefixes match, the longer one comes first
     "authors": {
         "model.vision_tower.vision_tower.vision_model.": TOWER,
         "model.vision_tower.vision_tower.": TOWER,

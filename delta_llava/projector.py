@@ -526,7 +526,9 @@ def check_readable(
     for name, layer in projector.named_modules():
         weight = getattr(layer, "weight", None)
         replaced = hasattr(layer, "base_layer") or "modules_to_save" in dict(layer.named_children())
-        hidden = isinstance(weight, Tensor) and (weight.is_meta or not weight.is_floating_point())
+        elsewhere = hasattr(layer, "_hf_hook")  # accelerate's; a model on the meta device has none
+        integers = isinstance(weight, Tensor) and not weight.is_floating_point()
+        hidden = integers or (elsewhere and isinstance(weight, Tensor) and weight.is_meta)
         if replaced or hidden:
             raise ValueError(
                 f"fold() reads the weights of the projector, but {name or 'it'} is a {type(layer).__name__} "

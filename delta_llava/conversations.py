@@ -71,7 +71,7 @@ def _check_characters(
         ) from e
 
 # %% ../nbs/30b_conversations.ipynb #dcdc7927
-MEDIA = {"image", "img", "picture", "photo", "video", "frame", "audio", "speech", "sound"}
+MEDIA = _IMAGES | {"video", "frame", "audio", "speech", "sound"}
 _PLACE = {"path", "file", "url", "uri", "name", "filename", "list", "source", "input"}
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a row: a system prompt
 _KNOWN_KEYS = {"id", "image", "conversations", "model", "objects", "task", "split"}  # LLaVA's, and scenes'
@@ -82,7 +82,7 @@ def media_of_key(
 ) -> str | None:  # A word of `MEDIA`; `None` if the key names something else
     "The medium that a key holds, such as `image_path`, `images`, `videoFile`, `audio`."
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)
-    rest = {word.lower().removesuffix("s") for word in words} - _PLACE - {"path", "file"}
+    rest = {word.lower().removesuffix("s") for word in words} - _PLACE
     return next(iter(rest)) if len(rest) == 1 and rest <= MEDIA else None
 
 

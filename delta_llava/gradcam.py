@@ -689,7 +689,7 @@ def word_cams(
     return AnswerCams(text, tuple(words), cams, shown, method)
 
 # %% ../nbs/40_gradcam.ipynb #a1c0de06
-FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(  # of English
     """a an the this that these those and or but nor so if as of in on at by to for with from into over under
     above below between near beside behind it its he she they them his her their there here i you we is are
     was were be been being has have had do does did can could will would may might must not no yes which who

@@ -184,6 +184,14 @@ def test_notebook_is_small_and_names_no_machine(path):
 
 
 @every_notebook
+def test_outputs_hold_no_memory_address(path):
+    outputs = [json.dumps(cell.get("outputs", [])) for cell in cells(path)]
+    assert not re.findall(r" at 0x[0-9a-f]{6,}>", "".join(outputs)), (
+        "another address in each run; end with ';'."
+    )
+
+
+@every_notebook
 def test_notebook_holds_no_error(path):
     errors = [
         o["ename"] for cell in cells(path) for o in cell.get("outputs", []) if o["output_type"] == "error"

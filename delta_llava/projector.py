@@ -526,9 +526,10 @@ def check_readable(
     for name, layer in projector.named_modules():
         weight = getattr(layer, "weight", None)
         replaced = hasattr(layer, "base_layer") or "modules_to_save" in dict(layer.named_children())
-        elsewhere = hasattr(layer, "_hf_hook")  # accelerate's; a model on the meta device has none
-        integers = isinstance(weight, Tensor) and not weight.is_floating_point()
-        hidden = integers or (elsewhere and isinstance(weight, Tensor) and weight.is_meta)
+        fetched = "forward" in vars(layer)  # for each call, by offloading; not on the meta device alone
+        hidden = isinstance(weight, Tensor) and (
+            not weight.is_floating_point() or (weight.is_meta and fetched)
+        )
         if replaced or hidden:
             raise ValueError(
                 f"fold() reads the weights of the projector, but {name or 'it'} is a {type(layer).__name__} "

@@ -5,7 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from test_vlm_compressors import inputs, tiny
 from torch.testing import assert_close
 from transformers import BitsAndBytesConfig
@@ -141,3 +141,26 @@ def test_a_called_layer_computes_what_a_read_one_does():
     called = attend(q, k, k), attend.single_patch(q), part(k), rows_of_layer(attend.qkv, q, 3, 8)
     assert_close(called, plain, atol=1e-5, rtol=1e-5)
     assert_close(columns_of_layer(base, k), torch.nn.functional.linear(k, base.weight[:, 32:]))
+
+
+@pytest.mark.parametrize("how", ["offloaded", "adapters", "integers"])
+def test_fold_refuses_weights_that_are_not_what_a_layer_computes(how):
+    projector = DeltaProjector(grid=12, tokens=9, d_vision=128, d_llm=32, rank=4).eval()
+    assert projector.fold() is not None
+    layer = next(module for module in projector.modules() if isinstance(module, torch.nn.Linear))
+    if how == "offloaded":
+        accelerate.cpu_offload(projector, execution_device="cpu")
+        assert layer.weight.is_meta
+    elif how == "adapters":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), projector)
+    else:
+        layer.weight = torch.nn.Parameter(layer.weight.data.char(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"fold\(\) reads the weights of the projector, but .* is a "):
+        projector.fold()
+
+
+def test_fold_on_the_meta_device():
+    with torch.device("meta"):
+        projector = DeltaProjector(grid=12, tokens=9, d_vision=128, d_llm=32, rank=4).eval()
+        features = torch.empty(1, 144, projector.config.d_levels)
+        assert projector.fold()(features).shape == (1, 9, 32)

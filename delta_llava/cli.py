@@ -138,6 +138,7 @@ class Train(Quickstart):
 EVERY_SYSTEM = (
     *("delta", "delta-elastic", "mlp", "m3", "tokenpacker", "mqt", "quecc", "cabstractor", "qwen"),
     *("prumerge", "prumerge+", "fastv"),
+    *("random", "spaced", "meanpool", "pixelshuffle", "small-image"),
 )
 
 

@@ -357,6 +357,10 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
     "qwen": "delta_llava.compressors.qwen:QwenResampler",
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
     "fastv": "delta_llava.compressors.fastv:FastV",
+    "random": "delta_llava.compressors.baselines:RandomPatches",
+    "spaced": "delta_llava.compressors.baselines:SpacedPatches",
+    "meanpool": "delta_llava.compressors.baselines:MeanPool",
+    "pixelshuffle": "delta_llava.compressors.baselines:PixelShuffle",
 }
 VARIANTS: dict[str, tuple[str, dict]] = {  # Name -> a compressor above, and fields of its config
     "prumerge+": ("prumerge", dict(plus=True)),

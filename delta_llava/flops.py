@@ -41,6 +41,7 @@ from delta_llava.compressors.base import (
     cost_formula,
     split_variant,
 )
+from .compressors.baselines import PixelShuffleConfig
 from .compressors.cabstractor import CAbstractorConfig
 from .compressors.fastv import attention_row
 from .compressors.mlp import MLPConfig
@@ -254,6 +255,14 @@ def _mlp(config: MLPConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     return {"mlp": _mlp_flops(n, config.d_vision, config.d_llm, config.depth)}
 
 
+def _mlp_of_tokens(config: MLPConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+    return {"mlp": _mlp_flops(v, config.d_vision, config.d_llm, config.depth)}
+
+
+def _pixel_shuffle(config: PixelShuffleConfig, n: int, v: int, reference: bool) -> dict[str, int]:
+    return {"mlp": _mlp_flops(v, config.d_vision * n // v, config.d_llm)}
+
+
 def _prumerge(config: PruMergeConfig, n: int, v: int, reference: bool) -> dict[str, int]:
     if config.adaptive:
         raise ValueError(
@@ -392,6 +401,10 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     mqt=_mqt,
     qwen=_qwen,
     cabstractor=_cabstractor,
+    random=_mlp_of_tokens,
+    spaced=_mlp_of_tokens,
+    meanpool=_mlp_of_tokens,
+    pixelshuffle=_pixel_shuffle,
 )
 
 # %% ../nbs/26_flops.ipynb #aa136af9

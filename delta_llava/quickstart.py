@@ -84,8 +84,8 @@ def training_images(
     n = max(1, config.train_images // 2)
     return concatenate_datasets(
         [
-            _scene_rows(Path(folder) / "train-1", n, "train", 2 * config.seed, (1, 1), config.image_size),
-            _scene_rows(Path(folder) / "train-2", n, "train", 2 * config.seed + 1, (2, 3), config.image_size),
+            _scene_rows(Path(folder) / "train-1", n, "train", 2 * config.seed, (1, 1), config.drawn_size),
+            _scene_rows(Path(folder) / "train-2", n, "train", 2 * config.seed + 1, (2, 3), config.drawn_size),
         ]
     )
 
@@ -100,7 +100,7 @@ def held_out_images(
         fewest, _ = n_objects
         target = Path(folder) / f"{split}-{fewest}"
         sets[name] = _scene_rows(
-            target, config.test_images, split, HELD_OUT_SEED + fewest, n_objects, config.image_size
+            target, config.test_images, split, HELD_OUT_SEED + fewest, n_objects, config.drawn_size
         )
     return sets
 

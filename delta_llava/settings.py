@@ -296,6 +296,7 @@ class Quickstart(Pretrain):
     llm: str = DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder
     llm_dtype: Literal["float32", "bfloat16"] | None = "float32"  # Of the frozen LLM, not of the projector
     image_size: int = 168  # Side of an image, px; a multiple of the tower's patch size
+    scene_size: int | None = None  # Side of the planted scenes, px; without it image_size
     template: str = "chatml"  # Chat template: plain, v1, chatml, or chat for the LLM's own
     tokens: int = 16  # Main budget V
     train_budgets: tuple[int, ...] = (9, 16, 36)  # Budgets of the training steps; empty takes the main one
@@ -328,6 +329,11 @@ class Quickstart(Pretrain):
     def evaluation_budgets(self) -> tuple[int, ...]:
         "Budgets of the evaluation."
         return self.eval_budgets or (self.tokens,)
+
+    @property
+    def drawn_size(self) -> int:
+        "Side of the planted scenes, px."
+        return self.scene_size or self.image_size
 
     @property
     def scenes_folder(self) -> Path:

@@ -20,6 +20,7 @@ from delta_llava.compressors.base import (
     from_reference,
     to_reference,
 )
+from delta_llava.compressors.baselines import CellsConfig, PixelShuffleConfig, RandomPatchesConfig
 from delta_llava.compressors.cabstractor import CAbstractorConfig
 from delta_llava.compressors.m3 import M3Config
 from delta_llava.compressors.mlp import MLPConfig
@@ -476,6 +477,10 @@ SIZES = {
         variants={"without post": dict(post=False), "as wide as the LLM": dict(d_vision=24)},
     ),
     "prumerge": Sizes(config=PruMergeConfig(**COMMON), variants={"plus": dict(plus=True)}),
+    "random": Sizes(config=RandomPatchesConfig(**COMMON), variants={"other draw": dict(draw_seed=1)}),
+    "spaced": Sizes(config=CellsConfig(**COMMON)),
+    "meanpool": Sizes(config=CellsConfig(**COMMON)),
+    "pixelshuffle": Sizes(config=PixelShuffleConfig(**COMMON)),
 }
 
 

@@ -18,7 +18,7 @@ TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2)
 
 
 def test_each_system_is_trained_as_its_authors_do():
-    systems = ["delta", "delta-elastic", "mlp", "m3", "mqt", "fastv", "quecc"]
+    systems = ["delta", "delta-elastic", "mlp", "m3", "mqt", "fastv", "quecc", "small-image", "random"]
     runs = plan_runs(systems, (36, 4), (0,), (True,))
     assert [(run_label(run), run.train_budgets, run.eval_budgets) for run in runs] == [
         ("delta", (36,), (36,)),
@@ -30,12 +30,16 @@ def test_each_system_is_trained_as_its_authors_do():
         ("fastv", (144,), (36, 4)),
         ("quecc", (36,), (36,)),
         ("quecc", (4,), (4,)),
+        ("small-image", (36,), (36,)),
+        ("small-image", (4,), (4,)),
+        ("random", (36,), (36,)),
+        ("random", (4,), (4,)),
     ]
     assert all(run.tokens == run.eval_budgets[0] for run in runs)
 
 
 def test_plan_has_every_seed_and_initialization_and_every_name():
-    names = [*COMPRESSORS, *VARIANTS, "delta-elastic"]
+    names = [*COMPRESSORS, *VARIANTS, *compare.REGISTRY_NAMES]
     runs = plan_runs(names, (16, 4), (0, 1), (True, False))
     assert len({run_name(run) for run in runs}) == len(runs)
     expected = {(name, seed, init) for name in names for seed in (0, 1) for init in (True, False)}
@@ -142,7 +146,7 @@ def test_committed_records_are_read_with_the_new_names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS, "delta-elastic"])
+@pytest.mark.parametrize("name", [*COMPRESSORS, *VARIANTS, *compare.REGISTRY_NAMES])
 def test_every_compressor_is_trained_and_evaluated(name, tmp_path):
     budgets = (16, 4) if name == "delta-elastic" else (16,)
     (run,) = plan_runs([name], budgets, (0,), (True,), replace(TINY, max_steps=4, train_images=16))

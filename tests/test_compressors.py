@@ -153,7 +153,8 @@ def test_standardized_features(name):
 @each
 @pytest.mark.parametrize("like", [clip_b32_224(d_llm=64), dinov2_s14(d_llm=64)], ids=["clip", "dinov2"])
 def test_by_name_with_another_tower(name, like):
-    tokens = like.grid**2 if name in ("mlp", "m3", "quecc", "pixelshuffle") else like.tokens  # a budget that all grids allow
+    needs_divisor = name in ("mlp", "m3", "quecc", "pixelshuffle")
+    tokens = like.grid**2 if needs_divisor else like.tokens  # a budget that all grids allow
     config = compressor_config(name, like, tokens=tokens)
     inputs = small_inputs(name, config, batch=1)
     assert batch_of(build_compressor(name, config.to_dict()), inputs).shape == (1, config.tokens, 64)

@@ -113,7 +113,8 @@ def main() -> None:
     unchanged(
         "tests",
         "A test must leave nothing behind: use pytest's tmp_path.",
-        *("python", "-m", "pytest", "-q", *test_flags),
+        *("python", "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *test_flags),
+        OMP_NUM_THREADS="1",  # a core for each worker
         **offline,
     )
 

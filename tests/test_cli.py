@@ -520,7 +520,7 @@ def test_evaluate_refuses_before_it_loads(tmp_path, trained, loaded, monkeypatch
 def test_without_a_run_of_ones_own_the_model_in_the_package_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.trained_folder(None) == shipped_folder()
-    cli.say_what_it_knows(shipped_folder())
+    cli.print_training_scope(shipped_folder())
     note = capsys.readouterr().err
     assert "comes with the package" in note and all(name in note for name in concept_names())
 
@@ -533,9 +533,9 @@ def test_ones_own_run_comes_first_and_is_not_called_the_packages(tmp_path, monke
         cli.trained_folder(None)
     shutil.copytree(shipped_folder(), own, dirs_exist_ok=True)  # a recipe's run
     assert cli.trained_folder(None) == own
-    cli.say_what_it_knows(own)
+    cli.print_training_scope(own)
     assert capsys.readouterr().err == ""
     run = json.loads((own / "run.json").read_text())
     (own / "run.json").write_text(json.dumps(run | dict(kind="quickstart")))
-    cli.say_what_it_knows(own)
-    assert "has learned one question" in capsys.readouterr().err
+    cli.print_training_scope(own)
+    assert "was trained on one question" in capsys.readouterr().err

@@ -124,6 +124,18 @@ def _select(
     tensors = {f.name: getattr(values, f.name) for f in fields(values)}
     return replace(values, **{name: x[order] for name, x in tensors.items() if isinstance(x, Tensor)})
 
+
+def _image_order(
+    has_image: list[bool],  # Whether each row has an image
+    packed: list[list[int]],  # Indices of the rows of each sequence
+) -> list[int]:  # Indices into the images
+    "The images in the order of the packed rows."
+    rows_with_image = [i for i, has in enumerate(has_image) if has]
+    order = []
+    for indices in packed:
+        order += [rows_with_image.index(i) for i in indices if has_image[i]]
+    return order
+
 # %% ../nbs/30c_collator.ipynb #69f44878
 def _first_question(turns: Sequence[dict]) -> str:
     "The text that a question-dependent projector (QueCC) reads: the first turn of the user."
@@ -240,7 +252,8 @@ class Collator:
             for indices in packed:
                 sequences.append([rows[i] for i in indices])
             batch = concatenate_rows(sequences, pad_id)
-            inputs = self._reorder(inputs, prepared["has_image"], packed)
+            order = _image_order(prepared["has_image"], packed)
+            inputs = {name: _select(value, order) for name, value in inputs.items()}
         else:
             batch = pad_left(rows, pad_id)
         return batch | self._read_features(inputs) | ({} if tokens is None else dict(tokens=tokens))
@@ -262,12 +275,3 @@ class Collator:
             except ValueError as e:
                 raise _row_error(name, e) from e
         return rows
-
-    @staticmethod
-    def _reorder(inputs: dict, has_image: list[bool], packed: list[list[int]]) -> dict:
-        "Images and questions in the order of the packed rows."
-        rows_with_image = [i for i, has in enumerate(has_image) if has]
-        order = []
-        for indices in packed:
-            order += [rows_with_image.index(i) for i in indices if has_image[i]]
-        return {name: _select(value, order) for name, value in inputs.items()}

@@ -164,7 +164,9 @@ def train_and_evaluate(
     worker = multiprocessing.parent_process() is not None
     model, processor, _ = train_run(config, save_strategy="no", disable_tqdm=worker)
     sets = held_out_images(config, held_out_folder(config))
-    scores = evaluate_sets(model, processor, sets, config.evaluation_budgets, progress=not worker, pointing=0)
+    scores = evaluate_sets(
+        model, processor, sets, config.evaluation_budgets, progress=not worker, pointing_images=0
+    )
     rows = next(iter(sets.values()))
     features = extract_features(model, processor, rows)
     flops = {str(t): image_flops(model, processor, rows[0], features, t) for t in config.evaluation_budgets}

@@ -574,7 +574,7 @@ def _problem_text(
     rows = [r for r in report.problem_rows if any(p.kind == kind for p in r.problems)]
     names = ", ".join(f"row {r.index} (id {r.id!r})" for r in rows[:examples])
     more = ", …" if report.problems[kind] > examples else ""
-    return f"\n{level:8}{kind:20}{report.problems[kind]:8}   {hint}\n{'':39}{names}{more}"
+    return f"\n{level:8}{kind:26}{report.problems[kind]:8}   {hint}\n{'':45}{names}{more}"
 
 
 def report_text(
@@ -585,7 +585,7 @@ def report_text(
     counts = ", ".join(f"{report.outcomes[name]} {name}" for name in OUTCOMES)
     lines = [f"{report.file}: {report.rows} rows, {counts}."]
     lines += [_problem_text(report, kind, examples) for kind in PROBLEMS if report.problems[kind]]
-    lines += [f"\nrepaired {name:20}{report.repairs[name]:7}" for name in REPAIRS if report.repairs[name]]
+    lines += [f"\nrepaired {name:25}{report.repairs[name]:8}" for name in REPAIRS if report.repairs[name]]
     if report.text_only:
         lines.append(f"\n{report.text_only} rows have no image: training reads them with text_rows=True.")
     return "\n".join(lines) + "\n"

@@ -257,7 +257,7 @@ class TaskCurves(TrainerCallback):
         sets: dict[str, QuestionSet],  # Held-out sets
         budgets: Sequence[int],  # Budgets $V$
         steps: int,  # Between two scorings
-        after_scoring: Callable[[DeltaLlavaForConditionalGeneration], None] | None = None,  # Gets the model
+        after_scoring: Callable[[DeltaLlavaForConditionalGeneration], object] | None = None,  # Gets the model
     ):
         self.sets = sets
         self.budgets = budgets
@@ -338,11 +338,11 @@ def recipe_settings(
         | dict(compressor=stage.compressor, batch_size=stage.batch_size, llm_dtype="float32")
     )
 
-
+# %% ../nbs/47_recipe.ipynb #c3ad5ebb
 class PhaseTimer:
     "Seconds from the start of a run to the end of each phase."
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}  # by the name of the phase
 

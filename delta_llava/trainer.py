@@ -440,7 +440,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
 
-
+# %% ../nbs/31_trainer.ipynb #333179eb
 class TimeLimit(TrainerCallback):
     "Ends the training after a time; adds the seconds of training to each log entry."
 

@@ -369,8 +369,8 @@ def test_former_keys_of_records_are_gone(path):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 found.add(node.slice.value)
-            elif isinstance(node, ast.keyword):
-                found.add(node.arg)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+                found.update(keyword.arg for keyword in node.keywords)
     assert not found & former, f"former keys: {sorted(found & former)}"
 
 

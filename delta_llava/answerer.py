@@ -78,8 +78,8 @@ def check_requests(
     "An error unless this is a list of requests."
     if isinstance(requests, Request) or not all(isinstance(request, Request) for request in requests):
         raise ValueError(
-            f"requests must be a list of Request(question, [image]), not {str(requests)[:80]!r}; for one "
-            "question there is answer(image, question)."
+            f"requests={str(requests)[:80]!r} must be a list of Request(question, [image]); for one "
+            "question use answer(image, question)."
         )
 
 # %% ../nbs/27_answerer.ipynb #7c024cfd
@@ -337,7 +337,7 @@ def sampling_arguments(
     "Arguments of `generate`: sampling at a temperature above 0, else greedy decoding or beam search."
     if unknown := sorted(set(options) - set(SAMPLING)):
         raise ValueError(
-            f"generation arguments {unknown} are unknown here; use max_new_tokens, until, "
+            f"generation arguments {unknown} are unknown; use some of max_new_tokens, until, "
             f"{', '.join(SAMPLING)}."
         )
     if options.get("temperature"):

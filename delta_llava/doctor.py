@@ -67,7 +67,7 @@ PROBLEMS = {
     "bad-system": ("error", "Write one system prompt, a text, in 'system'."),
     "missing": ("error", "Download the image again, or correct the path."),
     "truncated": ("error", "The file ends before the image does; download it again."),
-    "unreadable": ("error", "The file is no whole image of a known format; download or convert it."),
+    "unreadable": ("error", "The file is not a complete image of a known format; download or convert it."),
     "bad-size": ("error", "Scale or crop the image."),
     "template": (
         "error",
@@ -79,10 +79,10 @@ PROBLEMS = {
     "empty-question": ("warning", "A turn of the human is empty."),
     "animated": ("warning", "Training uses the first frame only."),
     "wrong-extension": ("warning", "Rename the file, or ignore it: images are read by their content."),
-    "tiny": ("warning", "An image this small is a blur at the vision tower's size."),
+    "tiny": ("warning", "Enlarged to the vision tower's size, an image this small is blurred."),
     "narrow": ("warning", "Most of such an image is cropped away, or is padding."),
     "duplicate-id": ("warning", "Give the row another id, or remove it."),
-    "duplicate-row": ("warning", "The same image and text count twice; remove one if that is not meant."),
+    "duplicate-row": ("warning", "The same image and text count twice; remove one if this is not intended."),
 }
 
 
@@ -95,9 +95,7 @@ class Problem:
 
     def __post_init__(self):
         if self.kind not in PROBLEMS:
-            raise ValueError(
-                f"kind={self.kind!r} is no problem that the doctor knows; use one of {list(PROBLEMS)}."
-            )
+            raise ValueError(f"kind={self.kind!r} is unknown; use one of {list(PROBLEMS)}.")
 
     @property
     def is_error(self) -> bool:

@@ -446,7 +446,9 @@ def _scene_rows(
 def _check_tasks(tasks: list[str], n: int, n_objects: tuple[int, int]) -> None:
     "An error for a set that cannot be written."
     if n < 1 or not tasks:
-        raise ValueError(f"n={n} and tasks={tasks} must each hold at least one.")
+        raise ValueError(
+            f"n={n} must be at least 1, and tasks={tasks} must name at least one of {list(TASKS)}."
+        )
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise ValueError(f"tasks={tasks}: {unknown} are unknown; use some of {list(TASKS)}.")
     if set(tasks) == {"relation"} and n_objects[1] < 2:

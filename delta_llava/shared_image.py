@@ -48,8 +48,8 @@ class TurnTokenizer:
         found = dict(input_ids=prefix + ids, labels=[-100] * len(prefix) + labels)
         if found != dict(expected):
             raise ValueError(
-                "with this tokenizer and template a question has other tokens alone than after an image; "
-                "use separate_turns=False, or template='chatml'."
+                "separate_turns=True: with this tokenizer and template, the tokens of a question depend on "
+                "the image before it; use separate_turns=False, or template='chatml'."
             )
 
     def __call__(
@@ -115,8 +115,8 @@ class SharedImageCollator(Collator):
         super().__post_init__()
         if self.packing or self.processor.questions or self.processor.placeholders:
             raise ValueError(
-                "separate_turns=True has no packing, no projector that reads the question, and no FastV; "
-                "take separate_turns=False."
+                "separate_turns=True cannot be combined with packing, with a projector that reads the "
+                "question (QueCC), or with FastV; take separate_turns=False."
             )
         self.turns = TurnTokenizer(self.processor)
 

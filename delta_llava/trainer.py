@@ -177,12 +177,12 @@ class BudgetTrainer(HookedTrainer):
         super().__init__(*args, data_collator=RowIdCollator(data_collator), **kwargs)
 
     def _at_step(self, batch):
+        unblock_stop_signals()  # a batch is there, so the workers of the epoch have been started
         if self.elastic is None:
             return batch
         return dict(self.elastic.at_step(batch, self.state.global_step), ids=batch["ids"])
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        unblock_stop_signals()  # the iterator exists, so its workers have been started
         return super().get_batch_samples(map(self._at_step, epoch_iterator), num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -195,7 +195,7 @@ class BudgetTrainer(HookedTrainer):
         return sum(losses) / len(losses)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        unblock_stop_signals()
+        unblock_stop_signals()  # as in `_at_step`
         if self.elastic is not None:
             inputs = self.elastic.at_budget(inputs, self._eval_tokens)
         inputs = {k: v for k, v in inputs_on_device(self, inputs).items() if k != "ids"}

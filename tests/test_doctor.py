@@ -561,7 +561,7 @@ def test_the_data_is_not_overwritten(images, tmp_path):
     file = write_rows(tmp_path / "index.json", [row_of("good0.png")])
     with pytest.raises(ValueError, match="over the data"):
         check_dataset(file, images, tmp_path)
-    with pytest.raises(ValueError, match="no problem that the doctor knows"):
+    with pytest.raises(ValueError, match="is unknown; use one of"):
         Problem("headache", "")
 
 

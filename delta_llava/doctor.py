@@ -120,7 +120,7 @@ def _image_error_kind(
     error: ValueError,  # Of `open_image`
     path: Path,  # The file
 ) -> str:
-    "The kind of problem behind a refusal of `open_image`."
+    "The kind of problem for which `open_image` refused a file."
     message = str(error.__cause__).lower()
     if "px are more than" in message or isinstance(error.__cause__, Image.DecompressionBombError):
         return "bad-size"

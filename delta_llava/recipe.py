@@ -303,7 +303,7 @@ def export_weights(
     folder: str | Path,  # Gets `projector.safetensors`, `projector.json`, and `lora.safetensors`
     dtype: torch.dtype = torch.bfloat16,  # Of matrices; means, norms and biases keep their precision
 ) -> dict[str, str]:  # SHA-256 of each file of weights
-    "Write what was trained, small enough to be shared."
+    "Write the trained weights in half precision."
     state = model.multi_modal_projector.state_dict()
     small = {name: (w.to(dtype) if w.ndim > 1 else w).cpu() for name, w in state.items()}
     folder = save_projector(model, folder, small)

@@ -367,8 +367,8 @@ def load(
 # %% ../nbs/29_runs.ipynb #8b93237b
 def _public_name(
     name: str,  # Of a tower or an LLM
-) -> str:  # Without the path on somebody's disk
-    "The name of a part as it may be published."
+) -> str:  # The last part of a local path
+    "The name of a vision tower or an LLM without the path of a local folder."
     return name if name.startswith(("hub:", "pypi:")) else Path(name).name
 
 

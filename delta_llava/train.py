@@ -171,7 +171,7 @@ def check_installed(
 def build_stage_model(
     stage: Stage,  # What to train
 ) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `train_stage`
-    "Pretrained parts, the projector of the stage before, and the right precision for each part."
+    "Load the pretrained parts and the projector of the stage before, each in the precision of the stage."
     check_installed(stage)
     check_projector_dir(stage)
     half = stage.bf16 and stage.sharding == "none"  # sharded parts share one precision
@@ -291,7 +291,7 @@ def initialize_projector(
     rows,  # Training rows
     features=None,  # Patch tokens of all images, in their order; `None` computes those of the first
 ):
-    "Statistics and closed-form initialization of a fresh projector, as far as the stage asks for them."
+    "Statistics and closed-form initialization of a fresh projector, if the stage's settings include them."
     if not (stage.standardize or stage.closed_form_init):
         return
     paths = image_paths(rows, stage.statistics_images)

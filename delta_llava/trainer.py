@@ -534,7 +534,7 @@ def stage_arguments(
 def checkpoint_bytes(
     model: DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
 ) -> tuple[int, int]:
-    "Bytes of one checkpoint (weights, and two moments of what is trained), and of the final model."
+    "Bytes of one checkpoint (weights, and AdamW's two moments of the trained ones), and of the final model."
     trained, _ = count_parameters(model)
     full_model = any(p.requires_grad for p in model.get_output_embeddings().parameters())
     weights = 4 * trained
@@ -605,7 +605,7 @@ def _save_result(
     folder: Path,  # Gets the projector, or the whole model
     lora_rank: int,  # Rank of low-rank updates that the LLM is to contain
 ):
-    "Write what was trained."
+    "Write the trained weights; with LoRA merge the updates and write the full model."
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has the settings
     if lora_rank and trainer.args.should_save and not trainer.is_fsdp_enabled:

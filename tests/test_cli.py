@@ -1,5 +1,6 @@
 "The program: fast help, one-sentence errors before a model is loaded, and what commands pass on."
 
+import ast
 import importlib
 import io
 import json
@@ -140,6 +141,23 @@ def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, ca
     text = printed(command, "--help", capsys=capsys)
     for word in words:
         assert word in text, word
+
+
+@pytest.mark.parametrize("name", ["cli", "settings"])
+def test_every_field_has_its_comment_on_its_own_line(name):
+    "tyro takes the help of an option from there; of a default in parentheses over several lines it has none."
+    source = (Path(cli.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    missing = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign):
+                one_line = field.lineno == field.end_lineno
+                if not one_line or "  # " not in lines[field.lineno - 1]:
+                    missing.append(f"{node.name}.{field.target.id}")
+    assert not missing, missing
 
 
 def test_python_m(tmp_path):

@@ -112,8 +112,8 @@ def method_maps(model, batch, marks, boxes, size, seed):
     parts = {"projector": model.multi_modal_projector, "LLM": model.get_decoder().layers}
     for part, module in parts.items():
         with shuffled_weights(module, seed):
-            shuffled = cams()
-        maps |= {f"{method}, shuffled {part}": shuffled[method] for method in CHECKED}
+            shuffled_maps = cams()
+        maps |= {f"{method}, shuffled {part}": shuffled_maps[method] for method in CHECKED}
     for method in CHECKED:
         maps[f"{method}, other image"] = maps[method][derangement(b, seed)]
     maps["center"] = center_map(v).expand(b, v)

@@ -39,9 +39,11 @@ class HarnessRun:
             write_tasks(f"{folder}/asked", self.n, seed=self.seed, caption=QUESTION)
             for budget in self.tokens:
                 scores, settings = self.score(f"{folder}/tasks", TASK_NAMES, f"{folder}/out{budget}", budget)
-                asked = self.score(f"{folder}/asked", ("scenes_caption",), f"{folder}/asked{budget}", budget)
-                scores["scenes_caption_asked"] = asked[0]["scenes_caption"]
-                settings["tasks"]["scenes_caption_asked"] = asked[1]["tasks"]["scenes_caption"]
+                captions, caption_settings = self.score(
+                    f"{folder}/asked", ("scenes_caption",), f"{folder}/asked{budget}", budget
+                )
+                scores["scenes_caption_asked"] = captions["scenes_caption"]
+                settings["tasks"]["scenes_caption_asked"] = caption_settings["tasks"]["scenes_caption"]
                 results.append(dict(scores=scores, settings=settings))
         print(write_record(self.out, [self.seed], results, questions=questions))
 

@@ -42,9 +42,9 @@ def curve_rows(log: list[dict]):
     for entry in log:
         for images, budgets in entry.get("scores", {}).items():
             for tokens, tasks in budgets.items():
-                own, blind = ({t: round(100 * s[i]) for t, s in tasks.items()} for i in (0, 1))
-                step = entry["step"]
-                yield dict(step=step, images=images, tokens=int(tokens), percent=own, blind_percent=blind)
+                percent, mismatched = ({t: round(100 * s[i]) for t, s in tasks.items()} for i in (0, 1))
+                row = dict(step=entry["step"], images=images, tokens=int(tokens))
+                yield row | dict(percent=percent, mismatched_percent=mismatched)
 
 
 @dataclass

@@ -51,7 +51,7 @@ class Request:
         if sum(given) > 1:
             names = ("images", "vision_features", "visual_tokens")
             several = [name for name, is_given in zip(names, given, strict=True) if is_given]
-            raise ValueError(f"a request has {several}; give one of them, not several of them.")
+            raise ValueError(f"a request has {several}; give one of them.")
 
     @property
     def source(self) -> str | None:
@@ -73,13 +73,13 @@ class Request:
 
 # %% ../nbs/27_answerer.ipynb #60b78e77
 def check_requests(
-    requests: Sequence[Request],  # To be answered or scored
+    requests: Sequence[Request],  # Must be a list of `Request`
 ) -> None:
     "An error unless this is a list of requests."
     if isinstance(requests, Request) or not all(isinstance(request, Request) for request in requests):
         raise ValueError(
-            f"requests must be a list of Request(question, [image]), not {str(requests)[:80]!r}; for one "
-            "question there is answer(image, question)."
+            f"requests={str(requests)[:80]!r} must be a list of Request(question, [image]); for one "
+            "question use answer(image, question)."
         )
 
 # %% ../nbs/27_answerer.ipynb #7c024cfd
@@ -101,7 +101,7 @@ def content_text(
 
 # %% ../nbs/27_answerer.ipynb #3fbd372a
 class RequestEncoder:
-    "Requests to token ids, pixels and questions: everything before the model."
+    "Requests to the model's inputs: token ids, pixels, and questions for projectors that read them."
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class RequestEncoder:
         self,
         request: Request,  # A question with its images
     ) -> str:
-        "What the model reads, before each `<image>` becomes visual tokens."
+        "The text of the prompt, with one `<image>` for each image."
         return self.processor.build_prompt(self.messages(request))
 
     def image_tokens(
@@ -187,7 +187,9 @@ class RequestEncoder:
     ) -> EncodedAnswer:
         "Token ids of prompt and answer, tokenized together and split where the answer begins."
         if "<image>" in answer:
-            raise ValueError(f"answer={answer!r} holds '<image>', which a model never writes; remove it.")
+            raise ValueError(
+                f"answer={answer!r} contains '<image>', which a model never generates; remove it."
+            )
         turns = [*self.messages(request), dict(role="assistant", content=answer)]
         row = self.processor.encode_conversation(turns, tokens=self.image_tokens(request, tokens))
         ids, labels = row["input_ids"], row["labels"]
@@ -221,7 +223,7 @@ class RequestEncoder:
         return inputs | self.processor.encode_questions(questions)
 
     def _question(self, request: Request) -> str:
-        "What a projector reads: the user's first message, as in training."
+        "The text that a question-dependent projector (QueCC) reads: the user's first message."
         return next(turn["content"] for turn in self.messages(request) if turn["role"] == "user")
 
 # %% ../nbs/27_answerer.ipynb #b8a1506c
@@ -229,7 +231,7 @@ class AnswerScore(NamedTuple):
     "How likely a model finds one answer."
 
     log_likelihood: float  # Sum over the scored tokens, nats (@eq-likelihood)
-    is_greedy: bool  # Whether greedy decoding would write it
+    is_greedy: bool  # Whether greedy decoding would generate it
     n_tokens: int  # Scored tokens
 
 
@@ -245,14 +247,14 @@ def pad_right(
 def score_logits(
     logits: Float[Tensor, "b t vocab"],  # Each position predicts the label at the same place
     labels: Int[Tensor, "b t"],  # Token ids, -100 where nothing is scored
-    suppressed: Sequence[int],  # Token ids that generation never writes
+    suppressed: Sequence[int],  # Token ids that are never generated
 ) -> list[AnswerScore]:  # One for each row
     "Sums of log-probabilities, and whether each label is the most likely token that can be generated."
     scored = labels != -100
-    # Over the last dimension: along another one, a CPU sums 50,000 terms without care and is 1e-4 off.
+    # Vocabulary in the last dimension: a sum of 50,000 terms along another one has an error of 1e-4 on a CPU.
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    never = torch.tensor(suppressed, dtype=torch.long, device=logits.device)
-    allowed = logits.index_fill(-1, never, -torch.inf)
+    suppressed_ids = torch.tensor(suppressed, dtype=torch.long, device=logits.device)
+    allowed = logits.index_fill(-1, suppressed_ids, -torch.inf)
     greedy = ((allowed.argmax(-1) == labels) | ~scored).all(1)
     log_likelihoods = (-losses.sum(1)).tolist()
     n_tokens = scored.sum(1).tolist()
@@ -263,14 +265,14 @@ def score_logits(
 def shared_prompt(
     answers: Sequence[EncodedAnswer],  # Of the same request
 ) -> tuple[list[int], list[EncodedAnswer]]:  # The prompt, and the answers after it
-    "The prompt that all candidates share; a token merged across its end goes to the answer, unscored."
-    start = min(len(answer.prompt_ids) for answer in answers)
-    prompt = answers[0].prompt_ids[:start]
-    moved = []
+    "The longest prompt that all answers share; each answer begins with the rest of its prompt, unscored."
+    length = min(len(answer.prompt_ids) for answer in answers)
+    prompt = answers[0].prompt_ids[:length]
+    continued = []
     for answer in answers:
-        border = answer.prompt_ids[start:]
-        moved.append(EncodedAnswer(prompt, border + answer.answer_ids, [-100] * len(border) + answer.labels))
-    return prompt, moved
+        rest = answer.prompt_ids[length:]  # where the tokenizer merged characters across the prompt's end
+        continued.append(EncodedAnswer(prompt, rest + answer.answer_ids, [-100] * len(rest) + answer.labels))
+    return prompt, continued
 
 
 def read_prompts(
@@ -298,31 +300,31 @@ def score_candidates(
     candidates: Sequence[Sequence[EncodedAnswer]],  # The answers to each prompt
     inputs: dict,  # Visual tokens of all images, and the budget
     pad_id: int,  # Fills shorter prompts
-    suppressed: Sequence[int],  # Token ids that generation never writes
+    suppressed: Sequence[int],  # Token ids that are never generated
 ) -> list[AnswerScore]:  # Of all answers to the first prompt, then to the second, …
-    "Read each prompt once, then all of its answers after it."
-    read, mask, position_ids = read_prompts(model, prompts, inputs, pad_id)
+    "One pass over the prompts, and one over all answers with the cache of their prompts."
+    prompt_output, mask, position_ids = read_prompts(model, prompts, inputs, pad_id)
     answers = [answer for row in candidates for answer in row]
-    owner = [i for i, row in enumerate(candidates) for _ in row]  # the prompt of each answer
-    owner = torch.tensor(owner, device=model.device)
+    prompt_of_answer = [i for i, row in enumerate(candidates) for _ in row]
+    prompt_of_answer = torch.tensor(prompt_of_answer, device=model.device)
     answer_ids = pad_right([answer.answer_ids for answer in answers], 0).to(model.device)
     labels = pad_right([answer.labels for answer in answers], -100).to(model.device)
-    logits = read.logits[owner]
-    before = answer_ids[:, :-1]  # the last token predicts nothing that is scored
-    if before.shape[1]:
-        read.past_key_values.batch_select_indices(owner)
-        steps = torch.arange(before.shape[1], device=model.device)
-        positions = position_ids[owner, -1:] + 1 + steps  # they go on where each prompt ends
-        visible = torch.cat([mask[owner], torch.ones_like(before)], dim=1)
-        later = model(
-            before,
-            attention_mask=visible,
+    logits = prompt_output.logits[prompt_of_answer]
+    input_ids = answer_ids[:, :-1]  # the prediction after the last token is not scored
+    if input_ids.shape[1]:
+        prompt_output.past_key_values.batch_select_indices(prompt_of_answer)
+        steps = torch.arange(input_ids.shape[1], device=model.device)
+        positions = position_ids[prompt_of_answer, -1:] + 1 + steps  # after the end of each prompt
+        attention_mask = torch.cat([mask[prompt_of_answer], torch.ones_like(input_ids)], dim=1)
+        answer_output = model(
+            input_ids,
+            attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=read.past_key_values,
+            past_key_values=prompt_output.past_key_values,
             use_cache=True,
             tokens=inputs.get("tokens"),
         )
-        logits = torch.cat([logits, later.logits], dim=1)
+        logits = torch.cat([logits, answer_output.logits], dim=1)
     return score_logits(logits, labels, suppressed)
 
 # %% ../nbs/27_answerer.ipynb #1d628eda
@@ -332,10 +334,10 @@ SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetiti
 def sampling_arguments(
     options: dict,  # Some of `SAMPLING`
 ) -> dict:  # For `generate`
-    "Greedy decoding, unless a temperature says otherwise."
+    "Arguments of `generate`: sampling at a temperature above 0, else greedy decoding or beam search."
     if unknown := sorted(set(options) - set(SAMPLING)):
         raise ValueError(
-            f"generation arguments {unknown} are unknown here; use max_new_tokens, until, "
+            f"generation arguments {unknown} are unknown; use some of max_new_tokens, until, "
             f"{', '.join(SAMPLING)}."
         )
     if options.get("temperature"):
@@ -370,7 +372,7 @@ def request_batches(
 
 # %% ../nbs/27_answerer.ipynb #7ecb5515
 class RequestRunner:
-    "What generating and scoring share: batches of requests, and their images as visual tokens."
+    "Batches of requests and their visual tokens, for generating and scoring."
 
     def __init__(
         self,
@@ -382,7 +384,7 @@ class RequestRunner:
         self.processor = processor
         self.encoder = RequestEncoder(processor, system_prompt)
 
-    def _batches(self, requests, tokens, batch_size, progress, what) -> Iterator[list[int]]:
+    def _batches(self, requests, tokens, batch_size, progress, title) -> Iterator[list[int]]:
         "Indices of the requests of each batch, after all checks."
         if self.model.training:
             raise ValueError(
@@ -391,7 +393,7 @@ class RequestRunner:
         if tokens is not None:
             config = self.model.multi_modal_projector.config
             config.check_budget(tokens, config.grid)
-        with tqdm(total=len(requests), desc=what, disable=not progress or not requests) as bar:
+        with tqdm(total=len(requests), desc=title, disable=not progress or not requests) as bar:
             for batch in request_batches(requests, batch_size):
                 yield batch
                 bar.update(len(batch))
@@ -411,20 +413,20 @@ class RequestRunner:
         return {"tokens": tokens, "mm_encoder_outputs": {"image": image}}
 
     def _check_budget_of_visual_tokens(self, requests, tokens):
-        "Given visual tokens have their budget already, except FastV's, some of which are dropped in the LLM."
-        made = {request.visual_tokens.shape[1] for request in requests}
+        "An error if given visual tokens have another budget; FastV drops tokens in the LLM, at any budget."
+        budgets = {request.visual_tokens.shape[1] for request in requests}
         if tokens is None or "decoder" in self.model.multi_modal_projector.requires:
             return
-        if made != {tokens}:
+        if budgets != {tokens}:
             raise ValueError(
-                f"tokens={tokens}, but the visual_tokens of these requests hold {sorted(made)}; "
+                f"tokens={tokens}, but the visual_tokens of these requests have {sorted(budgets)} tokens; "
                 "leave tokens out."
             )
 
     def _suppressed(self) -> list[int]:
-        "Token ids that generation never writes: `<image>`, and what the generation settings name."
-        own = self.model.generation_config.suppress_tokens or []
-        return sorted({*own, self.model.config.image_token_id})
+        "Token ids that are never generated: `<image>`, and `suppress_tokens` of the generation config."
+        configured = self.model.generation_config.suppress_tokens or []
+        return sorted({*configured, self.model.config.image_token_id})
 
     def _encode_choices(self, requests, choices, batch, tokens, end_of_turn) -> tuple[list, list]:
         "Prompts of a batch, and the encoded answers to each."
@@ -475,7 +477,7 @@ class Answerer(RequestRunner):
         progress: bool = False,  # Show a progress bar
         **sampling,  # Some of `SAMPLING`, as in transformers; greedy without
     ) -> list[str]:  # One answer for each request
-        "What the model answers."
+        "The model's answers."
         stops = [until] if isinstance(until, str) else until
         rows = self.generate_ids(
             requests,
@@ -503,7 +505,7 @@ class Answerer(RequestRunner):
         check_requests(requests)
         options = sampling_arguments(sampling)
         tokenizer = self.processor.tokenizer
-        found: list[list[int]] = [[]] * len(requests)
+        results: list[list[int]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "answers"):
             prompts = [self.encoder.prompt_ids(requests[i], tokens) for i in batch]
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -516,8 +518,8 @@ class Answerer(RequestRunner):
                 **options,
             )
             for i, row in zip(batch, ids[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-                found[i] = self._to_end_of_turn(row)
-        return found
+                results[i] = self._to_end_of_turn(row)
+        return results
 
     def log_likelihoods(
         self,
@@ -557,18 +559,16 @@ class Answerer(RequestRunner):
         end_of_turn: bool = False,  # Also score the tokens that end the turn
         progress: bool = False,  # Show a progress bar
     ) -> list[list[AnswerScore]]:
-        "How likely each of several answers to the same request is; the prompt is read once for all of them."
+        "How likely each of several answers to the same request is, with one pass over the prompt."
         if len(requests) != len(choices):
             raise ValueError(f"{len(choices)} lists of choices for {len(requests)} questions; give one each.")
         check_requests(requests)
         if any(isinstance(row, str) for row in choices):
             raise ValueError(f"choices={choices!r} must hold a list of answers for each request.")
         if empty := [i for i, row in enumerate(choices) if not row or not all(map(str.strip, row))]:
-            raise ValueError(
-                f"answers {empty} are empty; give each request at least one answer that has words."
-            )
+            raise ValueError(f"answers {empty} are empty; give each request at least one answer with text.")
         suppressed = self._suppressed()
-        found: list[list[AnswerScore]] = [[]] * len(requests)
+        results: list[list[AnswerScore]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "likelihoods"):
             prompts, candidates = self._encode_choices(requests, choices, batch, tokens, end_of_turn)
             inputs = self._inputs([requests[i] for i in batch], tokens)
@@ -577,5 +577,5 @@ class Answerer(RequestRunner):
             )
             remaining = iter(scores)
             for i in batch:
-                found[i] = [next(remaining) for _ in choices[i]]
-        return found
+                results[i] = [next(remaining) for _ in choices[i]]
+        return results

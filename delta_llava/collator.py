@@ -33,7 +33,7 @@ def encode_row(
     processor: ProcessorMixin,  # A `DeltaLlavaProcessor`
     row: dict,  # With `id` and `conversations`
     tokens: int | None = None,  # Budget $V$; `None` takes the processor's
-    max_length: int | None = None,  # Most tokens; the end is cut, never an image
+    max_length: int | None = None,  # Most tokens; the end of the row is cut, but no image
 ) -> dict[str, list[int]]:  # `input_ids` and `labels`
     "`processor.encode_conversation`, whose errors name the row."
     try:
@@ -57,35 +57,35 @@ def pad_left(
     return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), attention_mask=torch.tensor(mask))
 
 # %% ../nbs/30c_collator.ipynb #94213eea
-def _first_fit(
+def _first_fit_decreasing(
     lengths: Sequence[int],  # Tokens of each row
-    room: int,  # Tokens of a sequence
-) -> tuple[int, list[list[int]]]:  # Tokens with padding, and the numbers of the rows of each sequence
-    "The longest row first, each row into the first sequence that has room for it."
+    capacity: int,  # Tokens of a sequence
+) -> tuple[int, list[list[int]]]:  # Tokens with padding, and the indices of the rows of each sequence
+    "From the longest row to the shortest, each into the first sequence with enough free tokens."
     used: list[int] = []
-    members: list[list[int]] = []
+    sequences: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        k = next((k for k, n in enumerate(used) if n + lengths[i] <= room), None)
+        k = next((k for k, n in enumerate(used) if n + lengths[i] <= capacity), None)
         if k is None:
             k = len(used)
             used.append(0)
-            members.append([])
+            sequences.append([])
         used[k] += lengths[i]
-        members[k].append(i)
-    return len(used) * max(used, default=0), [sorted(rows) for rows in members]
+        sequences[k].append(i)
+    return len(used) * max(used, default=0), [sorted(rows) for rows in sequences]
 
 
 def pack_rows(
     lengths: Sequence[int],  # Tokens of each row
     max_length: int = 0,  # A sequence may be as long as this, or as the longest row
-) -> list[list[int]]:  # Numbers of the rows that share a sequence
-    "The packing with the fewest tokens that first-fit finds among sequence lengths 32 apart."
+) -> list[list[int]]:  # Indices of the rows of each sequence
+    "First-fit decreasing at sequence lengths 32 apart; the result with the fewest tokens."
     shortest = max(lengths, default=0)
     candidates = []
-    for room in range(shortest, max(shortest, max_length) + 1, 32):
-        candidates.append(_first_fit(lengths, room))
-    _, members = min(candidates, key=lambda candidate: candidate[0])
-    return members
+    for capacity in range(shortest, max(shortest, max_length) + 1, 32):
+        candidates.append(_first_fit_decreasing(lengths, capacity))
+    _, sequences = min(candidates, key=lambda candidate: candidate[0])
+    return sequences
 
 # %% ../nbs/30c_collator.ipynb #a65c532e
 def concatenate_rows(
@@ -103,7 +103,7 @@ def concatenate_rows(
         positions.append([])
         for row in rows:
             ids[-1] += row["input_ids"]
-            labels[-1] += [-100, *row["labels"][1:]]  # no row predicts the first token of the next
+            labels[-1] += [-100, *row["labels"][1:]]  # else the row before would be trained to predict it
             positions[-1] += range(len(row["input_ids"]))
         missing = width - len(ids[-1])
         ids[-1] += [pad_id] * missing
@@ -116,7 +116,7 @@ def concatenate_rows(
 # %% ../nbs/30c_collator.ipynb #e78f33e7
 def _select(
     values: Tensor | VisionFeatures,  # One for each image
-    order: list[int],  # Numbers of the images
+    order: list[int],  # Indices of the images
 ) -> Tensor | VisionFeatures:
     "The values of some images, in this order."
     if isinstance(values, Tensor):
@@ -124,9 +124,21 @@ def _select(
     tensors = {f.name: getattr(values, f.name) for f in fields(values)}
     return replace(values, **{name: x[order] for name, x in tensors.items() if isinstance(x, Tensor)})
 
+
+def _image_order(
+    has_image: list[bool],  # Whether each row has an image
+    packed: list[list[int]],  # Indices of the rows of each sequence
+) -> list[int]:  # Indices into the images
+    "The images in the order of the packed rows."
+    rows_with_image = [i for i, has in enumerate(has_image) if has]
+    order = []
+    for indices in packed:
+        order += [rows_with_image.index(i) for i in indices if has_image[i]]
+    return order
+
 # %% ../nbs/30c_collator.ipynb #69f44878
 def _first_question(turns: Sequence[dict]) -> str:
-    "What a projector reads: the first turn of the user."
+    "The text that a question-dependent projector (QueCC) reads: the first turn of the user."
     return next(turn["value"] for turn in turns if turn["from"] == "human")
 
 # %% ../nbs/30c_collator.ipynb #a1c03002
@@ -136,12 +148,10 @@ class Collator:
 
     processor: ProcessorMixin  # A `DeltaLlavaProcessor`: makes tokens, labels and pixels
     tokens: int | None = None  # Budget $V$; `None` is the processor's
-    max_length: int | None = None  # Most tokens of a row; longer ones lose their end, never an image
-    features: torch.utils.data.Dataset | Sequence | Tensor | None = (
-        None  # From `cache_features`, instead of pixels
-    )
+    max_length: int | None = None  # Most tokens of a row; the end of a longer row is cut, but no image
+    features: torch.utils.data.Dataset | Sequence | Tensor | None = None  # From `cache_features`
     paths: Sequence[str] | None = None  # The images that `features` belong to, in the same order
-    packing: bool = False  # Several rows in one sequence: the same loss, fewer tokens
+    packing: bool = False  # Several rows in one sequence: the same loss with less padding
 
     def __post_init__(self):
         self._check_tokens(self.tokens)
@@ -185,7 +195,7 @@ class Collator:
     def prepare(
         self,
         rows: Sequence[dict],  # With `id`, `image` and `conversations`
-    ) -> dict:  # `names`, `rows`, `has_image`; with images their pixels, features or numbers, and questions
+    ) -> dict:  # `names`, `rows`, `has_image`; with images their pixels, features or indices, and questions
         "All that does not depend on the budget."
         names = [row_name(row) for row in rows]
         tokenized = []
@@ -201,21 +211,21 @@ class Collator:
         "Pixels or features, and the questions if the projector reads them; nothing without images."
         if not rows:
             return {}
-        images = [self._open_or_find(row) for row in rows]
+        found = [self._image_or_index(row) for row in rows]
         if self.features is None:
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            pixels = self.processor.image_processor(found, return_tensors="pt")["pixel_values"]
             prepared = dict(pixel_values=pixels)
-        elif isinstance(self.features, Tensor):  # in memory, perhaps on a GPU that only one process can read
-            prepared = dict(image_numbers=torch.tensor(images))
+        elif isinstance(self.features, Tensor):  # perhaps on a GPU, where a worker process cannot read them
+            prepared = dict(image_indices=torch.tensor(found))
         else:
-            prepared = dict(vision_features=index_batch(self.features, images))
+            prepared = dict(vision_features=index_batch(self.features, found))
         if self.processor.questions:
             questions = [_first_question(row["conversations"]) for row in rows]
             prepared |= self.processor.encode_questions(questions)
         return prepared
 
-    def _open_or_find(self, row: dict) -> Image.Image | int:
-        "The row's image, or the number of its features; an error names the row."
+    def _image_or_index(self, row: dict) -> Image.Image | int:
+        "The row's image, or the index of its features; an error names the row."
         try:
             if self.features is None:
                 return open_image(row["image"])
@@ -238,18 +248,22 @@ class Collator:
         inputs = {k: v for k, v in prepared.items() if k not in ("names", "rows", "has_image")}
         if self.packing:
             packed = pack_rows([len(row["input_ids"]) for row in rows], self.max_length or 0)
-            batch = concatenate_rows([[rows[i] for i in together] for together in packed], pad_id)
-            inputs = self._reorder(inputs, prepared["has_image"], packed)
+            sequences = []
+            for indices in packed:
+                sequences.append([rows[i] for i in indices])
+            batch = concatenate_rows(sequences, pad_id)
+            order = _image_order(prepared["has_image"], packed)
+            inputs = {name: _select(value, order) for name, value in inputs.items()}
         else:
             batch = pad_left(rows, pad_id)
         return batch | self._read_features(inputs) | ({} if tokens is None else dict(tokens=tokens))
 
     def _read_features(self, inputs: dict) -> dict:
-        "The inputs with patch tokens in place of the numbers of their images."
-        if self.features is None or "image_numbers" not in inputs:
+        "The inputs with patch tokens in place of the indices of their images."
+        if self.features is None or "image_indices" not in inputs:
             return inputs
-        others = {name: value for name, value in inputs.items() if name != "image_numbers"}
-        return others | dict(vision_features=self.features[inputs["image_numbers"]])
+        others = {name: value for name, value in inputs.items() if name != "image_indices"}
+        return others | dict(vision_features=self.features[inputs["image_indices"]])
 
     def _expand(self, prepared: dict, tokens: int | None) -> list[dict]:
         "The rows with all of their image tokens, cut to `max_length`."
@@ -261,10 +275,3 @@ class Collator:
             except ValueError as e:
                 raise _row_error(name, e) from e
         return rows
-
-    @staticmethod
-    def _reorder(inputs: dict, has_image: list[bool], packed: list[list[int]]) -> dict:
-        "Images and questions in the order of the packed rows."
-        with_image = [i for i, it_has in enumerate(has_image) if it_has]
-        order = [with_image.index(i) for together in packed for i in together if has_image[i]]
-        return {name: _select(value, order) for name, value in inputs.items()}

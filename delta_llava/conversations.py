@@ -30,11 +30,11 @@ from .tower import open_image, resolve_image_path
 # %% ../nbs/30b_conversations.ipynb #d039fee6
 log = logging.getLogger(__name__)
 _IMAGES = {"image", "img", "picture", "photo"}
-_OTHER_MARK = re.compile(r"^\s*(<(?:video|audio|speech)>)\s*$", re.MULTILINE)  # on a line of its own
+_OTHER_MEDIA_TOKEN = re.compile(r"^\s*(<(?:video|audio|speech)>)\s*$", re.MULTILINE)  # on a line of its own
 
 
 class RowError(ValueError):
-    "An error in a row: its kind, which can be counted, and a sentence."
+    "A rule that a row breaks; `kind` names the rule."
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class RowError(ValueError):
 
 def row_name(
     row: object,  # One entry of the JSON list, or a row of the table
-    index: int | None = None,  # Its number, if that is known
+    index: int | None = None,  # Its index in the file, if that is known
 ) -> str:
-    "How an error names a row: by number and id, or by what there is."
+    "How an error names a row: by index and id as far as they are known, else by its image."
     fields = row if isinstance(row, dict) else {}
     if index is not None:
         return f"row {index} (id {fields.get('id')!r})"
@@ -72,7 +72,7 @@ def _check_characters(
 
 # %% ../nbs/30b_conversations.ipynb #dcdc7927
 MEDIA = _IMAGES | {"video", "frame", "audio", "speech", "sound"}
-_PLACE = {"path", "file", "url", "uri", "name", "filename", "list", "source", "input"}
+_LOCATION_WORDS = {"path", "file", "url", "uri", "name", "filename", "list", "source", "input"}
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a row: a system prompt
 _KNOWN_KEYS = {"id", "image", "conversations", "model", "objects", "task", "split"}  # LLaVA's, and scenes'
 
@@ -82,7 +82,7 @@ def media_of_key(
 ) -> str | None:  # A word of `MEDIA`; `None` if the key names something else
     "The medium that a key holds, such as `image_path`, `images`, `videoFile`, `audio`."
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)
-    rest = {word.lower().removesuffix("s") for word in words} - _PLACE
+    rest = {word.lower().removesuffix("s") for word in words} - _LOCATION_WORDS
     return next(iter(rest)) if len(rest) == 1 and rest <= MEDIA else None
 
 
@@ -118,7 +118,7 @@ def _check_media(
 def split_system(
     row: dict,  # With `conversations`, a list
 ) -> tuple[str | None, list]:  # The row's system prompt, and its questions and answers
-    "The system prompt, which stands in a key of its own or in the first turn."
+    "The system prompt, from a key of its own or from the first turn, and the turns without it."
     turns = row["conversations"]
     found = {repr(key): row[key] for key in row if key.lower() in SYSTEM_KEYS and row[key]}
     if turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
@@ -140,14 +140,14 @@ def split_system(
 def unknown_keys(
     row: dict,  # One entry of the JSON list
 ) -> list[str]:  # Sorted
-    "Keys of a row that nobody reads and that are no image, video or sound."
+    "Keys of a row that training does not read and that hold no image, video or sound."
     known = _KNOWN_KEYS | {key for key in row if key.lower() in SYSTEM_KEYS or media_of_key(key)}
     return sorted(row.keys() - known)
 
 # %% ../nbs/30b_conversations.ipynb #a1c03001
 def _check_turn(
     turn: object,  # One entry of `conversations`
-    k: int,  # Its number
+    k: int,  # Its index
 ) -> None:
     "`RowError` if it is not the turn that must come here."
     where = f"conversations[{k}]"
@@ -169,10 +169,10 @@ def _check_turn(
         )
     _check_characters(turn["value"], where)
     _check_media(turn, f"{where}: ", None)
-    if role == "human" and (mark := _OTHER_MARK.search(turn["value"])):
+    if role == "human" and (token := _OTHER_MEDIA_TOKEN.search(turn["value"])):
         raise RowError(
             "unused-media",
-            f"{where}['value'] shows {mark[1]!r}, but training reads images alone; remove the row.",
+            f"{where}['value'] shows {token[1]!r}, but training reads images alone; remove the row.",
         )
 
 
@@ -201,9 +201,9 @@ def check_turns(
 # %% ../nbs/30b_conversations.ipynb #beb6784c
 def _check_image_field(
     image: object,  # The row's `image`, which is there
-    marks: int,  # How often `<image>` occurs in the questions
+    n_image_tokens: int,  # How often `<image>` occurs in the questions
 ) -> None:
-    "`RowError` if it is not the path of one image with one mark."
+    "`RowError` if it is not the path of one image with one `<image>`."
     if isinstance(image, list) and len(image) > 1:
         raise RowError(
             "several-images",
@@ -211,10 +211,10 @@ def _check_image_field(
         )
     if not isinstance(image, str) or not image:
         raise RowError("bad-image", f"'image' is {image!r}, but must be the path of one image; correct it.")
-    if marks != 1:
+    if n_image_tokens != 1:
         raise RowError(
-            "several-images" if marks else "no-mark",
-            f"'<image>' occurs {marks} times in the questions, but must occur exactly once; "
+            "several-images" if n_image_tokens else "no-image-token",
+            f"'<image>' occurs {n_image_tokens} times in the questions, but must occur exactly once; "
             "put it where the image belongs.",
         )
     _check_characters(image, "'image'")
@@ -240,15 +240,14 @@ def check_row(
     _check_media(row, "", image)
     if in_answers:
         raise RowError(
-            "mark-in-answer",
-            "'<image>' occurs in an answer, but an image can only be part of a "
-            "question; remove the mark there.",
+            "image-token-in-answer",
+            "'<image>' occurs in an answer, but an image can only be part of a question; remove it there.",
         )
     if image is None and in_questions:
         raise RowError(
-            "mark-without-image",
+            "image-token-without-image",
             "a question holds '<image>', but the row has no 'image'; "
-            "add the image's path, or remove the mark.",
+            "add the image's path, or remove '<image>'.",
         )
     if image is None and not text_rows:
         raise RowError(
@@ -324,7 +323,7 @@ class _TextBuffer:
                 return ""
 
     def decode_value(self) -> tuple[object, str]:  # The value, and its text
-        "Decode the JSON value that begins at the position, and move behind it."
+        "Decode the JSON value that begins at the position, and move to its end."
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
@@ -420,7 +419,7 @@ _SCENE_KEYS = {
 
 def _table_row(
     row: dict,  # Checked
-    index: int,  # Its number in the file
+    index: int,  # Its index in the file
     path: Path | None,  # The image's file
     keys: Iterable[str],  # Of planted scenes, if the first row is of one
 ) -> dict:
@@ -435,7 +434,7 @@ def _table_row(
     }
 
 
-def _unusable(file: Path, folder: Path, problems: list[str], bad: int, rows: int) -> ValueError:
+def _unusable_rows_error(file: Path, folder: Path, problems: list[str], bad: int, rows: int) -> ValueError:
     "One error for all rows that cannot be used."
     command = shlex.join(["delta-llava", "doctor", str(file), "--images", str(folder)])
     shown = "\n".join(problems) + "\n…" * (bad > len(problems))
@@ -474,7 +473,7 @@ def _checked_rows(
     if not n:
         raise ValueError(f"{file} must hold a list of at least one row; it holds an empty list.")
     if bad:
-        raise _unusable(file, folder, problems, bad, n)
+        raise _unusable_rows_error(file, folder, problems, bad, n)
     if unread:
         log.warning("%s: these keys of the rows are not read: %s.", file, ", ".join(sorted(unread)))
 
@@ -494,7 +493,7 @@ def _write_table(
 def _table_path(
     file: Path,  # JSON list or JSON lines
     folder: Path,  # Of the images
-    options: list,  # That decide which rows are allowed
+    options: list,  # The options that decide which rows are allowed
     cache: Path,  # Folder of the tables
 ) -> Path:
     "Where the table of a file is kept: its name is a hash of all that the table depends on."
@@ -509,12 +508,10 @@ def load_conversations(
     image_folder: str | Path | None = None,  # Start of the rows' image paths; `None` is the folder of `file`
     text_rows: bool = False,  # Allow rows without an image
     open_images: bool = False,  # Decode every image now, to find damaged ones before training
-    cache: str
-    | Path
-    | None = None,  # Folder for the table; `None`: memory for small files, else `cache_dir()`
+    cache: str | Path | None = None,  # Folder for the table; `None`: memory if small, else `cache_dir()`
     follow_links: bool = False,  # Symbolic links below `image_folder` may lead out of it
 ) -> Dataset:  # `id`, `image` (full path), `conversations`; of planted scenes also `objects`, `task`, `split`
-    "Read and check conversations; the same file is checked once. One error reports the first problems."
+    "Read and check conversations. A large file is checked once; one error lists the first five bad rows."
     file = Path(file)
     folder = file.parent if image_folder is None else Path(image_folder)
     first_row, _ = next(read_rows(file), ({}, ""))

@@ -50,9 +50,12 @@ PROBLEMS = {
     "empty-answer": ("error", "Write the answer, or remove the question too."),
     "no-answer": ("error", "Write the answer, or remove the question."),
     "broken-text": ("error", "Write the text again from its source, in UTF-8."),
-    "mark-in-answer": ("error", "Only a question can show an image; remove '<image>' from the answer."),
-    "mark-without-image": ("error", "Add the path of the image, or remove '<image>'."),
-    "no-mark": ("error", "Put '<image>' where the image belongs."),
+    "image-token-in-answer": (
+        "error",
+        "Only a question can show an image; remove '<image>' from the answer.",
+    ),
+    "image-token-without-image": ("error", "Add the path of the image, or remove '<image>'."),
+    "no-image-token": ("error", "Put '<image>' where the image belongs."),
     "several-images": ("error", "A conversation can have one image; split the row, or remove it."),
     "text-only": ("error", "Allow rows without an image (text_rows=True), or remove the row."),
     "bad-image": ("error", "Write the path of one image."),
@@ -64,7 +67,7 @@ PROBLEMS = {
     "bad-system": ("error", "Write one system prompt, a text, in 'system'."),
     "missing": ("error", "Download the image again, or correct the path."),
     "truncated": ("error", "The file ends before the image does; download it again."),
-    "unreadable": ("error", "The file is no whole image of a known format; download or convert it."),
+    "unreadable": ("error", "The file is not a complete image of a known format; download or convert it."),
     "bad-size": ("error", "Scale or crop the image."),
     "template": (
         "error",
@@ -76,10 +79,10 @@ PROBLEMS = {
     "empty-question": ("warning", "A turn of the human is empty."),
     "animated": ("warning", "Training uses the first frame only."),
     "wrong-extension": ("warning", "Rename the file, or ignore it: images are read by their content."),
-    "tiny": ("warning", "An image this small is a blur at the vision tower's size."),
+    "tiny": ("warning", "Enlarged to the vision tower's size, an image this small is blurred."),
     "narrow": ("warning", "Most of such an image is cropped away, or is padding."),
     "duplicate-id": ("warning", "Give the row another id, or remove it."),
-    "duplicate-row": ("warning", "The same image and text count twice; remove one if that is not meant."),
+    "duplicate-row": ("warning", "The same image and text count twice; remove one if this is not intended."),
 }
 
 
@@ -92,9 +95,7 @@ class Problem:
 
     def __post_init__(self):
         if self.kind not in PROBLEMS:
-            raise ValueError(
-                f"kind={self.kind!r} is no problem that the doctor knows; use one of {list(PROBLEMS)}."
-            )
+            raise ValueError(f"kind={self.kind!r} is unknown; use one of {list(PROBLEMS)}.")
 
     @property
     def is_error(self) -> bool:
@@ -109,7 +110,7 @@ NARROW_RATIO = 8  # an image whose sides differ by more is narrow
 def _ends_early(
     path: Path,  # A file that does not decode
 ) -> bool:
-    "Whether a WebP file is shorter than its header says; the decoder's message does not tell."
+    "Whether a WebP file is shorter than its header says; the decoder's message does not say so."
     with path.open("rb") as file:
         head = file.read(8)
     return head[:4] == b"RIFF" and path.stat().st_size < int.from_bytes(head[4:], "little") + 8
@@ -119,7 +120,7 @@ def _image_error_kind(
     error: ValueError,  # Of `open_image`
     path: Path,  # The file
 ) -> str:
-    "The kind of problem behind a refusal of `open_image`."
+    "The kind of problem for which `open_image` refused a file."
     message = str(error.__cause__).lower()
     if "px are more than" in message or isinstance(error.__cause__, Image.DecompressionBombError):
         return "bad-size"
@@ -218,7 +219,7 @@ def row_problems(
 
 # %% ../nbs/33_doctor.ipynb #b6355355
 _ROLE_NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_ANY_MARK = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
+_IMAGE_TOKEN_SPELLING = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
 
 
 def _has_system(
@@ -228,7 +229,7 @@ def _has_system(
     return int(bool(turns) and turns[0].get("from") == "system")
 
 
-def _has_mark(
+def _has_image_token(
     turns: list[dict],  # Of a row
 ) -> bool:
     "Whether `<image>` occurs in any turn."
@@ -251,11 +252,11 @@ def _repair_roles(row: dict, folder: Path) -> dict:
 
 
 def _repair_image(row: dict, folder: Path) -> dict:
-    "Take the only path of a list; remove an empty path that no mark needs."
+    "Take the only path of a list; remove an empty path if no turn contains `<image>`."
     image = row.get("image")
     if isinstance(image, list) and len(image) == 1:
         return {**row, "image": image[0]}
-    if image in ("", []) and not _has_mark(row["conversations"]):
+    if image in ("", []) and not _has_image_token(row["conversations"]):
         return {k: v for k, v in row.items() if k != "image"}
     return row
 
@@ -271,7 +272,7 @@ def _other_extensions(
 
 
 def _repair_path(row: dict, folder: Path) -> dict:
-    "Find the file that the path means."
+    "Correct a path that does not exist, if exactly one file fits."
     image = row.get("image")
     if not isinstance(image, str) or (folder / image).is_file():
         return row
@@ -284,16 +285,16 @@ def _repair_path(row: dict, folder: Path) -> dict:
     return {**row, "image": others[0]} if len(others) == 1 else row
 
 
-def _repair_mark(row: dict, folder: Path) -> dict:
-    "Correct the spelling of the mark in the questions, or put it before the first one."
+def _repair_image_token(row: dict, folder: Path) -> dict:
+    "Correct the spelling of `<image>` in the questions, or put it before the first one."
     turns = row["conversations"]
-    if not isinstance(row.get("image"), str) or _has_mark(turns):
+    if not isinstance(row.get("image"), str) or _has_image_token(turns):
         return row
     turns = [dict(turn) for turn in turns]
     questions = turns[_has_system(turns) :: 2]
-    if any(_ANY_MARK.search(turn["value"]) for turn in questions):
+    if any(_IMAGE_TOKEN_SPELLING.search(turn["value"]) for turn in questions):
         for turn in questions:
-            turn["value"] = _ANY_MARK.sub("<image>", turn["value"])
+            turn["value"] = _IMAGE_TOKEN_SPELLING.sub("<image>", turn["value"])
     else:
         questions[0]["value"] = f"<image>\n{questions[0]['value']}".strip()
     return {**row, "conversations": turns}
@@ -303,7 +304,7 @@ def _repair_question(row: dict, folder: Path) -> dict:
     "Remove a last question without an answer, unless the image belongs to it."
     *turns, last = row["conversations"]
     answered = turns and len(turns) % 2 == _has_system(turns)
-    if answered and last["from"] == "human" and not _ANY_MARK.search(last["value"]):
+    if answered and last["from"] == "human" and not _IMAGE_TOKEN_SPELLING.search(last["value"]):
         return {**row, "conversations": turns}
     return row
 
@@ -312,7 +313,7 @@ REPAIRS = {
     "roles": _repair_roles,
     "image": _repair_image,
     "path": _repair_path,
-    "mark": _repair_mark,
+    "image-token": _repair_image_token,
     "question": _repair_question,
 }
 
@@ -320,8 +321,8 @@ REPAIRS = {
 def repair_row(
     row: dict,  # A row with an error
     folder: str | Path,  # Image folder
-) -> tuple[dict, list[str]]:  # The row as it might be meant, and the keys of `REPAIRS` that changed it
-    "Try each repair. Whether the row can be trained on now is for `row_problems` to say."
+) -> tuple[dict, list[str]]:  # The repaired row, and the keys of `REPAIRS` that changed it
+    "Try each repair. The result may still have errors: check it with `row_problems`."
     done = []
     for name, apply in REPAIRS.items():
         try:
@@ -338,7 +339,7 @@ def repair_row(
 class RowResult:
     "What was found in one row of the file."
 
-    index: int  # Number in the file, from 0
+    index: int  # In the file, from 0
     id: str | None  # As in the row
     outcome: Literal["kept", "repaired", "left out"]  # In the new index
     problems: list[Problem]  # Of the row as it was; and those that kept a repaired one out
@@ -347,7 +348,7 @@ class RowResult:
     length: int  # Characters of the row as it was
     content: bytes  # Hash of image path and conversation
     text_only: bool  # Whether the row has no image
-    unread: list[str]  # Keys that nobody reads
+    unread: list[str]  # Keys that training does not read
 
 
 def _content_hash(
@@ -359,7 +360,7 @@ def _content_hash(
 
 
 def _check_one(
-    index: int,  # Number in the file
+    index: int,  # In the file
     text: str,  # The row as JSON
     folder: Path,  # Image folder
     find_problems: Callable,  # `row_problems` with its options
@@ -395,19 +396,18 @@ def _check_one(
 
 
 def _check_chunk(
-    chunk: list[tuple[int, str]],  # Numbers and JSON of some rows that follow each other
+    chunk: list[tuple[int, str]],  # Index and JSON of each of some consecutive rows
     folder: Path,  # Image folder
     **options,  # Of `row_problems`
 ) -> list[RowResult]:
-    "Check some rows; an image that several of them show is decoded once."
-    of_image = {}
-
+    "Check some rows; an image that several of them use is decoded once."
+    problems_of_image = {}
     follow_links = options.get("follow_links", False)
 
     def check_image(image, folder):
-        if image not in of_image:
-            of_image[image] = image_problems(image, folder, follow_links)
-        return of_image[image]
+        if image not in problems_of_image:
+            problems_of_image[image] = image_problems(image, folder, follow_links)
+        return problems_of_image[image]
 
     find_problems = partial(row_problems, folder=folder, check_image=check_image, **options)
     return [_check_one(index, text, folder, find_problems) for index, text in chunk]
@@ -419,7 +419,7 @@ _check_chunk_here: Callable  # `_check_chunk` with its options, in a worker proc
 def _start_worker(
     options: dict,  # Of `_check_chunk`
 ) -> None:
-    "Give a process its options once; Ctrl-C is left to the first process."
+    "Give a process its options once; the main process alone reacts to Ctrl-C."
     global _check_chunk_here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _check_chunk_here = partial(_check_chunk, **options)
@@ -496,13 +496,13 @@ class DatasetReport:
 
     file: str  # The data
     images: str  # Its image folder
-    checked: dict  # Options of the check
+    options: dict  # Of the check
     rows: int = 0  # Rows in the file
     outcomes: Counter = field(default_factory=Counter)  # Rows kept, repaired and left out
     text_only: int = 0  # Rows without an image in the new index
     problems: Counter = field(default_factory=Counter)  # Rows with each kind of problem
     repairs: Counter = field(default_factory=Counter)  # Rows with each kind of repair
-    found: list[RowResult] = field(default_factory=list)  # Rows with a problem
+    problem_rows: list[RowResult] = field(default_factory=list)  # Rows with a problem
     index: dict | None = None  # Name and SHA-256 of the new index
 
     def add(
@@ -516,7 +516,7 @@ class DatasetReport:
         self.problems.update({p.kind for p in result.problems})
         self.repairs.update(result.repairs)
         if result.problems:
-            self.found.append(result)
+            self.problem_rows.append(result)
 
     def to_json(self) -> str:
         "Counts, and every row with a problem, in the order of the file."
@@ -550,14 +550,14 @@ def report_json(
     content = dict(
         file=report.file,
         images=report.images,
-        checked=report.checked,
+        options=report.options,
         rows=report.rows,
         text_only=report.text_only,
         problems={kind: report.problems[kind] for kind in PROBLEMS},
         repairs={name: report.repairs[name] for name in REPAIRS},
         outcomes={name: report.outcomes[name] for name in OUTCOMES},
         index=report.index,
-        found=[_result_json(result) for result in report.found],
+        problem_rows=[_result_json(result) for result in report.problem_rows],
     )
     return json.dumps(content, indent=1) + "\n"
 
@@ -569,10 +569,10 @@ def _problem_text(
 ) -> str:
     "Count, hint and examples of one kind of problem."
     level, hint = PROBLEMS[kind]
-    rows = [r for r in report.found if any(p.kind == kind for p in r.problems)]
+    rows = [r for r in report.problem_rows if any(p.kind == kind for p in r.problems)]
     names = ", ".join(f"row {r.index} (id {r.id!r})" for r in rows[:examples])
     more = ", …" if report.problems[kind] > examples else ""
-    return f"\n{level:8}{kind:20}{report.problems[kind]:8}   {hint}\n{'':39}{names}{more}"
+    return f"\n{level:8}{kind:26}{report.problems[kind]:8}   {hint}\n{'':45}{names}{more}"
 
 
 def report_text(
@@ -583,7 +583,7 @@ def report_text(
     counts = ", ".join(f"{report.outcomes[name]} {name}" for name in OUTCOMES)
     lines = [f"{report.file}: {report.rows} rows, {counts}."]
     lines += [_problem_text(report, kind, examples) for kind in PROBLEMS if report.problems[kind]]
-    lines += [f"\nrepaired {name:20}{report.repairs[name]:7}" for name in REPAIRS if report.repairs[name]]
+    lines += [f"\nrepaired {name:25}{report.repairs[name]:8}" for name in REPAIRS if report.repairs[name]]
     if report.text_only:
         lines.append(f"\n{report.text_only} rows have no image: training reads them with text_rows=True.")
     return "\n".join(lines) + "\n"
@@ -662,9 +662,7 @@ def _collect(
 def check_dataset(
     file: str | Path,  # JSON list of rows, or JSON lines (`.jsonl`)
     images: str | Path | None = None,  # Image folder; `None` is the folder of `file`
-    out: str
-    | Path
-    | None = None,  # Folder for `index.json`, `report.json`, `report.txt`; `None` writes nothing
+    out: str | Path | None = None,  # Gets `index.json`, `report.json`, `report.txt`; `None` writes nothing
     text_rows: bool = True,  # Allow rows without an image
     processor: ProcessorMixin | None = None,  # Measures lengths; `None` leaves them unknown
     max_length: int = 2048,  # Most tokens of a row, if there is a processor
@@ -676,8 +674,8 @@ def check_dataset(
     folder = file.parent if images is None else Path(images)
     if out is not None and (Path(out) / "index.json").resolve() == file.resolve():
         raise ValueError(f"out={str(out)!r} would write the new index over the data; name another folder.")
-    checked = dict(text_rows=text_rows, max_length=max_length if processor else None)
-    report = DatasetReport(str(file), str(folder), checked)
+    options = dict(text_rows=text_rows, max_length=max_length if processor else None)
+    report = DatasetReport(str(file), str(folder), options)
     results = check_rows(
         file,
         folder,

@@ -337,7 +337,8 @@ def paper_cells(
     "Every number of one of the paper's tables (times in s), with the warnings that concern it, for pandas."
     table = _table(number)
     texts = {
-        letter: f"{warning['says']} ({warning['evidence']})" for letter, warning in _lettered_warnings(table)
+        letter: f"{warning['message']} ({warning['evidence']})"
+        for letter, warning in _lettered_warnings(table)
     }
     cells = []
     for row in _table_rows(table):
@@ -533,7 +534,7 @@ def paper_table(
             letters = _warning_letters(table, row, column)
             line[column] = (row[column] or "not stated") + (f" ⚠{letters}" if letters else "")
         lines.append(line | {heading: texts[i] for heading, texts in ours.items()})
-    warnings = [f"- ⚠{letter} {w['says']} *({w['evidence']})*" for letter, w in _lettered_warnings(table)]
+    warnings = [f"- ⚠{letter} {w['message']} *({w['evidence']})*" for letter, w in _lettered_warnings(table)]
     return "\n".join([f"**{table['source']}. {table['title']}**", "", as_table(lines), "", *warnings])
 
 # %% ../nbs/43_evaluate.ipynb #ae9a6eee
@@ -546,7 +547,7 @@ def unavailable_benchmarks(
     tasks = ",".join(benchmark["task"] for benchmark in benchmarks.values())
     lines = ["Not run: the paper's benchmarks, whose images and questions come from a model hub."]
     for name, benchmark in benchmarks.items():
-        lines.append(f"  {name:10}{benchmark['task']:17}{benchmark['what']}")
+        lines.append(f"  {name:10}{benchmark['task']:17}{benchmark['metric']}")
     lines.append("With a hub, `pip install 'delta-llava[eval]'` and, for the captions, Java:")
     for budget in tokens:
         lines.append(

@@ -31,17 +31,17 @@ from delta_llava.scenes import (
 )
 
 # %% ../nbs/30d_questions.ipynb #41de9d4e
-CATEGORIES = ("animal", "food", "vehicle", "thing")
-_ENDS = (22, 37, 46, 64)  # of each category in `concept_names()`
+CATEGORIES = ("animal", "food", "vehicle", "other")
+_CATEGORY_ENDS = (22, 37, 46, 64)  # `concept_names()` is sorted by category; the index after the last of each
 
 
 @cache
 def category_of(
     name: str,  # A name of `concept_names()`
 ) -> str:  # One of `CATEGORIES`
-    "What kind of object it is."
-    number = concept_names().index(name)
-    return next(category for category, end in zip(CATEGORIES, _ENDS, strict=True) if number < end)
+    "Category of an object."
+    index = concept_names().index(name)
+    return next(category for category, end in zip(CATEGORIES, _CATEGORY_ENDS, strict=True) if index < end)
 
 
 def odd_name(
@@ -50,27 +50,27 @@ def odd_name(
     "The one object that is no animal among animals, no food among food, or no vehicle among vehicles."
     if len(names) < 3:
         return None
-    for category in CATEGORIES[:3]:  # things have too little in common
+    for category in CATEGORIES[:3]:  # objects of "other" have too little in common
         others = [name for name in names if category_of(name) != category]
         if len(others) == 1:
             return others[0]
     return None
 
 # %% ../nbs/30d_questions.ipynb #40d23556
-def _accept(names: list[str], index: int) -> bool:
-    "Scenes with even numbers may be anything; the others have an odd object if they have three."
+def _accept_names(names: list[str], index: int) -> bool:
+    "Scenes of even index may have any objects; the others have an odd object if they have three or four."
     return index % 2 == 0 or len(names) < 3 or odd_name(names) is not None
 
 
 def plan_question_scene(
-    index: int,  # Number of the scene within its set
+    index: int,  # Of the scene within its set, from 0
     split: str = "train",  # `"train"`, `"heldout_scenes"` or `"heldout_artist"`
     seed: int = 0,  # Seed of the whole set
     n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
     size: int = 168,  # Side of the image, px
 ) -> Scene:
-    "A scene for questions: objects of at least a quarter of the image's side, often an odd one."
-    return plan_scene(index, split, seed, n_objects, size, size // 4, partial(_accept, index=index))
+    "A scene for questions: objects of at least a quarter of the image's side, often with an odd one."
+    return plan_scene(index, split, seed, n_objects, size, size // 4, partial(_accept_names, index=index))
 
 # %% ../nbs/30d_questions.ipynb #ee86595c
 _DIRECTIONS = (("left of", "right of"), ("above", "below"))  # along each axis: before, after
@@ -81,7 +81,7 @@ def order_on_axis(
     a: PlantedObject,  # One object
     b: PlantedObject,  # Another
     axis: int,  # 0 is horizontal, 1 vertical
-) -> int:  # -1 if `a` ends before `b` begins, 1 the other way round, 0 if they overlap
+) -> int:  # -1 if `a` ends before `b` begins, 1 if `b` ends before `a` begins, 0 if they overlap
     "On which side of `b` the object `a` is."
     if a.box[axis + 2] < b.box[axis]:
         return -1
@@ -90,17 +90,17 @@ def order_on_axis(
 
 def neighbor_facts(
     scene: Scene,  # The plan
-) -> Iterator[tuple[str, str, str]]:  # Direction, object, and what is there
-    "What is on one side of an object, where exactly one object is and no other overlaps on that axis."
+) -> Iterator[tuple[str, str, str]]:  # Direction, object, and its neighbor in this direction
+    "The neighbor of an object, where exactly one is in a direction and no box overlaps on that axis."
     for b in scene.objects:
-        for axis, words in enumerate(_DIRECTIONS):
+        for axis, directions in enumerate(_DIRECTIONS):
             sides = [(a.name, order_on_axis(a, b, axis)) for a in scene.objects if a is not b]
             if not all(side for _, side in sides):
                 continue
-            for side, word in zip((-1, 1), words, strict=True):
-                names = [name for name, where in sides if where == side]
+            for wanted, direction in zip((-1, 1), directions, strict=True):
+                names = [name for name, side in sides if side == wanted]
                 if len(names) == 1:
-                    yield word, b.name, names[0]
+                    yield direction, b.name, names[0]
 
 
 def half_facts(
@@ -138,10 +138,10 @@ def hard_absent_name(
     return str(rng.choice(similar if similar and rng.integers(2) else absent))
 
 
-def _some(facts: Iterator, most: int, rng: np.random.Generator) -> list:
-    "At most so many of the facts, drawn without order."
-    found = list(facts)
-    return [found[i] for i in rng.permutation(len(found))[:most]]
+def _sample(facts: Iterator, most: int, rng: np.random.Generator) -> list:
+    "At most `most` of the facts, in random order."
+    listed = list(facts)
+    return [listed[i] for i in rng.permutation(len(listed))[:most]]
 
 # %% ../nbs/30d_questions.ipynb #50944cfd
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -169,16 +169,17 @@ def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _facts(scene: Scene, task: str, rng: np.random.Generator) -> list[tuple[tuple[str, ...], str]]:
-    "Words of the question and the answer, for tasks of `_TEMPLATES`."
-    if task == "neighbor":
-        return [((word, name), answer) for word, name, answer in _some(neighbor_facts(scene), 2, rng)]
-    if task == "place":
-        return [((name,), answer) for name, answer in _some(place_facts(scene), 2, rng)]
-    if task == "half":
-        return [((name, low, high), answer) for name, low, high, answer in _some(half_facts(scene), 1, rng)]
+def _template_facts(scene: Scene, task: str, rng: np.random.Generator) -> list[tuple[tuple[str, ...], str]]:
+    "Values for the templates of a question, and its answer, for tasks of `_TEMPLATES`."
+    if task in ("neighbor", "place", "half"):
+        functions = {"neighbor": (neighbor_facts, 2), "place": (place_facts, 2), "half": (half_facts, 1)}
+        facts_of, most = functions[task]
+        return [(tuple(values), answer) for *values, answer in _sample(facts_of(scene), most, rng)]
     names = [o.name for o in scene.objects]
-    answer = odd_name(names) if task == "odd" else names[0] if len(names) == 1 else None
+    if task == "odd":
+        answer = odd_name(names)
+    else:
+        answer = names[0] if len(names) == 1 else None
     return [] if answer is None else [((), answer)]
 
 
@@ -192,16 +193,16 @@ def _existence(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     return pairs
 
 
-def _pairs(scene: Scene, task: str, rng: np.random.Generator) -> list[tuple[str, str]]:
+def _questions_and_answers(scene: Scene, task: str, rng: np.random.Generator) -> list[tuple[str, str]]:
     "Questions and answers of one task, without a benchmark's suffix."
     if task == "existence":
         return _existence(scene, rng)
     if task not in _TEMPLATES:
         return make_conversation(scene, task)
     pairs = []
-    for words, answer in _facts(scene, task, rng):
+    for values, answer in _template_facts(scene, task, rng):
         template = _TEMPLATES[task][rng.integers(len(_TEMPLATES[task]))]
-        pairs.append((template.format(*words), _capitalized(answer)))
+        pairs.append((template.format(*values), _capitalized(answer)))
     return pairs
 
 
@@ -210,7 +211,8 @@ def _as_benchmark(scene: Scene, task: str, question: str, answer: str) -> tuple[
     if task == "caption":
         return CAPTION_QUESTION, make_conversation(scene, task, paraphrase=False)[0][1]
     if task == "choice":
-        return "\n".join(question.split("\n")[:5]) + LETTER_ANSWER, answer
+        question_and_options = question.split("\n")[:5]  # without the last line, which asks for the letter
+        return "\n".join(question_and_options) + LETTER_ANSWER, answer
     return question + SHORT_ANSWER, answer
 
 # %% ../nbs/30d_questions.ipynb #11700ac9
@@ -218,13 +220,13 @@ def make_questions(
     scene: Scene,  # The plan
     tasks: Sequence[str] = QUESTION_TASKS,  # Kinds of question
 ) -> list[tuple[str, str, str]]:  # Task, question, answer
-    "Questions of all kinds about a scene; one in three is asked as a benchmark asks."
+    "Questions of all kinds about a scene; one in three is worded as in a benchmark."
     if unknown := sorted(set(tasks) - set(QUESTION_TASKS)):
         raise ValueError(f"tasks={tasks}: {unknown} are unknown; use some of {list(QUESTION_TASKS)}.")
     found = []
     for task in tasks:
         rng = scene.rng(30 + QUESTION_TASKS.index(task))
-        for question, answer in _pairs(scene, task, rng):
+        for question, answer in _questions_and_answers(scene, task, rng):
             if rng.integers(3) == 0:
                 question, answer = _as_benchmark(scene, task, question, answer)
             found.append((task, question, answer))
@@ -239,8 +241,8 @@ def question_row(
     turns: list[dict[str, str]] = []
     names: list[str] = []
     for task, question, answer in make_questions(scene, tasks):
-        mark = "" if turns else "<image>\n"
-        turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+        image_token = "" if turns else "<image>\n"
+        turns += [{"from": "human", "value": image_token + question}, {"from": "gpt", "value": answer}]
         names.append(task)
     objects = [{"name": o.name, "box": list(o.box)} for o in scene.objects]
     return dict(
@@ -254,7 +256,7 @@ def question_row(
 
 
 def _write_scene(index: int, folder: Path, tasks: Sequence[str], **plan) -> str:
-    "Draw one scene; its row as JSON."
+    "Draw one scene and save its image; its row as JSON."
     scene = plan_question_scene(index, **plan)
     draw_scene(scene).save(folder / "images" / f"{scene.id}.png", compress_level=1)
     return json.dumps(question_row(scene, tasks))
@@ -290,5 +292,5 @@ def write_questions(
             rows = list(progress(pool.map(write, range(n), chunksize=32)))
     else:
         rows = list(progress(map(write, range(n))))
-    # the JSON file comes last and at once: where it exists, all images do
+    # written last and atomically: if the JSON file exists, all images exist
     return write_atomic(folder / f"{split}.json", "[\n" + ",\n".join(rows) + "\n]\n")

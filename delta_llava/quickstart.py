@@ -161,7 +161,7 @@ def evaluate_set(
     rows: Dataset,  # A held-out set
     features: CachedFeatures,  # Its patch tokens
     tokens: int,  # Budget $V$
-    pointing: int = POINTING_IMAGES,  # Images of the pointing game; 0 leaves it out
+    pointing_images: int = POINTING_IMAGES,  # Images of the pointing game; 0 leaves it out
     captions: bool = False,  # Also generate captions and score them
 ) -> dict:  # Scores; with `captions` also `captions` and `references`
     "All scores of one held-out set at one budget."
@@ -173,8 +173,8 @@ def evaluate_set(
         answers = evaluate.generate_captions(model, processor, visual, tokens, max_new_tokens=CAPTION_TOKENS)
         references = [row["conversations"][1]["value"] for row in rows]
         scores |= evaluate.score_captions(answers, rows) | dict(captions=answers, references=references)
-    if pointing:
-        scores |= pointing_game_accuracy(model, processor, rows[:pointing], features, tokens)
+    if pointing_images:
+        scores |= pointing_game_accuracy(model, processor, rows[:pointing_images], features, tokens)
     return scores
 
 # %% ../nbs/50_quickstart.ipynb #c1a407f6
@@ -184,7 +184,7 @@ def evaluate_sets(
     sets: dict[str, Dataset],  # Rows of each held-out set
     budgets: Sequence[int],  # Budgets $V$
     progress: bool = True,  # Show a progress bar
-    **options,  # `pointing` and `captions` of `evaluate_set`
+    **options,  # `pointing_images` and `captions` of `evaluate_set`
 ) -> dict[str, dict[str, dict]]:  # Set -> budget -> scores
     "All scores of all held-out sets at all budgets."
     scores: dict[str, dict[str, dict]] = {}
@@ -237,7 +237,9 @@ def evaluate_run(
     sets = held_out_images(config, Path(folder) / f"held-out-{config.test_images}")
     budgets = tuple(tokens) or config.evaluation_budgets
     rows = []
-    for name, by_budget in evaluate_sets(model, processor, sets, budgets, pointing=0, captions=True).items():
+    for name, by_budget in evaluate_sets(
+        model, processor, sets, budgets, pointing_images=0, captions=True
+    ).items():
         for budget, scores in by_budget.items():
             about = dict(seed=config.seed, compressor=config.compressor, tokens=int(budget), set=name)
             rows.append(about | scores)

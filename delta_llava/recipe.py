@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'HELD_OUT', 'HELD_OUT_SCENES_SEED', 'write_recipe_scenes', 'scene_rows', 'SceneSet', 'read_scene_sets',
-           'QuestionSet', 'binomial_interval', 'score_tasks', 'score_sets', 'curve_line', 'TaskCurves', 'PrintLog',
-           'export_weights', 'recipe_processor', 'recipe_settings', 'run_recipe']
+           'QuestionSet', 'binomial_interval', 'score_tasks', 'score_sets', 'score_lines', 'short_scores', 'TaskCurves',
+           'PrintLog', 'export_weights', 'recipe_processor', 'recipe_settings', 'PhaseTimer', 'run_recipe']
 
 # %% ../nbs/47_recipe.ipynb #1bd85619
 import logging
@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,18 +47,18 @@ def write_recipe_scenes(
 ) -> dict[str, Path]:  # `train` and the held-out sets: the JSON file of each
     "Write all scenes, unless that was done before."
     folder = recipe.work_folder / "scenes"
-    numbers = dict(train=(recipe.train_images, recipe.seed))
-    numbers |= dict.fromkeys(HELD_OUT, (recipe.test_images, HELD_OUT_SCENES_SEED))
-    written = {}
-    for split, (n, seed) in numbers.items():
-        written[split] = folder / f"{split}.json"
-        if not written[split].exists():
+    n_and_seed = dict(train=(recipe.train_images, recipe.seed))
+    n_and_seed |= dict.fromkeys(HELD_OUT, (recipe.test_images, HELD_OUT_SCENES_SEED))
+    files = {}
+    for split, (n, seed) in n_and_seed.items():
+        files[split] = folder / f"{split}.json"
+        if not files[split].exists():
             write_questions(folder, n, split, seed, size=recipe.image_size, workers=recipe.num_workers)
-    return written
+    return files
 
 
 def _first_turns(conversations: list) -> dict:
-    "Conversations with their first question alone, the caption."
+    "Each conversation reduced to its first question and answer, the caption."
     return dict(conversations=[turns[:2] for turns in conversations])
 
 
@@ -65,7 +66,7 @@ def scene_rows(
     file: str | Path,  # Scenes with questions, the caption first
     captions: bool = False,  # The captions alone
 ) -> Dataset:
-    "Rows of scenes."
+    "Rows of scenes: all questions, or the captions alone."
     rows = load_conversations(file)
     if not captions:
         return rows
@@ -98,8 +99,8 @@ def read_scene_sets(
     sets = {}
     for split, file in files.items():
         rows = scene_rows(file)
-        found = features_in_memory(rows["image"], tower, pixels, sizes.levels, workers=recipe.num_workers)
-        sets[split] = SceneSet(rows, found)
+        features = features_in_memory(rows["image"], tower, pixels, sizes.levels, workers=recipe.num_workers)
+        sets[split] = SceneSet(rows, features)
     return sets
 
 # %% ../nbs/47_recipe.ipynb #882a34ff
@@ -108,67 +109,72 @@ class QuestionSet:
 
     def __init__(
         self,
-        processor: DeltaLlavaProcessor,  # Of the models that are asked
+        processor: DeltaLlavaProcessor,  # Of the models that are scored
         scenes: SceneSet,  # Conversations about one image each
         batch_size: int = 64,  # Images in one pass
     ):
         self.rows = list(scenes.rows)
         self.features = scenes.features
         self.image_token_id = processor.image_token_id
-        names = [str(i) for i in range(len(self.rows))]
-        self.collator = SharedImageCollator(processor=processor, features=scenes.features, paths=names)
+        # paths may repeat, but features belong to rows: the index of a row serves as its path
+        paths = [str(i) for i in range(len(self.rows))]
+        self.collator = SharedImageCollator(processor=processor, features=scenes.features, paths=paths)
+        rows = [row | dict(image=path) for row, path in zip(self.rows, paths, strict=True)]
         self.batches = []
-        for start in range(0, len(self.rows), batch_size):
-            part = [
-                self.rows[i] | dict(image=names[i]) for i in range(start, min(start + batch_size, len(names)))
-            ]
-            self.batches.append(self.collator.prepare(part))
+        for start in range(0, len(rows), batch_size):
+            self.batches.append(self.collator.prepare(rows[start : start + batch_size]))
 
     @torch.no_grad()
-    def right_answers(
+    def exact_matches(
         self,
         model: nn.Module,  # `DeltaLlavaForConditionalGeneration` in evaluation mode
         tokens: int,  # Budget $V$
-        order: Tensor | None = None,  # Numbers of the images that are shown instead of the questions' own
-    ) -> list[list[bool]]:  # For each row, whether greedy decoding would answer each question exactly so
+        image_order: Tensor | None = None,  # For each row the index of the image it gets; `None`: its own
+    ) -> list[
+        list[bool]
+    ]:  # For each row, whether greedy decoding would generate the reference of each question
         "Exact match of every answer, in one pass for all questions about an image."
-        device, found = model.device, []
+        device = model.device
+        matches_of_rows = []
         for batch in self.batches:
             prepared = {name: value.to(device) for name, value in batch.items()}
-            numbers = (
-                prepared["image_numbers"] if order is None else order.to(device)[prepared["image_numbers"]]
-            )
-            prepared["image_numbers"] = numbers.to(self.features.device)
+            indices = prepared["image_indices"]
+            if image_order is not None:
+                indices = image_order.to(device)[indices]
+            prepared["image_indices"] = indices.to(self.features.device)
             inputs = self.collator.assemble(prepared, tokens)
             target, supervised = shifted_targets(inputs.pop("labels"))
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits, _ = selected_logits(
                     model, lambda hidden, at=supervised: hidden[at], use_cache=False, **inputs
                 )
-            logits[:, self.image_token_id] = -torch.inf  # generation never writes it
-            wrong = (logits.argmax(-1) != target[supervised]).int()
+            logits[:, self.image_token_id] = -torch.inf  # generation suppresses it
+            is_wrong = (logits.argmax(-1) != target[supervised]).int()
             segments: Tensor = inputs["segments"]
-            question_of = supervised.nonzero()[:, 0], segments[supervised] - 1
-            errors = wrong.new_zeros(len(segments), int(segments.max())).index_put(
-                question_of, wrong, accumulate=True
-            )
-            found += (errors == 0).tolist()
-        return [hits[: len(row["conversations"]) // 2] for hits, row in zip(found, self.rows, strict=True)]
+            row_of_token = supervised.nonzero()[:, 0]
+            question_of_token = segments[supervised] - 1
+            n_wrong = is_wrong.new_zeros(len(segments), int(segments.max()))
+            n_wrong.index_put_((row_of_token, question_of_token), is_wrong, accumulate=True)
+            matches_of_rows += (n_wrong == 0).tolist()
+        results = []
+        for matches, row in zip(matches_of_rows, self.rows, strict=True):
+            results.append(matches[: len(row["conversations"]) // 2])
+        return results
 
 
 def binomial_interval(
-    hits: int,  # Right answers
+    hits: int,  # Correct answers
     n: int,  # Answers
     z: float = 1.96,  # Standard deviations on each side: 95 %
 ) -> tuple[float, float]:  # Lowest and highest accuracy
-    "Wilson's interval of a fraction."
+    "Wilson's score interval of a fraction."
     center = (hits + z * z / 2) / (n + z * z)
-    spread = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
-    return center - spread, center + spread
+    half_width = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
+    return center - half_width, center + half_width
 
 # %% ../nbs/47_recipe.ipynb #77161c2d
 def _f1(answers: list[tuple[str, bool]]) -> float:
-    "F1 of yes; a wrong answer is taken for the opposite."
+    "F1 of yes; a wrong answer counts as the opposite answer."
     true_yes = sum(hit for truth, hit in answers if truth == "Yes")
     errors = sum(not hit for _, hit in answers)
     return 2 * true_yes / (2 * true_yes + errors) if true_yes else 0.0
@@ -178,27 +184,28 @@ def score_tasks(
     model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
     questions: QuestionSet,  # Of a held-out set
     tokens: int,  # Budget $V$
-) -> dict[str, dict]:  # Task -> `n`, `accuracy`, `low`, `high`, `blind`; of existence also `f1`, `blind_f1`
-    "Exact match of each task, with its interval, beside the blind model's."
-    own = questions.right_answers(model, tokens)
-    blind = questions.right_answers(model, tokens, derangement(len(questions.rows)))
-    answers: dict[str, list[tuple[str, bool, bool]]] = {}
-    for row, hits, blind_hits in zip(questions.rows, own, blind, strict=True):
-        truths = [turn["value"] for turn in row["conversations"][1::2]]
-        for task, *answer in zip(row["task"].split(","), truths, hits, blind_hits, strict=True):
+) -> dict[str, dict]:  # Task -> scores
+    "Exact match of each task with its interval, and on mismatched images; of existence also F1."
+    matched = questions.exact_matches(model, tokens)
+    mismatched = questions.exact_matches(model, tokens, derangement(len(questions.rows)))
+    answers: dict[str, list[tuple[str, bool, bool]]] = {}  # reference, hit, hit with a mismatched image
+    for row, hits, mismatched_hits in zip(questions.rows, matched, mismatched, strict=True):
+        references = [turn["value"] for turn in row["conversations"][1::2]]
+        for task, *answer in zip(row["task"].split(","), references, hits, mismatched_hits, strict=True):
             answers.setdefault(task, []).append(tuple(answer))
     scores = {}
     for task in sorted(answers, key=QUESTION_TASKS.index):
-        found = answers[task]
-        n, hits = len(found), sum(hit for _, hit, _ in found)
+        n = len(answers[task])
+        with_own = [(reference, hit) for reference, hit, _ in answers[task]]
+        with_other = [(reference, hit) for reference, _, hit in answers[task]]
+        hits = sum(hit for _, hit in with_own)
         low, high = binomial_interval(hits, n)
-        blind_accuracy = sum(hit for *_, hit in found) / n
-        scores[task] = dict(n=n, accuracy=hits / n, low=low, high=high, blind=blind_accuracy)
+        mismatched_accuracy = sum(hit for _, hit in with_other) / n
+        scores[task] = dict(
+            n=n, accuracy=hits / n, low=low, high=high, mismatched_accuracy=mismatched_accuracy
+        )
         if task == "existence":
-            scores[task] |= dict(
-                f1=_f1([(truth, hit) for truth, hit, _ in found]),
-                blind_f1=_f1([(truth, hit) for truth, _, hit in found]),
-            )
+            scores[task] |= dict(f1=_f1(with_own), mismatched_f1=_f1(with_other))
     return scores
 
 
@@ -208,22 +215,38 @@ def score_sets(
     budgets: Sequence[int],  # Budgets $V$
 ) -> dict[str, dict[str, dict]]:  # Set -> budget -> task -> scores
     "All tasks of all sets at all budgets."
-    return {
-        name: {str(tokens): score_tasks(model, questions, tokens) for tokens in budgets}
-        for name, questions in sets.items()
-    }
+    scores: dict[str, dict[str, dict]] = {}
+    for name, questions in sets.items():
+        scores[name] = {}
+        for tokens in budgets:
+            scores[name][str(tokens)] = score_tasks(model, questions, tokens)
+    return scores
 
 # %% ../nbs/47_recipe.ipynb #dbc5ef3f
-def curve_line(
+def score_lines(
     scores: dict[str, dict[str, dict]],  # From `score_sets`
-) -> Iterator[str]:  # One text for each set and budget
-    "Accuracies in percent, each with the blind model's in parentheses."
+) -> Iterator[str]:  # One line for each set and budget
+    "Accuracies in percent, with those on mismatched images in parentheses."
     for name, budgets in scores.items():
         for tokens, tasks in budgets.items():
-            parts = [
-                f"{task} {100 * s['accuracy']:.0f} ({100 * s['blind']:.0f})" for task, s in tasks.items()
-            ]
+            parts = []
+            for task, s in tasks.items():
+                parts.append(f"{task} {100 * s['accuracy']:.0f} ({100 * s['mismatched_accuracy']:.0f})")
             yield f"{name} {tokens:>3}: {', '.join(parts)}"
+
+
+def short_scores(
+    scores: dict[str, dict[str, dict]],  # From `score_sets`
+) -> dict[str, dict[str, dict[str, list[float]]]]:  # Set -> budget -> task -> accuracy, mismatched accuracy
+    "The scores of a learning curve."
+    short: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, budgets in scores.items():
+        short[name] = {}
+        for tokens, tasks in budgets.items():
+            short[name][tokens] = {
+                task: [s["accuracy"], s["mismatched_accuracy"]] for task, s in tasks.items()
+            }
+    return short
 
 
 class TaskCurves(TrainerCallback):
@@ -233,33 +256,32 @@ class TaskCurves(TrainerCallback):
         self,
         sets: dict[str, QuestionSet],  # Held-out sets
         budgets: Sequence[int],  # Budgets $V$
-        every: int,  # Steps
-        keep: Callable[[DeltaLlavaForConditionalGeneration], None] | None = None,  # Called after each scoring
+        steps: int,  # Between two scorings
+        after_scoring: Callable[[DeltaLlavaForConditionalGeneration], object] | None = None,  # Gets the model
     ):
-        self.sets, self.budgets, self.every, self.keep = sets, budgets, every, keep
+        self.sets = sets
+        self.budgets = budgets
+        self.steps = steps
+        self.after_scoring = after_scoring
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every:
+        if state.global_step % self.steps:
             return
         start = time.perf_counter()
         model.eval()
         scores = score_sets(model, self.sets, self.budgets)
         model.train()
-        short = {
-            name: {
-                t: {k: [s["accuracy"], s["blind"]] for k, s in tasks.items()} for t, tasks in found.items()
-            }
-            for name, found in scores.items()
-        }
         seconds = round(time.perf_counter() - start, 2)
-        state.log_history.append(dict(step=state.global_step, scores=short, scoring_seconds=seconds))
-        print(f"step {state.global_step}, scored in {seconds} s", *curve_line(scores), sep="\n  ", flush=True)
-        if self.keep is not None:
-            self.keep(model)
+        entry = dict(step=state.global_step, scores=short_scores(scores), scoring_seconds=seconds)
+        state.log_history.append(entry)
+        title = f"step {state.global_step}, scored in {seconds} s"
+        print(title, *score_lines(scores), sep="\n  ", flush=True)
+        if self.after_scoring is not None:
+            self.after_scoring(model)
 
 
 class PrintLog(TrainerCallback):
-    "The loss on a line of its own, at once, where no progress bar can be seen."
+    "Prints each logged loss at once, for runs without a progress bar."
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.perf_counter(), state.global_step
@@ -281,7 +303,7 @@ def export_weights(
     folder: str | Path,  # Gets `projector.safetensors`, `projector.json`, and `lora.safetensors`
     dtype: torch.dtype = torch.bfloat16,  # Of matrices; means, norms and biases keep their precision
 ) -> dict[str, str]:  # SHA-256 of each file of weights
-    "Write what was trained, small enough to be shared."
+    "Write the trained weights in half precision."
     state = model.multi_modal_projector.state_dict()
     small = {name: (w.to(dtype) if w.ndim > 1 else w).cpu() for name, w in state.items()}
     folder = save_projector(model, folder, small)
@@ -316,61 +338,75 @@ def recipe_settings(
         | dict(compressor=stage.compressor, batch_size=stage.batch_size, llm_dtype="float32")
     )
 
+# %% ../nbs/47_recipe.ipynb #c3ad5ebb
+class PhaseTimer:
+    "Seconds from the start of a run to the end of each phase."
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}  # by the name of the phase
+
+    def end(
+        self,
+        phase: str,  # That has just ended
+    ):
+        "Record and print the time."
+        self.seconds[phase] = round(time.perf_counter() - self.start, 1)
+        print(f"[{self.seconds[phase]:.0f} s] {phase}", flush=True)
+
 
 def run_recipe(
     recipe: Recipe,  # What to train
 ) -> dict:  # `run.json`
     "Train both stages, score them, and write weights and record. A stopped run goes on."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive in worker processes
-    clock = {"start": time.perf_counter()}
-
-    def lap(name):
-        clock[name] = time.perf_counter()
-        seconds = clock[name] - clock["start"]
-        print(f"[{seconds:.0f} s] {name}", flush=True)
-
+    timer = PhaseTimer()
     files = write_recipe_scenes(recipe)
-    lap("scenes written")
+    timer.end("scenes written")
     sets = read_scene_sets(recipe, files)
-    lap("features computed")
+    timer.end("features computed")
     train = sets.pop("train")
-    known = image_paths(train.rows), train.features
+    features = image_paths(train.rows), train.features
     processor = recipe_processor(recipe)
-    few = {name: QuestionSet(processor, scenes.first(recipe.curve_images)) for name, scenes in sets.items()}
-    many = {name: QuestionSet(processor, scenes) for name, scenes in sets.items()}
-    settings, logs, plans = recipe_settings(recipe), {}, {}
-    stages: tuple[Stage, ...] = (recipe.stage1(), recipe.stage2())
-    for number, stage in enumerate(stages, 1):
+    curve_sets, test_sets = {}, {}
+    for name, scenes in sets.items():
+        curve_sets[name] = QuestionSet(processor, scenes.first(recipe.curve_images))
+        test_sets[name] = QuestionSet(processor, scenes)
+    curves = partial(TaskCurves, curve_sets, recipe.curve_budgets, recipe.curve_steps)
+    logs, parameter_counts = {}, {}
 
-        def keep(model):
-            export_weights(model, recipe.output_dir)
+    callbacks = [PrintLog(), curves()]
+    stage1: Stage = recipe.stage1()
+    model, _, logs["stage1"] = train_run(stage1, callbacks, features, disable_tqdm=True)
+    parameter_counts["stage1"] = read_run(stage1.output_dir).get("parameter_counts")
+    export_weights(model, recipe.output_dir / "stage1")
+    del model  # stage 2 loads its own
+    timer.end("stage 1 trained")
 
-        curves = TaskCurves(few, recipe.curve_budgets, recipe.curve_steps, keep if number == 2 else None)
-        callbacks = [PrintLog(), curves]
-        model, _, logs[f"stage{number}"] = train_run(stage, callbacks, known, disable_tqdm=True)
-        plans[f"stage{number}"] = read_run(stage.output_dir).get("plan")
-        if number == 1:
-            export_weights(model, recipe.output_dir / "stage1")
-            del model
-        lap(f"stage {number} trained")
+    callbacks = [PrintLog(), curves(partial(export_weights, folder=recipe.output_dir))]
+    stage2: Stage = recipe.stage2()
+    model, _, logs["stage2"] = train_run(stage2, callbacks, features, disable_tqdm=True)
+    parameter_counts["stage2"] = read_run(stage2.output_dir).get("parameter_counts")
     model.to(local_device())
     weights = export_weights(model, recipe.output_dir)
     if not recipe.lora_rank:
         processor.save_pretrained(recipe.output_dir)
-    scores = score_sets(model, many, recipe.eval_budgets)
-    print(*curve_line(scores), sep="\n", flush=True)
-    lap("scored")
-    seconds = {name: round(t - clock["start"], 1) for name, t in clock.items() if name != "start"}
+    timer.end("stage 2 trained")
+
+    scores = score_sets(model, test_sets, recipe.eval_budgets)
+    print(*score_lines(scores), sep="\n", flush=True)
+    timer.end("scored")
+    losses = [entry["loss"] for entry in logs["stage2"] if "loss" in entry]
     path = write_run(
         recipe.output_dir,
         "recipe",
-        settings,
+        recipe_settings(recipe),
         seeds=[recipe.seed],
         fingerprints=weights,
-        result=dict(scores=scores, logs=logs, losses=[e["loss"] for e in logs["stage2"] if "loss" in e]),
-        plan=plans,
-        seconds=seconds["scored"],
-        laps=seconds,
+        result=dict(scores=scores, logs=logs, losses=losses),
+        parameter_counts=parameter_counts,
+        seconds=timer.seconds["scored"],
+        phase_ends=timer.seconds,
     )
     print(path, flush=True)
     return read_run(recipe.output_dir)

@@ -33,19 +33,13 @@ class StageSettings:
     llm_dtype: Literal["float32", "bfloat16"] | None = None  # Of a frozen LLM; without it, by bf16
     compressor: str = "delta"  # Which projector, by its name in the registry
     tokens: int = 144  # Main budget V
-    train_budgets: tuple[
-        int, ...
-    ] = ()  # Budgets of the training, one drawn for each step; see training_budgets
+    train_budgets: tuple[int, ...] = ()  # Of the training, one drawn for each step; see training_budgets
     eval_budgets: tuple[int, ...] = ()  # Budgets of the evaluation; without them the main one
     projector: Path | None = None  # Folder of a trained projector to begin with
-    closed_form_init: bool = (
-        False  # Initialize a fresh projector by ridge regression on the answers' embeddings
-    )
+    closed_form_init: bool = False  # Initialize a fresh projector by ridge regression on answer embeddings
     standardize: bool = False  # Standardize the features, by mean and standard deviation of the first images
     statistics_images: int = 512  # Images for closed_form_init and standardize; 0 takes all
-    cache_features: bool = (
-        False  # Pass each image through the vision tower once; keep its patch tokens on disk
-    )
+    cache_features: bool = False  # Pass each image through the vision tower once; keep patch tokens on disk
     features_in_memory: bool = False  # Likewise, with the patch tokens in the memory of the device
     separate_turns: bool = False  # Each question of a conversation sees the image and itself only
     image_size: int | None = None  # Side of an image, px; without it the tower's own
@@ -57,9 +51,7 @@ class StageSettings:
     warmup_ratio: float = 0.03  # Part of the steps in which it rises
     num_epochs: float = 1.0  # Passes over the data
     max_steps: int = 0  # Optimizer steps; 0 goes by num_epochs
-    max_minutes: float = (
-        0.0  # End after so many minutes, with the learning rate at 0 by then; 0 sets no limit
-    )
+    max_minutes: float = 0.0  # End after this time, with the learning rate at 0 by then; 0 sets no limit
     max_length: int = 2048  # Most tokens of a row
     seed: int = 42  # Of the projector's weights, the order of the rows, DropPath and drawn budgets
     bf16: bool = True  # Compute in bfloat16; what is trained stays in float32
@@ -285,9 +277,7 @@ def _check_settings(config):
 class Quickstart(Pretrain):
     "Train a projector on captions of planted scenes, test it on held-out scenes, write a report."
 
-    output_dir: Path = Path(
-        "runs/quickstart"
-    )  # Gets checkpoints, projector, run.json, figures and the report
+    output_dir: Path = Path("runs/quickstart")  # Gets checkpoints, projector, run.json and the report
     data: Path | None = None  # Must stay None: the rows are planted scenes
     scenes_dir: Path | None = None  # Gets the scenes; without it output_dir/scenes
     train_images: int = 1600  # Half with one object, half with two or three
@@ -521,9 +511,7 @@ class Cost:
     tokens: int = 144  # Budget V
     text: int | float = 68.5  # Text tokens of the prompt, T; a mean need not be an integer
     answer: int | float = 29  # Tokens of the answer, G
-    question: int | float | None = (
-        None  # Text tokens of the question alone, for QueCC; without it the prompt's
-    )
+    question: int | float | None = None  # Tokens of the question alone, for QueCC; without it the prompt's
     image_size: int | None = None  # Side of the image, px; without it the tower's own
 
     def __post_init__(self):

@@ -275,7 +275,7 @@ def test_answers_that_cannot_be_scored_are_named():
         answerer.log_likelihoods(requests(2), ["A"])
     with pytest.raises(ValueError, match=r"answers \[1\] are empty"):
         answerer.log_likelihoods(requests(2), ["A", " "])
-    with pytest.raises(ValueError, match="never writes"):
+    with pytest.raises(ValueError, match="never generates"):
         answerer.log_likelihoods(requests(1), ["<image>"])
     (written,) = answerer.generate(requests(1), max_new_tokens=4)
     cut = answerer.generate(requests(1), max_new_tokens=4, until=written[2:4])
@@ -285,7 +285,7 @@ def test_answers_that_cannot_be_scored_are_named():
 def test_what_generation_refuses():
     model, processor = build()
     answerer = Answerer(model, processor)
-    with pytest.raises(ValueError, match="not several of them"):
+    with pytest.raises(ValueError, match="give one of them"):
         Request("?", [scene_image(0)], visual_tokens=torch.zeros(1, 9, 64))
     with pytest.raises(ValueError, match=r"\['seed'\] are unknown"):
         answerer.generate(requests(1), seed=1)

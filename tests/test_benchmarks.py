@@ -338,7 +338,7 @@ def test_finished_trainings_become_one_record(tmp_path, monkeypatch):
     assert (first["stage1_steps"], first["stage2_steps"]) == (3, 5)
     assert first["losses"] == [dict(step=4, loss=0.5)]
     (curve,) = first["curves"]
-    assert (curve["step"], curve["percent"], curve["blind_percent"]) == (4, {"count": 96}, {"count": 25})
+    assert (curve["step"], curve["percent"], curve["mismatched_percent"]) == (4, {"count": 96}, {"count": 25})
     with pytest.raises(ValueError, match="systems=.*must be among"):
         recipe["RecipeSeeds"](systems=("resampler",))
 

@@ -1,5 +1,6 @@
 "The program: fast help, one-sentence errors before a model is loaded, and what commands pass on."
 
+import ast
 import importlib
 import io
 import json
@@ -140,6 +141,23 @@ def test_help_of_a_command_carries_the_comments_of_its_fields(command, words, ca
     text = printed(command, "--help", capsys=capsys)
     for word in words:
         assert word in text, word
+
+
+@pytest.mark.parametrize("name", ["cli", "settings"])
+def test_every_field_has_its_comment_on_its_own_line(name):
+    "tyro takes the help of an option from there; of a default in parentheses over several lines it has none."
+    source = (Path(cli.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    missing = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign):
+                one_line = field.lineno == field.end_lineno
+                if not one_line or "  # " not in lines[field.lineno - 1]:
+                    missing.append(f"{node.name}.{field.target.id}")
+    assert not missing, missing
 
 
 def test_python_m(tmp_path):
@@ -520,7 +538,7 @@ def test_evaluate_refuses_before_it_loads(tmp_path, trained, loaded, monkeypatch
 def test_without_a_run_of_ones_own_the_model_in_the_package_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.trained_folder(None) == shipped_folder()
-    cli.say_what_it_knows(shipped_folder())
+    cli.print_training_scope(shipped_folder())
     note = capsys.readouterr().err
     assert "comes with the package" in note and all(name in note for name in concept_names())
 
@@ -533,9 +551,9 @@ def test_ones_own_run_comes_first_and_is_not_called_the_packages(tmp_path, monke
         cli.trained_folder(None)
     shutil.copytree(shipped_folder(), own, dirs_exist_ok=True)  # a recipe's run
     assert cli.trained_folder(None) == own
-    cli.say_what_it_knows(own)
+    cli.print_training_scope(own)
     assert capsys.readouterr().err == ""
     run = json.loads((own / "run.json").read_text())
     (own / "run.json").write_text(json.dumps(run | dict(kind="quickstart")))
-    cli.say_what_it_knows(own)
-    assert "has learned one question" in capsys.readouterr().err
+    cli.print_training_scope(own)
+    assert "was trained on one question" in capsys.readouterr().err

@@ -29,10 +29,10 @@ def load_with(folder, *rows, **options):
 
 BROKEN = {
     "no image": ({"id": "x7", "conversations": make_row("Hi?", "Hello.")["conversations"]}, "has no 'image'"),
-    "mark without image": (make_row("<image>", "A fox.", image=None), "a question holds '<image>'"),
-    "no mark": (make_row("What?", "A fox."), "occurs 0 times"),
-    "two marks": (make_row("<image>", "A fox.", "<image>", "Yes."), "occurs 2 times"),
-    "mark in an answer": (make_row("<image>", "A <image>."), "occurs in an answer"),
+    "image token without image": (make_row("<image>", "A fox.", image=None), "a question holds '<image>'"),
+    "no image token": (make_row("What?", "A fox."), "occurs 0 times"),
+    "two image tokens": (make_row("<image>", "A fox.", "<image>", "Yes."), "occurs 2 times"),
+    "image token in an answer": (make_row("<image>", "A <image>."), "occurs in an answer"),
     "empty answer": (make_row("<image>", " \n"), "conversations[1]['value'] is an empty answer"),
     "other roles": (
         make_row("<image>", "A fox.", roles=("user", "assistant")),
@@ -63,8 +63,8 @@ BROKEN = {
     "video": (make_row("Q", "A", image=None, video="a.mp4"), "'video' is 'a.mp4'"),
     "video and image": (make_row("<image>", "A", video_path="a.mp4"), "'video_path' is"),
     "audio": (make_row("Q", "A", image=None, audios=["a.wav"]), "'audios' is"),
-    "mark of a video": (make_row("<video>\nWhat happens?", "A dog.", image=None), "shows '<video>'"),
-    "mark of a sound": (make_row("Listen.\n<audio>", "A dog.", image=None), "shows '<audio>'"),
+    "token of a video": (make_row("<video>\nWhat happens?", "A dog.", image=None), "shows '<video>'"),
+    "token of a sound": (make_row("Listen.\n<audio>", "A dog.", image=None), "shows '<audio>'"),
     "image of a turn": (
         {
             "id": "x7",

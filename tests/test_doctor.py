@@ -107,10 +107,10 @@ LEFT_OUT = {
     "no turns": (make_row(), ["no-turns"]),
     "number as text": (make_row("<image>\nC", 4), ["bad-turn"]),
     "half a character": (make_row("<image>\nD", "A \ud83e"), ["broken-text"]),
-    "mark in an answer": (make_row("<image>\nE", "<image>"), ["mark-in-answer"]),
-    "mark without image": (make_row("<image>\nF", "A fox.", image=None), ["mark-without-image"]),
+    "image token in an answer": (make_row("<image>\nE", "<image>"), ["image-token-in-answer"]),
+    "token without image": (make_row("<image>\nF", "A fox.", image=None), ["image-token-without-image"]),
     "two images": (make_row("<image>\nG", "A fox.", image=["good0.png", "good1.png"]), ["several-images"]),
-    "two marks": (make_row("<image><image>\nH", "A fox."), ["several-images"]),
+    "two image tokens": (make_row("<image><image>\nH", "A fox."), ["several-images"]),
     "no path": (make_row("<image>\nI", "A fox.", image=7), ["bad-image"]),
     "no object": (["fox"], ["no-object"]),
     "cut away": (make_row("<image>\nJ" + "?" * 900, "A fox."), ["cut-away"]),
@@ -118,8 +118,8 @@ LEFT_OUT = {
     "images": (make_row("<image>\nV", "A fox.", image=None, images=["good0.png"]), ["unused-media"]),
     "a sound": (make_row("<image>\nW", "A fox.", audio_path="a.wav"), ["unused-media"]),
     "two system prompts": (make_row("<image>\nX", "A", system="A", system_prompt="B"), ["bad-system"]),
-    "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-mark", "truncated"]),
-    "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-mark", "missing"]),
+    "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-image-token", "truncated"]),
+    "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-image-token", "missing"]),
 }
 KEPT = {
     "animated": (row_of("moving.gif"), ["animated"]),
@@ -147,16 +147,16 @@ REPAIRED = {
         ["path"],
     ),
     "other ending": (make_row("<image>\nO", "A fox.", image="only.jpg"), ["missing"], ["path"]),
-    "no mark": (make_row("What is it?", "A fox.", "Sure?", "Yes."), ["no-mark"], ["mark"]),
-    "mark in other letters": (
+    "no token": (make_row("What is it?", "A fox.", "Sure?", "Yes."), ["no-image-token"], ["image-token"]),
+    "image token in other letters": (
         make_row("What is it?", "A fox.", "Now < Image/>?", "Yes."),
-        ["no-mark"],
-        ["mark"],
+        ["no-image-token"],
+        ["image-token"],
     ),
-    "mark in other letters, and in an answer": (
+    "image token in other letters, and in an answer": (
         make_row("<Image>\nWhat tag is that?", "It is <Image>."),
-        ["no-mark"],
-        ["mark"],
+        ["no-image-token"],
+        ["image-token"],
     ),
     "last question open": (make_row("<image>\nP", "A fox.", "Sure?"), ["no-answer"], ["question"]),
     "all at once": (
@@ -170,7 +170,7 @@ REPAIRED = {
             ],
         },
         ["bad-turn"],
-        ["roles", "image", "path", "mark", "question"],
+        ["roles", "image", "path", "image-token", "question"],
     ),
 }
 DAMAGE = {
@@ -186,7 +186,7 @@ def write_rows(file, rows):
 
 
 def kinds_found(report):
-    return [(result.index, [p.kind for p in result.problems]) for result in report.found]
+    return [(result.index, [p.kind for p in result.problems]) for result in report.problem_rows]
 
 
 # ---------------------------------------------------------------- one row
@@ -206,7 +206,7 @@ def test_each_damage_is_found_where_it_is_and_nowhere_else(name, images, tmp_pat
         processor=processor,
         max_length=500,
     )
-    [result] = report.found
+    [result] = report.problem_rows
     assert (result.index, [p.kind for p in result.problems]) == (1, kinds)
     assert (result.repairs, result.outcome) == (repairs, outcome)
     assert report.rows == 4 and report.problems == Counter(kinds) and report.repairs == Counter(repairs)
@@ -248,7 +248,7 @@ def test_too_long_rows_are_those_that_training_refuses(images, processor, tmp_pa
     file = write_rows(tmp_path / "rows.json", rows)
     report = check_dataset(file, images, tmp_path / "out", processor=processor, max_length=260)
     collate = Collator(processor=processor, max_length=260)
-    left_out = {result.index for result in report.found if result.outcome == "left out"}
+    left_out = {result.index for result in report.problem_rows if result.outcome == "left out"}
     assert 0 < len(left_out) < len(rows)
     for i, row in enumerate(load_conversations(file, images)):
         if i in left_out:
@@ -281,13 +281,13 @@ def test_rows_without_images(images, tmp_path):
     text = {"id": 2, "conversations": make_row("Hi?", "Hello.")["conversations"], "model": ""}
     file = write_rows(tmp_path / "rows.json", [row_of("good0.png"), text])
     report = check_dataset(file, images)
-    assert report.found == [] and report.text_only == 1 and "text_rows=True" in report.summary()
+    assert report.problem_rows == [] and report.text_only == 1 and "text_rows=True" in report.summary()
     assert kinds_found(check_dataset(file, images, text_rows=False)) == [(1, ["text-only"])]
 
 
 def test_unknown_keys_are_named_once(images, tmp_path):
     rows = [make_row(f"<image>\n{i}", "A", id=i, system="Be brief.", **{"ab"[i % 2]: 1}) for i in range(4)]
-    found = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out").found
+    found = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out").problem_rows
     assert [(r.index, [p.message for p in r.problems]) for r in found] == [
         (0, ["the key 'a' is not read."]),
         (1, ["the key 'b' is not read."]),
@@ -297,7 +297,7 @@ def test_unknown_keys_are_named_once(images, tmp_path):
 def test_system_prompts_need_a_place(images, processor, tmp_path):
     rows = [make_row("<image>\nQ", "A", id=1), make_row("<image>\nQ2", "A", id=2, system="Be brief.")]
     file = write_rows(tmp_path / "rows.json", rows)
-    assert check_dataset(file, images, processor=processor).found == []
+    assert check_dataset(file, images, processor=processor).problem_rows == []
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     for before in ("", refusing):
         tokenizer = byte_tokenizer()
@@ -311,7 +311,7 @@ def test_system_prompts_need_a_place(images, processor, tmp_path):
 def test_links_below_the_folder(images, tmp_path):
     file = write_rows(tmp_path / "rows.json", [row_of("link.png")])
     assert kinds_found(check_dataset(file, images)) == [(0, ["path-escape"])]
-    assert check_dataset(file, images, tmp_path / "out", follow_links=True).found == []
+    assert check_dataset(file, images, tmp_path / "out", follow_links=True).problem_rows == []
     assert len(load_conversations(tmp_path / "out" / "index.json", images, follow_links=True)) == 1
 
 
@@ -325,15 +325,15 @@ def test_duplicates(images, tmp_path):
         (4, ["duplicate-id"]),
         (5, ["duplicate-row"]),
     ]
-    assert "of row 0." in report.found[0].problems[0].message
-    assert "row 0 has the id 'a' too" in report.found[2].problems[0].message
+    assert "of row 0." in report.problem_rows[0].problems[0].message
+    assert "row 0 has the id 'a' too" in report.problem_rows[2].problems[0].message
     assert report.outcomes["kept"] == 6  # reported, and left to the reader
 
 
 def test_missing_and_null_ids_are_no_duplicates(images, tmp_path):
     rows = [{**row_of(f"good{i}.png"), "id": None} for i in range(3)]
     del rows[2]["id"]
-    assert check_dataset(write_rows(tmp_path / "rows.json", rows), images).found == []
+    assert check_dataset(write_rows(tmp_path / "rows.json", rows), images).problem_rows == []
 
 
 # ---------------------------------------------------------------- one image
@@ -445,7 +445,7 @@ def test_whatever_the_damage_the_index_loads(seed, images, tmp_path):
     again = check_dataset(index, images, tmp_path / "again")
     assert again.outcomes == {"kept": len(texts)}
     assert (tmp_path / "again" / "index.json").read_bytes() == index.read_bytes()
-    outcomes = {result.index: result.outcome for result in report.found}
+    outcomes = {result.index: result.outcome for result in report.problem_rows}
     expected = []
     for i, row in enumerate(rows):
         if outcomes.get(i) == "repaired":
@@ -465,15 +465,15 @@ def test_report_holds_every_problem(images, tmp_path):
             rows.append({**damaged, "id": name} if isinstance(damaged, dict) else damaged)
     report = check_dataset(write_rows(tmp_path / "rows.json", rows), images, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert written["rows"] == len(rows) and written["checked"] == dict(text_rows=True, max_length=None)
+    assert written["rows"] == len(rows) and written["options"] == dict(text_rows=True, max_length=None)
     assert written["outcomes"] == {name: report.outcomes[name] for name in OUTCOMES}
-    assert [row["index"] for row in written["found"]] == list(range(len(rows)))
-    assert written["found"][0]["id"] == "missing"
-    problems = [p for row in written["found"] for p in row["problems"]]
+    assert [row["index"] for row in written["problem_rows"]] == list(range(len(rows)))
+    assert written["problem_rows"][0]["id"] == "missing"
+    problems = [p for row in written["problem_rows"] for p in row["problems"]]
     for p in problems:
         assert (p["level"], p["hint"]) == PROBLEMS[p["kind"]] and p["message"]
     assert sum(written["problems"].values()) == sum(
-        len({p["kind"] for p in row["problems"]}) for row in written["found"]
+        len({p["kind"] for p in row["problems"]}) for row in written["problem_rows"]
     )
     content = (tmp_path / "out" / "index.json").read_bytes()
     assert written["index"] == dict(
@@ -490,7 +490,7 @@ def test_good_rows_pass_to_the_letter(images, tmp_path):
         '{"value":"A \\ud83e\\udd8a.","from":"gpt"}], "model": 1E2}'
     )
     (tmp_path / "rows.json").write_text(f"[{row}]")
-    assert check_dataset(tmp_path / "rows.json", images, tmp_path / "out").found == []
+    assert check_dataset(tmp_path / "rows.json", images, tmp_path / "out").problem_rows == []
     assert (tmp_path / "out" / "index.json").read_text() == f"[\n{row}\n]\n"
     (tmp_path / "rows.jsonl").write_text(row + "\r\n")
     check_dataset(tmp_path / "rows.jsonl", images, tmp_path / "lines")
@@ -561,7 +561,7 @@ def test_the_data_is_not_overwritten(images, tmp_path):
     file = write_rows(tmp_path / "index.json", [row_of("good0.png")])
     with pytest.raises(ValueError, match="over the data"):
         check_dataset(file, images, tmp_path)
-    with pytest.raises(ValueError, match="no problem that the doctor knows"):
+    with pytest.raises(ValueError, match="is unknown; use one of"):
         Problem("headache", "")
 
 

@@ -792,7 +792,7 @@ def test_unknown_shapes(one):
 
 
 def test_disk(one, two, full):
-    "As `check_space` counts before a run: what is trained with two moments, and stage 2 the whole model."
+    "As `check_disk_space` counts before a run: trained weights with two moments, in stage 2 the full model."
     assert disk_bytes(one, full) == {
         "one checkpoint": 12 * 42_503_680,
         "three checkpoints": 36 * 42_503_680,

@@ -203,7 +203,7 @@ def test_warnings_of_table_6_sit_on_the_cells_they_concern():
 def test_warnings_of_table_1_sit_on_the_cells_they_concern():
     table = evaluate.paper_tables()["tables"]["1"]
     lettered = zip("abcdefghij", table["warnings"], strict=False)
-    other = next(letter for letter, w in lettered if w["says"].startswith("Another budget"))
+    other = next(letter for letter, w in lettered if w["message"].startswith("Another budget"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     marked = [row for row in rows if other in evaluate._warning_letters(table, row, "tokens")]
     assert [(row["system"], row["tokens"]) for row in marked] == [
@@ -240,7 +240,7 @@ def test_every_warning_is_shown_at_a_cell_and_in_words(number):
     marks = re.findall(r"⚠([a-j]+)", table)
     for letter, warning in zip("abcdefghij", source["warnings"], strict=False):
         assert any(letter in mark for mark in marks), letter
-        assert warning["says"] in text and warning["evidence"] in text
+        assert warning["message"] in text and warning["evidence"] in text
     assert table.count("not run") == len(source["rows"])
 
 
@@ -256,7 +256,7 @@ def test_selectors_name_rows_and_columns_that_exist():
             for where in warning["cells"]:
                 for key, values in where.items():
                     known = table["columns"] if key == "column" else [row[key] for row in rows]
-                    assert set(values) <= set(known), (warning["says"], key)
+                    assert set(values) <= set(known), (warning["message"], key)
 
 
 # ---------------------------------------------------------------- our numbers

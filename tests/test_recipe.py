@@ -74,10 +74,9 @@ def test_a_run_leaves_scores_curves_and_small_weights(tiny):
     for budgets in run["result"]["scores"].values():
         assert list(budgets) == ["4", "1"]
         for tasks in budgets.values():
-            assert all(
-                s["low"] <= s["accuracy"] <= s["high"] and 0 <= s["blind"] <= 1 for s in tasks.values()
-            )
-            assert {"f1", "blind_f1"} <= tasks["existence"].keys()
+            for s in tasks.values():
+                assert s["low"] <= s["accuracy"] <= s["high"] and 0 <= s["mismatched_accuracy"] <= 1
+            assert {"f1", "mismatched_f1"} <= tasks["existence"].keys()
     for stage in ("stage1", "stage2"):
         steps = [entry["step"] for entry in run["result"]["logs"][stage] if "scores" in entry]
         assert steps == [2, 4]
@@ -128,7 +127,7 @@ def test_right_answers_are_those_that_greedy_decoding_writes(tiny):
     model, processor = load(recipe.output_dir)
     files = recipe_module.write_recipe_scenes(recipe)
     scenes = recipe_module.read_scene_sets(recipe, files)["train"]
-    hits = QuestionSet(processor, scenes, batch_size=3).right_answers(model, 4)
+    hits = QuestionSet(processor, scenes, batch_size=3).exact_matches(model, 4)
     requests, expected = [], []
     for row, features in zip(scenes.rows, scenes.features, strict=True):
         for question, answer in question_pairs(row["conversations"]):
@@ -149,8 +148,8 @@ def test_another_order_shows_other_images(tiny):
         lambda m, args, inputs: shown.append(inputs["vision_features"]), with_kwargs=True
     )
     questions = QuestionSet(processor, scenes, batch_size=2)
-    questions.right_answers(model, 4)
-    questions.right_answers(model, 4, torch.tensor([1, 2, 0]))
+    questions.exact_matches(model, 4)
+    questions.exact_matches(model, 4, torch.tensor([1, 2, 0]))
     assert torch.cat(shown[:2]).equal(scenes.features)
     assert torch.cat(shown[2:]).equal(scenes.features[[1, 2, 0]])
 
@@ -184,8 +183,8 @@ def test_tokens_of_a_question_are_those_of_its_conversation(tiny, template):
     for (ids, labels), (question, answer) in zip(turns(pairs), pairs, strict=True):
         row = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         expected = processor.tokenize_conversation(row)
-        before = len(turns.head_ids) + 1
-        assert [*turns.head_ids, processor.image_token_id, *ids] == expected["input_ids"]
+        before = len(turns.prefix_ids) + 1
+        assert [*turns.prefix_ids, processor.image_token_id, *ids] == expected["input_ids"]
         assert [-100] * before + labels == expected["labels"]
 
 
@@ -196,7 +195,7 @@ def test_lengths_are_multiples_and_long_rows_are_cut(tiny):
         row["image"] = str(files["train"].parent / "images" / f"{row['id']}.png")
     processor = recipe_module.recipe_processor(tiny)
     for tokens in (4, 1):
-        batch = SharedImageCollator(processor=processor, multiple=16)(rows, tokens)
+        batch = SharedImageCollator(processor=processor, pad_to_multiple_of=16)(rows, tokens)
         assert batch["input_ids"].shape[1] % 16 == 0
         assert ((batch["input_ids"] == processor.image_token_id).sum(1) == tokens).all()
     cut = SharedImageCollator(processor=processor, max_length=100)(rows, 4)

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from delta_llava.runs import LEGACY_NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(
@@ -279,24 +281,43 @@ def test_the_projector_imports_little():
 
 # Names
 
+# Replaced names that nothing may have any more.
 FORMER_NAMES = set(
     "hear heard ears _listen _step_in survivors dropping far near places Matrix silent dead blank "
     "blank_images another ask asks asked said told seen mine theirs talk taps naming shuffled erase "
-    "point_at_things claim_folder least_seconds Laps outer calibrate calibrated".split()
+    "point_at_things claim_folder least_seconds Laps outer calibrate calibrated say_what_it_knows "
+    "OWN_MODEL PLACES STARTS right_answers curve_line image_numbers blind blind_f1 lap laps".split()
 )
+# Replaced names of functions, methods and classes that a variable may still have.
+FORMER_FUNCTIONS = set(
+    "only zero join take ends read measure forget standardized sources memory maps see plain right "
+    "area fit run trains needs names key value Gate".split()
+)
+# Replaced names that no variable, parameter or attribute of the projector and the compressors may have.
+FORMER_CORE_NAMES = FORMER_FUNCTIONS - {"key", "value", "names"}
+CORE = [
+    *(ROOT / "delta_llava" / f"{name}.py" for name in ("config", "grid", "delta", "mixing", "projector")),
+    *sorted((ROOT / "delta_llava" / "compressors").glob("[!_]*.py")),
+]
 OLD_RECORDS = {"29_runs.ipynb", "test_runs.py", "test_paper_tables.py"}  # read records of earlier versions
 FORMER_LABELS = re.compile(r"\bfig-(?:taps|packer-taps|quecc-heard|calibration|pictures)\b")
 NAMED = [
     *NOTEBOOKS,
-    *(path for folder in ("delta_llava", "tests", "tools") for path in ROOT.glob(f"{folder}/**/*.py")),
+    *(
+        path
+        for folder in ("delta_llava", "tests", "tools", "benchmarks")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ),
 ]
 
 
 def identifiers(tree):
-    "Names of variables, parameters, functions and classes."
+    "Names of variables, attributes that are set, parameters, functions and classes."
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
         elif isinstance(node, ast.arg | ast.keyword):
             yield node.arg
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -319,6 +340,38 @@ def test_former_names_are_gone(path):
     if path != Path(__file__):
         labels = [label for text in texts_of_code for label in FORMER_LABELS.findall(text)]
         assert not labels, f"former labels: {labels}"
+
+
+@every_module
+def test_former_names_of_functions_are_gone(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert not defined & FORMER_FUNCTIONS, f"former names: {sorted(defined & FORMER_FUNCTIONS)}"
+    if path in CORE:
+        found = set(identifiers(tree)) & FORMER_CORE_NAMES
+        assert not found, f"former names: {sorted(found)}"
+
+
+def test_the_core_modules_exist():
+    assert set(CORE) <= set(MODULES) and len(CORE) > 10
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in NAMED if ROOT / "tests" not in p.parents and p.name not in {"runs.py", *OLD_RECORDS}],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_former_keys_of_records_are_gone(path):
+    "Only `LEGACY_NAMES` translates them, where a file is read."
+    former = set(LEGACY_NAMES["anywhere"]) - {"recipe"}  # also the kind of a run
+    found = set()
+    for text in code_of(path):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                found.add(node.slice.value)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+                found.update(keyword.arg for keyword in node.keywords)
+    assert not found & former, f"former keys: {sorted(found & former)}"
 
 
 # README, sidebar, records

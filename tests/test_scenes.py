@@ -16,8 +16,8 @@ from delta_llava.scenes import (
     TASKS,
     concept_names,
     draw_scene,
+    drawing_index,
     group_of,
-    image_index,
     load_cutout,
     make_conversation,
     paint_background,
@@ -25,7 +25,7 @@ from delta_llava.scenes import (
     write_scenes,
 )
 
-DRAWINGS = Path(__file__).parents[1] / "delta_llava" / "pictures"
+DRAWINGS = Path(__file__).parents[1] / "delta_llava" / "drawings"
 
 
 # ---------------------------------------------------------------- drawings
@@ -33,7 +33,7 @@ DRAWINGS = Path(__file__).parents[1] / "delta_llava" / "pictures"
 
 def test_sheets_are_those_of_the_index_and_small():
     credits = (DRAWINGS / "ATTRIBUTION.md").read_text()
-    for artist, entry in image_index()["artists"].items():
+    for artist, entry in drawing_index()["artists"].items():
         sheet = (DRAWINGS / f"{artist}.webp").read_bytes()
         assert hashlib.sha256(sheet).hexdigest() == entry["sha256"]
         assert (DRAWINGS / f"LICENSE-{artist}.txt").stat().st_size > 1000
@@ -43,7 +43,7 @@ def test_sheets_are_those_of_the_index_and_small():
 
 def test_every_artist_drew_every_object_to_its_outline():
     assert len(set(concept_names())) == 64
-    for artist, entry in image_index()["artists"].items():
+    for artist, entry in drawing_index()["artists"].items():
         assert tuple(entry["boxes"]) == concept_names()
         for name in concept_names():
             alpha = np.asarray(load_cutout(name, artist).getchannel("A"))

@@ -97,7 +97,8 @@ def stop_at(stage, step):
 def test_both_stages_one_after_the_other(parts, tmp_path):
     one = run_stage(stage("pretrain", parts, tmp_path / "one"))
     run = json.loads(one.read_text())
-    assert run["plan"]["tower"][0] == run["plan"]["llm"][0] == 0 < run["plan"]["projector"][0]
+    counts = run["parameter_counts"]
+    assert counts["tower"][0] == counts["llm"][0] == 0 < counts["projector"][0]
     assert run["rows"] == 28 and run["settings"]["learning_rate"] == 1e-3 and run["kind"] == "pretrain"
     assert run["resumed"] is False and {"data", "tower", "llm", "projector"} == run["fingerprints"].keys()
     two = stage("finetune", parts, tmp_path / "two", projector=tmp_path / "one", pad=True)
@@ -379,7 +380,7 @@ def losses_of_ways(parts, folder, ways, **same):
 
 def test_compiled_layers_and_recomputing_long_passes_change_no_loss(parts, tmp_path, monkeypatch):
     "The graphs are traced, and run without a compiler."
-    monkeypatch.setattr(passes, "BACKEND", "eager")
+    monkeypatch.setattr(passes, "COMPILE_BACKEND", "eager")
     torch._dynamo.reset()
     compiled = dict(torch_compile=True)
     again = dict(gradient_checkpointing=True, checkpoint_above=4 * 64)
@@ -404,7 +405,7 @@ def test_a_stage_trains_with_the_real_compiler(parts, tmp_path):
 
 
 def test_a_trained_model_is_eager_again(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "BACKEND", "eager")
+    monkeypatch.setattr(passes, "COMPILE_BACKEND", "eager")
     model, _, _ = train_run(stage("pretrain", parts, tmp_path, torch_compile=True, max_steps=1))
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
 

@@ -21,10 +21,11 @@ from delta_llava.collator import Collator
 from delta_llava.config import dinov2_s14
 from delta_llava.trainer import (
     COMPLETE,
+    STOP_SIGNALS,
     ElasticCollator,
     StageTrainer,
     TrainingInterrupted,
-    check_space,
+    check_disk_space,
     checkpoint_bytes,
     draw_budget,
     freeze,
@@ -310,6 +311,52 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     assert same(projector_of(resumed), projector_of(unbroken)) and losses_of(log) == losses_of(full)
 
 
+class SignalsInWorkers(list):
+    "Rows; a worker process sends itself SIGINT and SIGTERM before its first row."
+
+    sent = False
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info() is not None and not self.sent:
+            self.sent = True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        return super().__getitem__(i)
+
+
+def test_workers_get_no_signals_even_before_their_first_batch(tmp_path):
+    "In training and in validation; afterwards the process itself receives signals as before."
+    rows = SignalsInWorkers(tiny_rows(8))
+    log = train_stage(
+        tiny_model(),
+        rows,
+        tiny_collator(rows),
+        tiny_arguments(tmp_path, max_steps=4, dataloader_num_workers=1, eval_strategy="steps", eval_steps=2),
+        eval_rows=rows,
+        eval_budgets=(1, 4),
+    )
+    assert len(losses_of(log)) == 4 and sum("eval_loss" in entry for entry in log) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
+def test_a_signal_while_workers_are_started_is_not_lost(tmp_path, monkeypatch):
+    rows = tiny_rows()
+    unblock = trainer_module.unblock_stop_signals
+    blocked = []
+
+    def signal_then_unblock():
+        if not blocked:
+            blocked.append(set(STOP_SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            os.kill(os.getpid(), signal.SIGTERM)
+        unblock()
+
+    monkeypatch.setattr(trainer_module, "unblock_stop_signals", signal_then_unblock)
+    with pytest.raises(TrainingInterrupted, match="Stopped by SIGTERM after step 1 of 6"):
+        train_stage(tiny_model(), rows, tiny_collator(rows), tiny_arguments(tmp_path))
+    assert blocked == [True]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
 def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path):
     rows = tiny_rows()
     log = train_stage(
@@ -489,10 +536,10 @@ def test_three_checkpoints_and_the_result_must_fit_to_the_byte(tmp_path, monkeyp
         monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=n))
 
     free(need - 1000)
-    check_space(model, tmp_path)
+    check_disk_space(model, tmp_path)
     free(need - 1001)
     with pytest.raises(OSError, match="three checkpoints of"):
-        check_space(model, tmp_path)
+        check_disk_space(model, tmp_path)
 
 
 @pytest.mark.parametrize(

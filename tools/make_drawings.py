@@ -1,7 +1,7 @@
-"""Build `delta_llava/pictures/`: 64 everyday objects by three artists, as one RGBA sheet per artist.
+"""Build `delta_llava/drawings/`: 64 everyday objects by three artists, as one RGBA sheet per artist.
 
-    python tools/make_pictures.py            fetch the three packages with npm and write the folder
-    python tools/make_pictures.py --check    fetch, build in memory, and fail if the folder differs in a byte
+    python tools/make_drawings.py            fetch the three packages with npm and write the folder
+    python tools/make_drawings.py --check    fetch, build in memory, and fail if the folder differs in a byte
 
 npm and Pillow are needed (the Pillow of requirements.lock: another libwebp may compress to other bytes).
 Licence texts (`LICENSE-*.txt`) are kept by hand beside what this writes.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parents[1] / "delta_llava" / "pictures"
+FOLDER = Path(__file__).resolve().parents[1] / "delta_llava" / "drawings"
 COLUMNS = 8
 
 # name: how the sheets are cut, where the drawings come from, and what their licence asks to be said
@@ -126,7 +126,7 @@ def sheet(package: tarfile.TarFile, artist: dict) -> tuple[bytes, list[list[int]
 def attribution() -> str:
     "ATTRIBUTION.md: the credits that the licences ask for."
     lines = [
-        "# Who drew the pictures",
+        "# Credits of the drawings",
         "",
         "Each sheet holds a selection of one artist's emoji. **Changes made**: cut to the outline, "
         "arranged in a grid, saved as",
@@ -164,7 +164,7 @@ def build() -> dict[str, bytes]:
             credit = {k: artist[k] for k in ("work", "credit", "licence", "origin", "package", "version")}
             box_of = {concept["name"]: box for concept, box in zip(objects, boxes, strict=True)}
             index["artists"][name] = credit | dict(sha256=hashlib.sha256(content).hexdigest(), boxes=box_of)
-    files["pictures.json"] = index_text(index).encode()
+    files["drawings.json"] = index_text(index).encode()
     files["ATTRIBUTION.md"] = attribution().encode()
     return files
 

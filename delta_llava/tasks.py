@@ -143,14 +143,18 @@ def write_tasks(
     n_objects: tuple[int, int] = (1, 3),  # Fewest and most objects in an image
     size: int = 168,  # Side of an image, px
     caption: str = CAPTION_QUESTION,  # Prompt of the captions
+    mismatched: bool = False,  # Show the image of another scene with each question
 ) -> dict[str, dict[str, int]]:  # Task -> its number of questions, of each kind
     "Write the offline tasks; the same arguments write the same bytes."
     if n < 1:
         raise ValueError(f"n={n} must be at least 1.")
+    if mismatched and n < 2:
+        raise ValueError(f"n={n} must be at least 2 with mismatched=True, which shows another scene's image.")
     scenes = [plan_scene(i, split, seed, n_objects, size, size // 4) for i in range(n)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    images = {scene: _png(scene) for scene in scenes}
+    shown = scenes[1:] + scenes[:1] if mismatched else scenes
+    images = {scene: _png(other) for scene, other in zip(scenes, shown, strict=True)}
     questions = _all_questions(scenes, caption)
     for kind, pairs in questions.items():
         rows = [
@@ -161,6 +165,8 @@ def write_tasks(
             folder / f"{kind}.parquet"
         )
     settings = dict(n=n, split=split, seed=seed, n_objects=list(n_objects), size=size)
+    if mismatched:
+        settings["mismatched"] = True
     metadata = dict(version=1.0, scenes=settings)
     counts = {}
     for task in TASK_NAMES:

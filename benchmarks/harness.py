@@ -1,5 +1,5 @@
-"""Score a trained model through lmms-eval (`make eval`) on the offline tasks, at several budgets, with the images
-of the questions and with those of other scenes:
+"""Score a trained model through lmms-eval (`make eval`) on the offline tasks, at several budgets, with the
+images of the questions and with those of other scenes:
 
     .venv-eval/bin/python benchmarks/harness.py     # the model of the package; writes runs/harness.json
 

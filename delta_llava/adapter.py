@@ -78,7 +78,6 @@ PARTS = {  # name: (module that holds it, reason)
     "BaseModelOutputWithPooling": ("transformers.modeling_outputs", "it is the form of image features"),
     "CausalLMOutputWithPast": ("transformers.modeling_outputs", "the model's output extends it"),
     "MODEL_FOR_CAUSAL_LM_MAPPING": ("transformers", "old folders lack the prefix of the LLM's decoder"),
-    "PreTrainedConfig": ("transformers", "image processors are registered by the class of a config"),
     "CONFIG_MAPPING": ("transformers", "foreign checkpoints name their config by model type"),
     "LlavaImageProcessorPil": (
         "transformers.models.llava.image_processing_pil_llava",
@@ -87,7 +86,6 @@ PARTS = {  # name: (module that holds it, reason)
     "CLIPImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "BitImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
     "SiglipImageProcessorPil": ("transformers", "the PIL backend is the reproducible one"),
-    "AutoImageProcessor": ("transformers", "a saved processor keeps its backend"),
     "ImageTextToTextPipeline": ("transformers", "pipelines open images as training does"),
     "TransformersKwargs": ("transformers.utils", "arguments that an LLM would ignore are errors"),
     "GgufConfig": ("transformers", "weights in GGUF files are read in full precision"),
@@ -224,7 +222,7 @@ def rotary_function(
     found = [module.apply_rotary_pos_emb for module in modules if hasattr(module, "apply_rotary_pos_emb")]
     return found[0] if found else None
 
-# %% ../nbs/09_adapter.ipynb #d1fad96e
+# %% ../nbs/09_adapter.ipynb #e167d2c1
 @cache
 def forward_arguments(
     llm: type,  # Class of a causal LM
@@ -234,17 +232,19 @@ def forward_arguments(
     named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return frozenset(named | set(moving_part("TransformersKwargs").__annotations__) | {"shift_labels"})
 
-# %% ../nbs/09_adapter.ipynb #673f4125
+# %% ../nbs/09_adapter.ipynb #e5d5ccb5
 PIL_PROCESSORS = tuple(name for name in PARTS if name.endswith("ImageProcessorPil"))
 
 
 def keep_pil_backend() -> None:
     "From now on, a saved image processor that is named by its PIL class is loaded as that."
+    from transformers import AutoImageProcessor, PreTrainedConfig
+
     for name in PIL_PROCESSORS:
         found = moving_part(name)
-        key = type(f"{name}Config", (moving_part("PreTrainedConfig"),), {"model_type": name.lower()})
+        key = type(f"{name}Config", (PreTrainedConfig,), {"model_type": name.lower()})
         both = dict(pil=found, torchvision=found)
-        moving_part("AutoImageProcessor").register(key, image_processor_classes=both, exist_ok=True)
+        AutoImageProcessor.register(key, image_processor_classes=both, exist_ok=True)
 
 
 def open_images_of_pipelines(

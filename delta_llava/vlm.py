@@ -404,7 +404,9 @@ class VisualInputs(nn.Module):
         )
         if pixel_values is not None and any(wanted.values()):
             with torch.no_grad():
-                whole = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **wanted)
+                whole = self.vision_tower(
+                    pixel_values.to(self.vision_tower.dtype), return_dict=True, **wanted
+                )
             out.hidden_states, out.attentions = whole.hidden_states, whole.attentions
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return out if as_dict else out.to_tuple()
@@ -486,7 +488,12 @@ class VisualInputs(nn.Module):
     def _check_fastv_embeddings(self, input_ids, images, cache) -> None:
         "An error if FastV cannot know where the image tokens are."
         begins = cache is None or cache.get_seq_length() == 0
-        if "decoder" in self.multi_modal_projector.requires and input_ids is None and images is None and begins:
+        if (
+            "decoder" in self.multi_modal_projector.requires
+            and input_ids is None
+            and images is None
+            and begins
+        ):
             raise ValueError(
                 "inputs_embeds do not tell FastV which of them are image tokens, of which it drops the most: "
                 "give input_ids and pixel_values (or mm_encoder_outputs)."
@@ -611,9 +618,7 @@ class VisualGeneration(nn.Module):
             if isinstance(draft, VisualGeneration):
                 kwargs["assistant_model"] = draft.language_model
                 contexts.enter_context(draft.as_draft(input_ids, **visual))
-            return self.language_model.generate(
-                generation_config=generation_config, **prompt, **kwargs
-            )
+            return self.language_model.generate(generation_config=generation_config, **prompt, **kwargs)
 
     def _passes_that_need_positions(self, generation_config, kwargs: dict) -> str:
         "What makes `generate` read parts of the prompt by their token ids; empty if nothing does."
@@ -802,7 +807,11 @@ class DeltaLlavaForConditionalGeneration(
             return
         known = adapter.forward_arguments(type(self.language_model))
         if unknown := sorted(kwargs.keys() - known):
-            own = [name for name, part in signature(type(self).forward).parameters.items() if part.kind != part.VAR_KEYWORD]
+            own = [
+                name
+                for name, part in signature(type(self).forward).parameters.items()
+                if part.kind != part.VAR_KEYWORD
+            ]
             close = get_close_matches(unknown[0], [*own, *sorted(known)], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"this model has {own[1:]}."
             raise TypeError(f"unknown arguments {unknown}, which neither model nor LLM has; {hint}")

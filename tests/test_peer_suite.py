@@ -76,7 +76,17 @@ def outcomes(root, module, peer):
         HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1",
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}", "-c", os.devnull]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={root}",
+        "-c",
+        os.devnull,
+    ]
     command += [f"--junitxml={report}", f"tests/test_{module}_delta_llava.py"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]

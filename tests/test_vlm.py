@@ -912,7 +912,9 @@ def test_weights_from_a_state_dict():
         assert weight.equal(state[name]), name
     assert not any(p.requires_grad for p in again.vision_tower.parameters())
     short = {k: v for k, v in state.items() if not k.endswith("lm_head.weight")}
-    with pytest.raises(ValueError, match="state_dict: 1 missing weights, e.g. 'language_model.lm_head.weight'"):
+    with pytest.raises(
+        ValueError, match="state_dict: 1 missing weights, e.g. 'language_model.lm_head.weight'"
+    ):
         load(None, config=model.config, state_dict=short)
     with pytest.raises(ValueError, match="state_dict: 1 unexpected weights"):
         load(None, config=model.config, state_dict=state | {"language_model.lm_head.bias": torch.zeros(264)})
@@ -948,7 +950,9 @@ def test_unexpected_weights_are_an_error(name, tmp_path):
 def test_weights_of_a_llava_checkpoint_that_do_not_fit(change, message, tmp_path):
     config = vlm_config()
     llava = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=TOWERS["clip_b32_224"][1](), text_config=llm_config(), image_token_index=IMAGE)
+        LlavaConfig(
+            vision_config=TOWERS["clip_b32_224"][1](), text_config=llm_config(), image_token_index=IMAGE
+        )
     )
     llava.save_pretrained(tmp_path, save_original_format=False)
     file = tmp_path / "model.safetensors"

@@ -52,9 +52,7 @@ class Tester:
         return config, inputs
 
 
-class ModelTest(
-    ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTesterMixin, unittest.TestCase
-):
+class ModelTest(ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTesterMixin, unittest.TestCase):
     all_model_classes = (parts.MODEL,)
     pipeline_model_mapping = {"image-text-to-text": parts.MODEL, "any-to-any": parts.MODEL}
     _is_composite = True

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny_vlm import byte_tokenizer
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from transformers.models.auto import modeling_auto, processing_auto
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -51,7 +57,9 @@ READS_QUESTION = not LLAVA and "text" in compressor_class(PEER).requires
 def config(vocab_size=99, image_token=0, **special):
     "Config of the whole model, its weights of standard deviation 0.02."
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
-    text = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, **sizes | dict(pad_token_id=1) | special)
+    text = LlamaConfig(
+        vocab_size=vocab_size, max_position_embeddings=512, **sizes | dict(pad_token_id=1) | special
+    )
     vision = CLIPVisionConfig(image_size=SIDE, patch_size=SIDE // GRID, projection_dim=32, **sizes)
     whole = dict(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=image_token)
     if LLAVA:
@@ -68,8 +76,12 @@ def image_processor():
 def processor_options():
     "Arguments of the processor besides its parts."
     if LLAVA:
-        return dict(patch_size=SIDE // GRID, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    options = dict(tokens=PROJECTOR.tokens, chat_template=JOIN_PARTS + TEMPLATES["v1"], questions=READS_QUESTION)
+        return dict(
+            patch_size=SIDE // GRID, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    options = dict(
+        tokens=PROJECTOR.tokens, chat_template=JOIN_PARTS + TEMPLATES["v1"], questions=READS_QUESTION
+    )
     return options | dict(placeholders=IMAGE_TOKENS if "decoder" in compressor_class(PEER).requires else None)
 
 

@@ -30,7 +30,11 @@ class ImageTextToTextPipelineTests:
         first = parts.pictures()[0]
         encoded = "data:image/png;base64," + b64encode(Path(first).read_bytes()).decode()
         openai = dict(type="image_url", image_url=dict(url=encoded))
-        forms = [chat(type="image", url=first), chat(type="image", path=first), chat(type="image", base64=encoded)]
+        forms = [
+            chat(type="image", url=first),
+            chat(type="image", path=first),
+            chat(type="image", base64=encoded),
+        ]
         forms += [chat(Image.open(first)), chat(**openai)]
         wanted = pipe(text=examples[0], return_full_text=False)[0]["generated_text"]
         for form in forms:

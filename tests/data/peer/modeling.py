@@ -4,6 +4,7 @@ import os
 import unittest
 
 import torch
+from transformers import LlavaModel
 
 from . import parts
 
@@ -24,7 +25,7 @@ setattr(pipelines.transformers_module, parts.PROCESSOR.__name__, parts.PROCESSOR
 class Tester:
     "Sizes and inputs."
 
-    batch_size = 3
+    batch_size = 7  # that of the tests which would fill up a smaller one with random rows
     is_training = True
     num_hidden_layers = 2
     num_attention_heads = 4
@@ -43,7 +44,7 @@ class Tester:
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         pixels = floats_tensor([self.batch_size, 3, self.image_size, self.image_size])
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 2) + 2
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 3) + 3  # no image by chance
         input_ids[:, : self.num_image_tokens] = config.image_token_id
         inputs = dict(pixel_values=pixels, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         if parts.READS_QUESTION:
@@ -53,8 +54,9 @@ class Tester:
 
 
 class ModelTest(ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTesterMixin, unittest.TestCase):
-    all_model_classes = (parts.MODEL,)
+    all_model_classes = (LlavaModel, parts.MODEL) if parts.LLAVA else (parts.MODEL,)
     pipeline_model_mapping = {"image-text-to-text": parts.MODEL, "any-to-any": parts.MODEL}
+    additional_model_inputs = ["pixel_values", "question_ids", "question_mask"]
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True
 

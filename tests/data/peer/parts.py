@@ -1,5 +1,5 @@
-"""The parts that are tested, LLaVA's or ours, at the size of transformers' own tests. PEER names them: `llava`, or a
-compressor. `test_peer_suite.py` copies this file into the unpacked tests of transformers."""
+"""The parts that are tested, at the size of transformers' own tests: LLaVA's where PEER is `llava`, else ours with the
+compressor that it names. `test_peer_suite.py` copies this file to the unpacked tests of transformers."""
 
 import json
 import os
@@ -31,7 +31,7 @@ CONFIG = LlavaConfig if LLAVA else DeltaLlavaConfig
 PROCESSOR = LlavaProcessor if LLAVA else DeltaLlavaProcessor
 SIDE = 8  # px
 GRID = 4  # patches per side
-OPTIONS = {"fastv": dict(layer=1), "quecc": dict(heads=4), "prumerge": dict(neighbours=4)}
+OPTIONS = {"fastv": dict(layer=1), "quecc": dict(heads=4), "prumerge": dict(neighbors=4)}
 
 if not LLAVA:  # many tests leave out models that are not in these tables, which no `register` reaches
     modeling_auto.MODEL_MAPPING_NAMES["delta_llava"] = MODEL.__name__
@@ -45,7 +45,9 @@ def projector():
     "Sizes of the projector; `None` for LLaVA."
     if LLAVA:
         return None
-    like = ProjectorConfig(grid=GRID, tokens=4, levels=(0, 1), d_vision=32, d_llm=32, rank=4, head_dim=8)
+    # PruMerge reads the attention of the block above the highest level
+    levels = (0, 1) if PEER == "prumerge" else (1, 2)
+    like = ProjectorConfig(grid=GRID, tokens=4, levels=levels, d_vision=32, d_llm=32, rank=4, head_dim=8)
     return like if PEER == "delta" else compressor_config(PEER, like, **OPTIONS.get(PEER, {}))
 
 
@@ -54,7 +56,7 @@ IMAGE_TOKENS = GRID**2 if LLAVA else PROJECTOR.placeholders(PROJECTOR.tokens)
 READS_QUESTION = not LLAVA and "text" in compressor_class(PEER).requires
 
 
-def config(vocab_size=99, image_token=0, **special):
+def config(vocab_size=99, image_token=2, **special):
     "Config of the whole model, its weights of standard deviation 0.02."
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
     text = LlamaConfig(

@@ -1,5 +1,4 @@
-"""What the pipeline tests of transformers call for each model; those for images and texts are not in its source
-distribution."""
+"""What the pipeline tests of transformers call for each model; its source distribution has none for images."""
 
 from base64 import b64encode
 from pathlib import Path
@@ -17,6 +16,10 @@ def chat(image=None, text="What is it?", **image_part):
     return [dict(role="user", content=[*content, dict(type="text", text=text)])]
 
 
+def text_of(answers):
+    return answers[0]["generated_text"]
+
+
 class ImageTextToTextPipelineTests:
     task = "image-text-to-text"
 
@@ -24,27 +27,23 @@ class ImageTextToTextPipelineTests:
         self, model, tokenizer, processor=None, image_processor=None, dtype="float32", **others
     ):
         pipe = pipeline(self.task, model=model, processor=processor, dtype=dtype, max_new_tokens=3)
-        return pipe, [chat(file) for file in parts.pictures()]
+        prompt = processor.apply_chat_template(chat(image="x"), add_generation_prompt=True, tokenize=False)
+        return pipe, [dict(images=file, text=prompt) for file in parts.pictures()]
 
     def run_pipeline_test(self, pipe, examples):
         first = parts.pictures()[0]
         encoded = "data:image/png;base64," + b64encode(Path(first).read_bytes()).decode()
         openai = dict(type="image_url", image_url=dict(url=encoded))
-        forms = [
-            chat(type="image", url=first),
-            chat(type="image", path=first),
-            chat(type="image", base64=encoded),
-        ]
-        forms += [chat(Image.open(first)), chat(**openai)]
-        wanted = pipe(text=examples[0], return_full_text=False)[0]["generated_text"]
+        forms = [chat(type="image", url=first), chat(type="image", path=first)]
+        forms += [chat(type="image", base64=encoded), chat(Image.open(first)), chat(**openai)]
+        wanted = text_of(pipe(text=chat(first), return_full_text=False))
         for form in forms:
-            assert pipe(text=form, return_full_text=False)[0]["generated_text"] == wanted, form
-        prompt = pipe.processor.apply_chat_template(examples[0], add_generation_prompt=True, tokenize=False)
-        assert pipe(images=first, text=prompt, return_full_text=False)[0]["generated_text"] == wanted
-        assert pipe(text=examples[0])[0]["generated_text"][-1] == dict(role="assistant", content=wanted)
-        both = pipe(text=examples, batch_size=2)
-        assert [len(answer) for answer in both] == [1, 1]
-        assert pipe(text=chat(), return_full_text=False)[0]["generated_text"] is not None
+            assert text_of(pipe(text=form, return_full_text=False)) == wanted, form
+        assert text_of(pipe(**examples[0], return_full_text=False)) == wanted
+        assert text_of(pipe(text=chat(first)))[-1] == dict(role="assistant", content=wanted)
+        both = pipe(text=[chat(first), chat(parts.pictures()[1])], batch_size=2)
+        assert len(both) == 2
+        assert text_of(pipe(text=chat(), return_full_text=False)) is not None
 
 
 class AnyToAnyPipelineTests(ImageTextToTextPipelineTests):

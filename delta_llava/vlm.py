@@ -50,7 +50,6 @@ from delta_llava.compressors.base import (
     config_from_dict,
 )
 from .compressors.fastv import end_of_prompt, fastv_context, last_visible
-from .compressors.prumerge import PruMerge
 from .config import CompressorConfig
 from .files import read_json, read_safetensors
 from .grid import VisionFeatures
@@ -225,8 +224,8 @@ def check_loaded(
     for kind, left in names.items():
         if left:
             raise ValueError(
-                f"{path or 'state_dict'}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model again with "
-                "save_pretrained, or join the parts with build_vlm and load_projector."
+                f"{path or 'state_dict'}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model again "
+                "with save_pretrained, or join the parts with build_vlm and load_projector."
             )
 
 
@@ -302,7 +301,7 @@ def visual_tokens(
 ) -> list[Float[Tensor, "v d"]]:  # Input embeddings for the LLM, for each image
     "Visual tokens of each image (Fig. 2)."
     projector = model.multi_modal_projector
-    if tokens is None and isinstance(projector, PruMerge) and projector.config.adaptive:
+    if tokens is None and projector.config.to_dict().get("adaptive"):
         padded, mask = projector.forward_with_mask(features)
         return [visual[own] for visual, own in zip(padded, mask, strict=True)]
     text = question_embedding(model, question_ids, question_mask) if "text" in projector.requires else None
@@ -566,6 +565,7 @@ class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     hidden_states: tuple | None = None  # Of each layer of the LLM, if asked for
     attentions: tuple | None = None  # Of each layer of the LLM, if asked for
     image_hidden_states: Tensor | None = None  # `[n, d]` Visual tokens of all images, in order
+    last_hidden_state: Tensor | None = None  # `[b, t, d]` What the LLM's head reads; none with `labels`
 
 # %% ../nbs/22_vlm.ipynb #9a38076a
 class VisualGeneration(nn.Module):
@@ -637,8 +637,8 @@ class VisualGeneration(nn.Module):
         for name in ("prefill_chunk_size", "assistant_early_exit"):
             if "decoder" in self.multi_modal_projector.requires and setting(name) is not None:
                 raise ValueError(
-                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, so it "
-                    f"needs the whole prompt in one pass of the whole LLM; leave {name} out."
+                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, so "
+                    f"it needs the whole prompt in one pass of the whole LLM; leave {name} out."
                 )
         return ", ".join(found)
 
@@ -669,7 +669,7 @@ def embeddings_of_prompt(
     llm: nn.Module,  # Causal LM
     embeds: Float[Tensor, "b t d"],  # Embeddings of a prompt, visual tokens included
 ) -> Iterator[None]:
-    "While it lasts, the LLM reads these embeddings at the positions of the prompt, whatever part it is given."
+    "While it lasts, the LLM reads these embeddings at the positions of the prompt, in whatever parts."
     rows, length, _ = embeds.shape
 
     def hook(module, args, kwargs):
@@ -841,10 +841,16 @@ class DeltaLlavaForConditionalGeneration(
         if labels is not None and self.training:
             loss, out = supervised_loss(self.language_model, labels, loss_function, restore, **inputs)
             return out | dict(loss=loss)
-        with adapter.changed_hidden_states(self.language_model, restore):
+        read = []
+
+        def restored(hidden):
+            read.append(restore(hidden))
+            return read[-1]
+
+        with adapter.changed_hidden_states(self.language_model, restored):
             out = self.language_model(logits_to_keep=logits_to_keep, **inputs)
         if labels is None:
-            return dict(out)
+            return dict(out) | dict(last_hidden_state=read[-1] if read else None)
         targets = dict(labels=labels, shift_labels=inputs.get("shift_labels"))
         return dict(out) | dict(loss=loss_function(logits=out.logits, **targets))
 
@@ -857,6 +863,7 @@ AutoConfig.register("delta_llava", DeltaLlavaConfig, exist_ok=True)
 AutoModel.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
 
 # %% ../nbs/22_vlm.ipynb #560599d7
 def add_image_token(

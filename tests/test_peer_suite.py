@@ -1,5 +1,5 @@
-"""Transformers' own common tests of models, pipelines and processors, on LLaVA and on ours. Where LLaVA passes and ours
-does not, `data/peer/differences.json` gives the reason."""
+"""Transformers' own common tests of models, pipelines and processors, on LLaVA and on ours. Where LLaVA passes
+and ours does not, `data/peer/differences.json` gives the reason."""
 
 import json
 import os

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import logging
+import warnings
 
 import pytest
 import torch
@@ -23,8 +25,11 @@ from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
+    CLIPImageProcessorPil,
     GenerationConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -32,6 +37,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 
 from delta_llava.adapter import add_adapters, cache_argument, is_lora_layer
 from delta_llava.assets import load_llm
@@ -124,7 +130,7 @@ def test_auto_classes(tmp_path):
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DeltaLlavaConfig
     assert type(AutoModel.from_pretrained(tmp_path)) is DeltaLlavaForConditionalGeneration
-    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
         assert type(kind.from_config(model.config)) is DeltaLlavaForConditionalGeneration
         assert type(kind.from_pretrained(tmp_path)) is DeltaLlavaForConditionalGeneration
 
@@ -764,7 +770,8 @@ def test_a_cache_is_continued():
 def test_outputs_as_a_tuple():
     model = tiny()
     out = model(prompt(4), images(), tokens=4, use_cache=False)
-    logits, visual = model(prompt(4), images(), tokens=4, use_cache=False, return_dict=False)
+    logits, visual, read = model(prompt(4), images(), tokens=4, use_cache=False, return_dict=False)
+    assert_close(model.get_output_embeddings()(read), logits)
     assert_close(logits, out.logits)
     assert_close(visual, out.image_hidden_states)
     hidden = model(prompt(4), images(), tokens=4, output_hidden_states=True).hidden_states
@@ -970,3 +977,65 @@ def test_the_table_of_a_larger_vocabulary():
     model = tiny()
     model.resize_token_embeddings(300)
     assert model.vocab_size == model.config.text_config.vocab_size == 300
+
+
+def test_a_whole_model_is_no_llm(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a whole model of this package"):
+        load_llm(tmp_path)
+
+
+# no warnings
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    "Warnings of Python's `warnings` and of transformers' loggers."
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield lambda: [
+            text
+            for text in [str(w.message) for w in found] + [r.getMessage() for r in caplog.records]
+            if "deprecated" in text.lower() or "will be removed" in text.lower()
+        ]
+
+
+def test_what_is_deprecated_is_not_used(heard, tmp_path):
+    "Build, train, save, load, generate: nothing that transformers warns of."
+    logging_once = transformers_logging.get_logger("transformers")
+    for name in ("warning_once", "info_once"):
+        cached = getattr(type(logging_once), name, None)
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()  # a warning that another test has had is one here as well
+    model = tiny()
+    ids = prompt(4)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    labels = torch.where(ids == IMAGE, -100, ids)
+    model.train()(ids, images(), tokens=4, labels=labels).loss.backward()
+    model.eval()
+    for settings in (dict(), dict(num_beams=2), dict(use_cache=False), dict(prompt_lookup_num_tokens=2)):
+        model.generate(ids, pixel_values=images(), tokens=4, **GREEDY, **settings)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    model.generate(ids, pixel_values=images(), tokens=4, generation_config=config)
+    model.set_attn_implementation("eager")
+    model(ids, images(), tokens=4, output_attentions=True, output_hidden_states=True)
+    build_vlm(
+        AutoModel.from_config(TOWERS["clip_b32_224"][1]()),
+        LlamaForCausalLM(llm_config()),
+        byte_tokenizer(),
+        projector_config(),
+    )
+    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=4, template="v1")
+    processor.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    chat = [
+        dict(
+            role="user",
+            content=[dict(type="image", image=Image.new("RGB", (9, 9))), dict(type="text", text="?")],
+        )
+    ]
+    processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert heard() == []

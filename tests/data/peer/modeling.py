@@ -44,7 +44,9 @@ class Tester:
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         pixels = floats_tensor([self.batch_size, 3, self.image_size, self.image_size])
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 3) + 3  # no image by chance
+        input_ids = (
+            ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 3) + 3
+        )  # no image by chance
         input_ids[:, : self.num_image_tokens] = config.image_token_id
         inputs = dict(pixel_values=pixels, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         if parts.READS_QUESTION:

@@ -1,5 +1,5 @@
-"""The parts that are tested, at the size of transformers' own tests: LLaVA's where PEER is `llava`, else ours with the
-compressor that it names. `test_peer_suite.py` copies this file to the unpacked tests of transformers."""
+"""The parts that are tested, at the size of transformers' own tests: LLaVA's where PEER is `llava`, else ours
+with the compressor that it names. `test_peer_suite.py` copies this file to the unpacked tests."""
 
 import json
 import os

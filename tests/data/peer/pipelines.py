@@ -1,4 +1,4 @@
-"""What the pipeline tests of transformers call for each model; its source distribution has none for images."""
+"What the pipeline tests of transformers call for a model; its source distribution has none for images."
 
 from base64 import b64encode
 from pathlib import Path

@@ -684,14 +684,14 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
         if sum(counts) != images:
             raise ValueError(
                 f"the texts name {sum(counts)} image(s) with {self.image_token!r}, "
-                f"but {images} were given; the number of {self.image_token!r} tokens in the prompts should be "
-                "the same as the number of images: write it once for each image, as "
+                f"but {images} were given; the number of {self.image_token!r} tokens in the prompts should "
+                "be the same as the number of images: write it once for each image, as "
                 "processor.build_prompt(question, images=…) does."
             )
         if images and self.questions and len(questions or []) != len(counts):
             raise ValueError(
-                f"questions={questions!r}: this projector reads the question, and the chat template's mark of "
-                f"a question is not in every text; give the question of each of the {len(counts)} texts."
+                f"questions={questions!r}: this projector reads the question, and the chat template's mark "
+                f"of a question is not in every text; give the question of each of the {len(counts)} texts."
             )
 
     def apply_chat_template(

@@ -224,8 +224,8 @@ def check_loaded(
     for kind, left in names.items():
         if left:
             raise ValueError(
-                f"{path or 'state_dict'}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model again "
-                "with save_pretrained, or join the parts with build_vlm and load_projector."
+                f"{path or 'state_dict'}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model "
+                "again with save_pretrained, or join the parts with build_vlm and load_projector."
             )
 
 
@@ -637,8 +637,8 @@ class VisualGeneration(nn.Module):
         for name in ("prefill_chunk_size", "assistant_early_exit"):
             if "decoder" in self.multi_modal_projector.requires and setting(name) is not None:
                 raise ValueError(
-                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, so "
-                    f"it needs the whole prompt in one pass of the whole LLM; leave {name} out."
+                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, "
+                    f"so it needs the whole prompt in one pass of the whole LLM; leave {name} out."
                 )
         return ", ".join(found)
 

@@ -709,6 +709,11 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
             kwargs["processor_kwargs"] = options
         return super().apply_chat_template(conversation, *args, **kwargs)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        "What a call returns for the model."
+        return super().model_input_names + ["question_ids", "question_mask"] * self.questions
+
     def to_dict(self, **kwargs) -> dict:
         "As in transformers; the image processor is named with its backend, so that it is loaded as it was."
         saved = super().to_dict(**kwargs)

@@ -595,7 +595,12 @@ class VisualGeneration(nn.Module):
         visual |= dict(question_ids=question_ids, question_mask=question_mask)
         images = self._image_outputs(**visual, mm_encoder_outputs=mm_encoder_outputs)
         self.language_model.generation_config = self.generation_config
-        kwargs["suppress_tokens"] = self._suppressed(generation_config, kwargs.get("suppress_tokens"))
+        suppressed = self._suppressed(generation_config, kwargs.pop("suppress_tokens", None))
+        if generation_config is None:
+            kwargs["suppress_tokens"] = suppressed
+        else:  # settings besides a config are deprecated
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.suppress_tokens = suppressed
         by_position = self._passes_that_need_positions(generation_config, kwargs)
         cached = adapter.cache_of(kwargs)
         self._check_fastv_embeddings(input_ids, images, cached)

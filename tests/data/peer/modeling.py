@@ -50,7 +50,7 @@ class Tester:
         input_ids[:, : self.num_image_tokens] = config.image_token_id
         inputs = dict(pixel_values=pixels, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         if parts.READS_QUESTION:
-            inputs["question_ids"] = ids_tensor([self.batch_size, 5], self.vocab_size - 2) + 2
+            inputs["question_ids"] = ids_tensor([self.batch_size, 5], 60) + 3
             inputs["question_mask"] = torch.ones_like(inputs["question_ids"])
         return config, inputs
 
@@ -71,3 +71,8 @@ class ModelTest(ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTeste
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    def _image_features_prepare_config_and_inputs(self):
+        config, inputs = super()._image_features_prepare_config_and_inputs()
+        whole = self.model_tester.prepare_config_and_inputs_for_common()[1]
+        return config, inputs | {name: ids for name, ids in whole.items() if name.startswith("question")}

@@ -24,3 +24,9 @@ class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
     @staticmethod
     def prepare_processor_dict():
         return parts.processor_options()
+
+    def prepare_text_inputs(self, batch_size=None, modalities=None):
+        texts = super().prepare_text_inputs(batch_size, modalities)
+        if not parts.READS_QUESTION:
+            return texts
+        return f"USER: {texts}" if isinstance(texts, str) else [f"USER: {text}" for text in texts]

@@ -90,6 +90,7 @@ class DeltaLlavaConfig(LlavaConfig):
 
     model_type = "delta_llava"
     __no_type_check__ = True  # transformers' constructor takes any keyword, which jaxtyping would refuse
+    auto_map = {}  # no code comes with a folder; TRL asks for it
     compressor: str = "delta"  # Which projector, by its name in the registry of compressors
     projector: dict | None = None  # `to_dict()` of its config; `None` is the paper's CLIP-L/14-336 → 7B
 

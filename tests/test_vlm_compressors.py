@@ -210,10 +210,9 @@ def clear_maps(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("plus", [False, True])
-def test_adaptive_counts_inside_the_model(plus, tmp_path):
+def test_adaptive_counts_inside_the_model(tmp_path):
     "Each image has its own number of tokens, and each row its own number of placeholders."
-    model = clear_maps(tiny("prumerge", adaptive=True, plus=plus))
+    model = clear_maps(tiny("prumerge", adaptive=True))
     pixels = torch.cat([images(TOWER, 1, seed) for seed in range(3)])
     pixels[1, :, :192] = 0
     counts = model.visual_token_counts(pixels)

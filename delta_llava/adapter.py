@@ -223,9 +223,8 @@ def rotary_function(
     return found[0] if found else None
 
 # %% ../nbs/09_adapter.ipynb #e167d2c1
-@cache
 def forward_arguments(
-    llm: type,  # Class of a causal LM
+    llm: nn.Module,  # Causal LM
 ) -> frozenset[str]:
     "Arguments of an LLM's forward pass, and those that transformers gives all models."
     parameters = signature(llm.forward).parameters.values()

@@ -378,8 +378,8 @@ class PromptMixin:
 
     def num_image_tokens(
         self,
-        tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None`: the processor's
-    ) -> int | list[int]:
+        tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+    ) -> int:
         "Image tokens in the prompt for each image."
         if self.placeholders:
             return self.placeholders

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
+from typing import Any, ClassVar, Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -90,7 +90,7 @@ class DeltaLlavaConfig(LlavaConfig):
 
     model_type = "delta_llava"
     __no_type_check__ = True  # transformers' constructor takes any keyword, which jaxtyping would refuse
-    auto_map = {}  # no code comes with a folder; TRL asks for it
+    auto_map: ClassVar[dict] = {}  # no code comes with a folder; TRL asks for it
     compressor: str = "delta"  # Which projector, by its name in the registry of compressors
     projector: dict | None = None  # `to_dict()` of its config; `None` is the paper's CLIP-L/14-336 → 7B
 
@@ -811,7 +811,7 @@ class DeltaLlavaForConditionalGeneration(
         kwargs.pop("mm_token_type_ids", None)  # from the processor; `input_ids` say the same
         if torch.compiler.is_compiling() or kwargs.keys() <= {"use_cache", "num_items_in_batch"}:
             return
-        known = adapter.forward_arguments(type(self.language_model))
+        known = adapter.forward_arguments(self.language_model)
         if unknown := sorted(kwargs.keys() - known):
             own = [
                 name

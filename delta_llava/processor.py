@@ -185,11 +185,10 @@ def repetitions(
 ) -> list[int]:  # For each id; 1 for text
     "How often each token stands in the sequence."
     images = ids.count(image_token_id)
-    listed = isinstance(tokens, (list, tuple))
-    sizes = list(tokens) if listed else [tokens] * max(images, 1)
+    sizes = [*tokens] if isinstance(tokens, (list, tuple)) else [tokens] * max(images, 1)
     for size in sizes:
         _check_positive("tokens", size)
-    if listed and len(sizes) != images:
+    if isinstance(tokens, (list, tuple)) and len(sizes) != images:
         raise ValueError(
             f"tokens={sizes} are the visual tokens of {len(sizes)} image(s), but there are {images}."
         )
@@ -591,14 +590,13 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
 
     def _sizes_of_rows(self, counts: list[int], tokens) -> list:
         "Visual tokens of the images of each row: one number for all, or a list for each row."
-        sizes = self.num_image_tokens(tokens)
-        if not isinstance(sizes, (list, tuple)):
-            return [sizes] * len(counts)
-        if len(sizes) != sum(counts):
+        if self.placeholders or not isinstance(tokens, (list, tuple)):
+            return [self.num_image_tokens(tokens)] * len(counts)
+        if len(tokens) != sum(counts):
             raise ValueError(
-                f"tokens={list(sizes)} must have one number for each of the {sum(counts)} image(s)."
+                f"tokens={list(tokens)} must have one number for each of the {sum(counts)} image(s)."
             )
-        remaining = iter(sizes)
+        remaining = iter(tokens)
         return [list(islice(remaining, count)) for count in counts]
 
     def _pad(self, rows, padding, max_length, padding_side, pad_to_multiple_of, return_tensors) -> dict:
@@ -624,8 +622,10 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
         **kwargs,  # `tokens` as in a call
     ) -> str:
         "What stands for an image in the expanded text; serving engines ask for it."
-        sizes = self.num_image_tokens(kwargs.get("tokens"))
-        return self.image_token * (sizes[image_idx] if isinstance(sizes, (list, tuple)) else sizes)
+        tokens = kwargs.get("tokens")
+        if isinstance(tokens, (list, tuple)) and not self.placeholders:
+            return self.image_token * tokens[image_idx]
+        return self.image_token * self.num_image_tokens(tokens)
 
     def _replacements(self, text: str, sizes) -> list[dict]:
         "Where each `<image>` is in a text, and where its image tokens are in the expanded text."

@@ -669,7 +669,7 @@ class VisualGeneration(nn.Module):
             suppress_tokens = (generation_config or self.generation_config).suppress_tokens or []
         return sorted({*suppress_tokens, self.config.image_token_id})
 
-
+# %% ../nbs/22_vlm.ipynb #92a75dae
 @contextmanager
 def embeddings_of_prompt(
     llm: nn.Module,  # Causal LM

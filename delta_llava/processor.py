@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'JOIN_PARTS', 'MIN_BASE64', 'ROLES', 'text_of_content', 'last_question', 'as_message', 'as_messages',
            'repetitions', 'expand_images', 'image_source', 'flatten_images', 'open_nested', 'square_pixels',
-           'special_prefix', 'PromptMixin', 'check_eos', 'DeltaLlavaProcessor', 'template_text', 'build_processor',
-           'answer_spans', 'tokenize_conversation', 'expand_row', 'encode_conversation', 'tower_sizes',
-           'build_pretrained']
+           'special_prefix', 'PromptMixin', 'check_eos', 'PlacesOfImages', 'DeltaLlavaProcessor', 'template_text',
+           'build_processor', 'answer_spans', 'tokenize_conversation', 'expand_row', 'encode_conversation',
+           'tower_sizes', 'build_pretrained']
 
 # %% ../nbs/23_processor.ipynb #d0b9a66f
 import re
@@ -465,8 +465,92 @@ def _flat_arguments(call: Callable) -> Callable:
 
     return with_groups
 
+# %% ../nbs/23_processor.ipynb #5753c4b6
+class PlacesOfImages:
+    "Image tokens among the token ids of a batch: how many, where, and padding."
+
+    # What the processor below provides
+    tokenizer: PreTrainedTokenizerBase
+    image_token: str
+    image_token_id: int
+    placeholders: int | None
+    num_image_tokens: Callable[..., int]
+    replace_image_token: Callable[..., str]
+    _encode: Callable[..., dict]
+
+    def _sizes_of_rows(self, counts: list[int], tokens) -> list:
+        "Visual tokens of the images of each row: one number for all, or a list for each row."
+        if self.placeholders or not isinstance(tokens, (list, tuple)):
+            return [self.num_image_tokens(tokens)] * len(counts)
+        if len(tokens) != sum(counts):
+            raise ValueError(
+                f"tokens={list(tokens)} must have one number for each of the {sum(counts)} image(s)."
+            )
+        remaining = iter(tokens)
+        return [list(islice(remaining, count)) for count in counts]
+
+    def _pad(self, rows, padding, max_length, padding_side, pad_to_multiple_of, return_tensors) -> dict:
+        "Rows of one length; a tokenizer may bring defaults of its own along, as in transformers."
+        own = self.tokenizer.init_kwargs
+        padding = own.get("padding", True) if padding is None else padding
+        to_length = padding == "max_length"
+        return dict(
+            self.tokenizer.pad(
+                {"input_ids": rows},
+                padding=padding,
+                max_length=(max_length or own.get("max_length")) if to_length else None,
+                padding_side=padding_side or "left",
+                pad_to_multiple_of=pad_to_multiple_of,
+                return_tensors=return_tensors,
+            )
+        )
+
+    def _replacements(self, text: str, sizes) -> list[dict]:
+        "Where each `<image>` is in a text, and where its image tokens are in the expanded text."
+        found: list[dict] = []
+        shift = 0
+        for number, match in enumerate(re.finditer(re.escape(self.image_token), text)):
+            new = self.replace_image_token(None, number, tokens=sizes)
+            start, end = match.span()
+            spans = dict(span=(start, end), new_span=(start + shift, start + shift + len(new)))
+            found.append(dict(type="image", text=match.group(), replacement=new, **spans))
+            shift += len(new) - (end - start)
+        return found
+
+    def _token_types(self, input_ids):
+        "1 for each image token, 0 for text, in the form of the token ids."
+        if isinstance(input_ids, list):
+            return [[int(i == self.image_token_id) for i in row] for row in input_ids]
+        return (input_ids == self.image_token_id) * 1
+
+    def _offsets(
+        self, texts: list, add_special_tokens: bool, sizes: list, rows: list, expanded: bool
+    ) -> list[list]:
+        "Where each token stands in its text, all tokens of an image at `<image>`, or in the expanded one."
+        found = []
+        for text, size, row in zip(texts, sizes, rows, strict=True):
+            encoded = self._encode(text, add_special_tokens, return_offsets_mapping=True)
+            times = repetitions(encoded["input_ids"], self.image_token_id, size)
+            spans: list[tuple[int, int]] = []
+            shift = 0
+            for time, (start, end) in zip(times, encoded["offset_mapping"], strict=True):
+                step = end - start if expanded else 0
+                spans += [(start + shift + i * step, end + shift + i * step) for i in range(time)]
+                shift += (time - 1) * step
+            found.append(spans[: len(row)])
+        return found
+
+    @staticmethod
+    def _pad_offsets(offsets: list[list], padded, side: str) -> list[list]:
+        "Offsets as long as the padded rows."
+        filled = []
+        for spans, row in zip(offsets, padded, strict=True):
+            fill = [(0, 0)] * (len(row) - len(spans))
+            filled.append(fill + spans if side == "left" else spans + fill)
+        return filled
+
 # %% ../nbs/23_processor.ipynb #a1c02302
-class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
+class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
     "Images and texts to the inputs of `DeltaLlavaForConditionalGeneration`."
 
     image_token = "<image>"
@@ -588,33 +672,6 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
         found = [self.question_of(text) for text in texts]
         return None if None in found else [question for question in found if question is not None]
 
-    def _sizes_of_rows(self, counts: list[int], tokens) -> list:
-        "Visual tokens of the images of each row: one number for all, or a list for each row."
-        if self.placeholders or not isinstance(tokens, (list, tuple)):
-            return [self.num_image_tokens(tokens)] * len(counts)
-        if len(tokens) != sum(counts):
-            raise ValueError(
-                f"tokens={list(tokens)} must have one number for each of the {sum(counts)} image(s)."
-            )
-        remaining = iter(tokens)
-        return [list(islice(remaining, count)) for count in counts]
-
-    def _pad(self, rows, padding, max_length, padding_side, pad_to_multiple_of, return_tensors) -> dict:
-        "Rows of one length; a tokenizer may bring defaults of its own along, as in transformers."
-        own = self.tokenizer.init_kwargs
-        padding = own.get("padding", True) if padding is None else padding
-        to_length = padding == "max_length"
-        return dict(
-            self.tokenizer.pad(
-                {"input_ids": rows},
-                padding=padding,
-                max_length=(max_length or own.get("max_length")) if to_length else None,
-                padding_side=padding_side or "left",
-                pad_to_multiple_of=pad_to_multiple_of,
-                return_tensors=return_tensors,
-            )
-        )
-
     def replace_image_token(
         self,
         image_inputs=None,  # What the image processor gave
@@ -626,50 +683,6 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin):
         if isinstance(tokens, (list, tuple)) and not self.placeholders:
             return self.image_token * tokens[image_idx]
         return self.image_token * self.num_image_tokens(tokens)
-
-    def _replacements(self, text: str, sizes) -> list[dict]:
-        "Where each `<image>` is in a text, and where its image tokens are in the expanded text."
-        found: list[dict] = []
-        shift = 0
-        for number, match in enumerate(re.finditer(re.escape(self.image_token), text)):
-            new = self.replace_image_token(None, number, tokens=sizes)
-            start, end = match.span()
-            places = dict(span=(start, end), new_span=(start + shift, start + shift + len(new)))
-            found.append(dict(type="image", text=match.group(), replacement=new, **places))
-            shift += len(new) - (end - start)
-        return found
-
-    def _token_types(self, input_ids):
-        "1 for each image token, 0 for text, in the form of the token ids."
-        if isinstance(input_ids, list):
-            return [[int(i == self.image_token_id) for i in row] for row in input_ids]
-        return (input_ids == self.image_token_id) * 1
-
-    def _offsets(
-        self, texts: list, add_special_tokens: bool, sizes: list, rows: list, expanded: bool
-    ) -> list[list]:
-        "Where each token stands in its text, all tokens of an image at `<image>`, or in the expanded one."
-        found = []
-        for text, size, row in zip(texts, sizes, rows, strict=True):
-            encoded = self._encode(text, add_special_tokens, return_offsets_mapping=True)
-            times = repetitions(encoded["input_ids"], self.image_token_id, size)
-            spans: list[tuple[int, int]] = []
-            shift = 0
-            for time, (start, end) in zip(times, encoded["offset_mapping"], strict=True):
-                step = end - start if expanded else 0
-                spans += [(start + shift + i * step, end + shift + i * step) for i in range(time)]
-                shift += (time - 1) * step
-            found.append(spans[: len(row)])
-        return found
-
-    @staticmethod
-    def _pad_offsets(offsets: list[list], padded, side: str) -> list[list]:
-        "Offsets as long as the padded rows."
-        filled = []
-        for spans, row in zip(offsets, padded, strict=True):
-            fill = [(0, 0)] * (len(row) - len(spans))
-            filled.append(fill + spans if side == "left" else spans + fill)
-        return filled
 
     def _check_texts(self, texts: list, text) -> None:
         "An error for texts that are no prompts."

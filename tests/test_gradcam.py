@@ -774,14 +774,14 @@ def test_own_answer(delta):
 def test_word_cams_of_a_model_in_pefts_wrapper(delta, options):
     "The maps are those of the model with its adapters merged; they change with the adapters."
     model, processor = copy.deepcopy(delta[0]).eval(), delta[1]
-    asked = dict(image=IMAGE_224, question="What?", answer="A red fox.")
-    plain = word_cams(model, processor, **asked)
+    question_and_answer = dict(image=IMAGE_224, question="What?", answer="A red fox.")
+    plain = word_cams(model, processor, **question_and_answer)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options)).eval()
-    cams = word_cams(wrapped, processor, **asked)
+    cams = word_cams(wrapped, processor, **question_and_answer)
     assert not torch.allclose(cams.cams, plain.cams, rtol=1e-2)
     assert [w.text for w in cams.words] == ["A", "red", "fox"]
-    assert word_cams(wrapped, processor, **asked, phrases=["red"]).cams.shape == (1, 16)
-    merged = word_cams(wrapped.merge_and_unload(), processor, **asked)
+    assert word_cams(wrapped, processor, **question_and_answer, phrases=["red"]).cams.shape == (1, 16)
+    merged = word_cams(wrapped.merge_and_unload(), processor, **question_and_answer)
     assert_close(cams.cams, merged.cams, rtol=1e-3, atol=1e-6)
 
 

@@ -400,9 +400,11 @@ def test_pipelines_open_images_as_training_does(form, deep, saved, tmp_path):
     if not deep:
         make_image().save(file)
     pipe = pipeline("image-text-to-text", model=str(saved), max_new_tokens=2, device="cpu")
-    seen = []
+    pixels_given = []
     pipe.model.vision_tower.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs.get("pixel_values", args[0] if args else None)),
+        lambda module, args, kwargs: pixels_given.append(
+            kwargs.get("pixel_values", args[0] if args else None)
+        ),
         with_kwargs=True,
     )
     question = pipe.processor.build_prompt("What?")
@@ -415,7 +417,7 @@ def test_pipelines_open_images_as_training_does(form, deep, saved, tmp_path):
         answer = pipe(images=given[form], text=question, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
     want = pipe.processor.image_processor([open_image(file)], return_tensors="pt")["pixel_values"]
-    assert seen[0].equal(want)
+    assert pixels_given[0].equal(want)
 
 
 def test_pipelines_of_other_models_are_as_before():

@@ -160,7 +160,7 @@ def pictures(parts, **columns):
     return Dataset.from_dict(rows).cast_column("images", List(ImageFeature()))
 
 
-def said(role, texts):
+def turns_of(role, texts):
     return [dict(role=role, content=text) for text in texts]
 
 
@@ -169,7 +169,7 @@ COLORS = ["red", "green", "blue", "grey"]
 
 def test_sft_of_a_folder(parts, folder, tmp_path):
     "TRL loads model and processor by name, and makes its own batches."
-    rows = pictures(parts, prompt=said("user", ["Colour?"] * 4), completion=said("assistant", COLORS))
+    rows = pictures(parts, prompt=turns_of("user", ["Colour?"] * 4), completion=turns_of("assistant", COLORS))
     options = dict(dataset_kwargs=None, learning_rate=3e-3)
     trainer = trl.SFTTrainer(str(folder), args=sft(tmp_path, **options), train_dataset=rows)
     assert type(trainer.model).__name__ == "DeltaLlavaForConditionalGeneration"
@@ -187,9 +187,9 @@ def test_dpo_of_a_folder(parts, folder, tmp_path):
     "The right color is preferred to the next one."
     rows = pictures(
         parts,
-        prompt=said("user", ["Colour?"] * 4),
-        chosen=said("assistant", COLORS),
-        rejected=said("assistant", COLORS[1:] + COLORS[:1]),
+        prompt=turns_of("user", ["Colour?"] * 4),
+        chosen=turns_of("assistant", COLORS),
+        rejected=turns_of("assistant", COLORS[1:] + COLORS[:1]),
     )
     args = trl.DPOConfig(
         str(tmp_path),

@@ -990,7 +990,7 @@ def test_a_whole_model_is_no_llm(tmp_path):
 
 
 @pytest.fixture
-def heard(caplog, monkeypatch):
+def warned(caplog, monkeypatch):
     "Warnings of Python's `warnings` and of transformers' loggers."
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings(record=True) as found:
@@ -1002,7 +1002,7 @@ def heard(caplog, monkeypatch):
         ]
 
 
-def test_what_is_deprecated_is_not_used(heard, tmp_path):
+def test_what_is_deprecated_is_not_used(warned, tmp_path):
     "Build, train, save, load, generate: nothing that transformers warns of."
     logging_once = transformers_logging.get_logger("transformers")
     for name in ("warning_once", "info_once"):
@@ -1038,4 +1038,4 @@ def test_what_is_deprecated_is_not_used(heard, tmp_path):
         )
     ]
     processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-    assert heard() == []
+    assert warned() == []

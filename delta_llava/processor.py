@@ -408,6 +408,19 @@ class PromptMixin:
         question = text.rpartition(before)[2]
         return (question.partition(after)[0] if after else question).replace(self.image_token, "").strip()
 
+    def _questions_of(self, texts: list[str]) -> list[str] | None:
+        "The last question in each prompt; `None` if one has none."
+        found = [self.question_of(text) for text in texts]
+        return None if None in found else [question for question in found if question is not None]
+
+    def _check_texts(self, texts: list, text) -> None:
+        "An error for texts that are no prompts."
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(
+                f"text={text!r} must be a prompt or a list of prompts, with one '<image>' for each image; "
+                "processor.build_prompt(question) writes one."
+            )
+
     def encode_questions(
         self,
         questions: list[str],  # `<image>` is removed; an empty one becomes "image", as in QueCC
@@ -667,11 +680,6 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
             )
         return {k: v for k, v in others.items() if k in own and v is not None}
 
-    def _questions_of(self, texts: list[str]) -> list[str] | None:
-        "The last question in each prompt; `None` if one has none."
-        found = [self.question_of(text) for text in texts]
-        return None if None in found else [question for question in found if question is not None]
-
     def replace_image_token(
         self,
         image_inputs=None,  # What the image processor gave
@@ -683,14 +691,6 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
         if isinstance(tokens, (list, tuple)) and not self.placeholders:
             return self.image_token * tokens[image_idx]
         return self.image_token * self.num_image_tokens(tokens)
-
-    def _check_texts(self, texts: list, text) -> None:
-        "An error for texts that are no prompts."
-        if not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(
-                f"text={text!r} must be a prompt or a list of prompts, with one '<image>' for each image; "
-                "processor.build_prompt(question) writes one."
-            )
 
     def _check_images(self, counts: list[int], images: int, questions: list[str] | None) -> None:
         "An error if texts, images and questions do not belong together."

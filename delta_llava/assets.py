@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PACKAGES', 'FORMAT', 'TOWERS', 'GRIDS', 'weight_files', 'Asset', 'Package',
            'dinov2_state', 'convert_dinov2', 'convert_gguf', 'default_tower', 'default_llm', 'cache_dir', 'resolve',
-           'tower_config', 'load_tower_model', 'default_levels', 'load_llm']
+           'leftover_weights', 'tower_config', 'load_tower_model', 'default_levels', 'load_llm']
 
 # %% ../nbs/20_assets.ipynb #962c323a
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -388,10 +388,22 @@ def _quiet():
             hf_logging.enable_progress_bar()
 
 
+def leftover_weights(
+    model: PreTrainedModel,  # Was loaded
+    unexpected: Iterable[str],  # Names in its file for which it has no place
+) -> list[str]:
+    "Weights that a model did not take, without constants that it computes itself."
+    computed = {name for name, _ in model.named_buffers()}
+    return sorted(
+        name for name in unexpected if not any(("." + own).endswith("." + name) for own in computed)
+    )
+
+
 def _load_complete(
     cls,  # Model class, or one of transformers' Auto classes
     asset: Asset,  # Where its weights are
     dtype: torch.dtype = torch.float32,  # Of the weights
+    exact: bool = False,  # Also an error if weights are left over; a file of CLIP has more than its tower
     **kwargs,  # For `from_pretrained`
 ) -> PreTrainedModel:  # In `eval` mode
     "Load a model; an error if a weight is missing from the file or has another shape."
@@ -411,6 +423,12 @@ def _load_complete(
         raise ValueError(
             f"{asset.name!r} lacks {len(bad)} of the weights of {type(model).__name__} "
             f"or has them in another size, e.g. {bad[:3]}; fetch or convert it again."
+        )
+    if exact and (extra := leftover_weights(model, info["unexpected_keys"])):
+        raise ValueError(
+            f"{asset.name!r} has {len(extra)} weights for which {type(model).__name__} has no place, e.g. "
+            f"{extra[:3]}: without them it would compute something else. Take the config.json that belongs "
+            "to these weights."
         )
     return model.eval()
 
@@ -493,7 +511,12 @@ def load_llm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # Language model and its tokenizer
     "Load an LLM and its tokenizer with chat template."
     asset = _resolve_kind(name or default_llm(), "llm")
+    config = asset.path / "config.json"
+    if config.exists() and read_json(config).get("model_type") == "delta_llava":
+        raise ValueError(
+            f"{asset.name!r} is a whole model of this package, which holds an LLM; name an LLM's folder."
+        )
     options = _four_bit_options(dtype) if load_in_4bit else {}
     # the tokenizer first: the weights may take minutes
     tokenizer = AutoTokenizer.from_pretrained(asset.path, local_files_only=True, trust_remote_code=False)
-    return _load_complete(AutoModelForCausalLM, asset, dtype, **options), tokenizer
+    return _load_complete(AutoModelForCausalLM, asset, dtype, exact=True, **options), tokenizer

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'check_sizes', 'DeltaLlavaConfig', 'tensor_projection', 'tower_fingerprint',
-           'DeltaLlavaPreTrainedModel', 'check_loaded', 'reload_projector', 'projector_dtype', 'question_embedding',
-           'visual_tokens', 'check_placeholders', 'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs',
-           'shifted_targets', 'supervised_loss', 'check_packing', 'DeltaLlavaOutput', 'VisualGeneration',
-           'embeddings_of_prompt', 'LanguageModelAccess', 'DeltaLlavaForConditionalGeneration', 'add_image_token',
-           'generation_settings', 'build_vlm', 'tower_identity', 'save_projector', 'load_projector_state',
-           'load_projector', 'same_weights', 'check_projector_fits', 'install_projector']
+           'DeltaLlavaPreTrainedModel', 'llm_part', 'check_loaded', 'reload_projector', 'projector_dtype',
+           'question_embedding', 'patch_tokens', 'visual_tokens', 'fills_rows', 'check_placeholders',
+           'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs', 'shifted_targets', 'supervised_loss',
+           'check_packing', 'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt', 'LanguageModelAccess',
+           'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings', 'build_vlm',
+           'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
+           'check_projector_fits', 'install_projector']
 
 # %% ../nbs/22_vlm.ipynb #fadcd782
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
-from typing import Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
+from typing import Any, ClassVar, Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +32,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     GenerationMixin,
     LlavaConfig,
@@ -79,11 +83,6 @@ def check_sizes(
         raise ValueError(
             f"d_llm={config.d_llm}, but the LLM's width is {text.hidden_size}; set d_llm={text.hidden_size}."
         )
-    if config.to_dict().get("adaptive"):
-        raise ValueError(
-            "adaptive=True gives each image its own number of tokens, but a prompt reserves the "
-            "same number for all; set a budget, and use adaptive with the compressor alone."
-        )
 
 # %% ../nbs/22_vlm.ipynb #348d2718
 class DeltaLlavaConfig(LlavaConfig):
@@ -91,6 +90,7 @@ class DeltaLlavaConfig(LlavaConfig):
 
     model_type = "delta_llava"
     __no_type_check__ = True  # transformers' constructor takes any keyword, which jaxtyping would refuse
+    auto_map: ClassVar[dict] = {}  # no code comes with a folder; TRL asks for it
     compressor: str = "delta"  # Which projector, by its name in the registry of compressors
     projector: dict | None = None  # `to_dict()` of its config; `None` is the paper's CLIP-L/14-336 → 7B
 
@@ -179,21 +179,22 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,  # Folder or hub name
+        pretrained_model_name_or_path: str | Path | None,  # Folder or hub name; `None`: see `state_dict`
         *args,
-        **kwargs,  # As in transformers
+        **kwargs,  # As in transformers; an empty `state_dict` asks for new weights
     ):
-        "Load, and refuse a folder of this package that lacks weights."
+        "Load, and refuse a folder of this package, or a `state_dict`, with weights missing or left over."
         path = pretrained_model_name_or_path
-        source, _ = DeltaLlavaConfig.get_config_dict(path, **kwargs)
+        source = {} if path is None else DeltaLlavaConfig.get_config_dict(path, **kwargs)[0]
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_dict(source)
         kwargs.setdefault("key_mapping", adapter.old_state_dict_map(config.text_config))
         model, info = super().from_pretrained(path, *args, **kwargs | {"output_loading_info": True})
-        if source.get("model_type") == DeltaLlavaConfig.model_type:
-            check_loaded(model, path, info)
-        elif any(name.startswith("multi_modal_projector.") for name in info["missing_keys"]):
+        other = path is not None and source.get("model_type") != DeltaLlavaConfig.model_type
+        if path is not None or kwargs.get("state_dict"):
+            check_loaded(model, path, llm_part(info) if other else info)
+        if any(name.startswith(PROJECTOR) for name in info["missing_keys"]):
             model.multi_modal_projector.reset_parameters()
         model.vision_tower.requires_grad_(False)  # loading makes new parameters
         model.remember_tower()
@@ -203,20 +204,29 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
 PROJECTOR = "multi_modal_projector."  # prefix of the projector's weights
 
 
+def llm_part(
+    info: dict,  # transformers' report: `missing_keys` and `unexpected_keys`
+) -> dict:  # The same for the LLM
+    "What matters in a folder with another projector, and with a tower that may have more blocks."
+    kinds = ("missing_keys", "unexpected_keys")
+    return {kind: {name for name in info[kind] if name.startswith("language_model.")} for kind in kinds}
+
+
 def check_loaded(
     model: PreTrainedModel,  # Was loaded
-    path: str | Path,  # From this folder or hub name
+    path: str | Path | None,  # From this folder or hub name; `None` is a `state_dict`
     info: dict,  # transformers' report: `missing_keys` and `unexpected_keys`
 ) -> None:
     "Error if weights were missing, or some were left over."
     names = {kind: set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    if Path(path).is_dir() and any(name.startswith(PROJECTOR) for name in names["unexpected"]):
+    of_projector = any(name.startswith(PROJECTOR) for name in names["unexpected"])
+    if of_projector and path is not None and Path(path).is_dir():
         reload_projector(model, Path(path), names)  # a compressor renames weights of its older versions
     for kind, left in names.items():
         if left:
             raise ValueError(
-                f"{path}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model again with "
-                "save_pretrained, or join the parts with build_vlm and load_projector."
+                f"{path or 'state_dict'}: {len(left)} {kind} weights, e.g. {min(left)!r}. Save the model "
+                "again with save_pretrained, or join the parts with build_vlm and load_projector."
             )
 
 
@@ -262,47 +272,73 @@ def question_embedding(
     return hidden[:, -1:].to(projector_dtype(model.multi_modal_projector))
 
 
-def visual_tokens(
+def patch_tokens(
     model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
     pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized by the tower's processor
     vision_features: Tensor | VisionFeatures | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-    tokens: int | None = None,  # Budget $V$; `None` takes the config's
-    question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
-    question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
-) -> Float[Tensor, "b v d"]:  # Input embeddings for the LLM
-    "Visual tokens of each image (Fig. 2)."
+) -> VisionFeatures:  # Where the projector is, in its precision
+    "What the projector reads: the tower's output, or what was computed before."
     if (pixel_values is None) == (vision_features is None):
         given = "neither was" if pixel_values is None else "both were"
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
-    tower = model.vision_tower
-    projector = model.multi_modal_projector
+    tower, projector = model.vision_tower, model.multi_modal_projector
     if pixel_values is not None:
         attention = "attention" in projector.requires
         learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
             vision_features = tower_features(tower, pixel_values.to(tower.dtype), levels, attention=attention)
+    return VisionFeatures.of(vision_features).to(
+        adapter.execution_device(projector), projector_dtype(projector)
+    )
+
+
+def visual_tokens(
+    model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
+    features: VisionFeatures,  # From `patch_tokens`
+    tokens: int | None = None,  # Budget $V$; `None` takes the config's
+    question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
+    question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
+) -> list[Float[Tensor, "v d"]]:  # Input embeddings for the LLM, for each image
+    "Visual tokens of each image (Fig. 2)."
+    projector = model.multi_modal_projector
+    if tokens is None and projector.config.to_dict().get("adaptive"):
+        padded, mask = projector.forward_with_mask(features)
+        return [visual[own] for visual, own in zip(padded, mask, strict=True)]
     text = question_embedding(model, question_ids, question_mask) if "text" in projector.requires else None
-    device = adapter.execution_device(projector)
-    features = VisionFeatures.of(vision_features).to(device, projector_dtype(projector))
-    return projector(features, tokens=tokens, text=text)
+    return list(projector(features, tokens=tokens, text=text))
 
 # %% ../nbs/22_vlm.ipynb #d5cec0fe
+def fills_rows(
+    counts: list[int],  # Placeholders of each row
+    sizes: list[int],  # Visual tokens of each image, in order
+) -> bool:
+    "Whether each row takes whole images, one after another, and all rows together all images."
+    remaining = list(reversed(sizes))
+    for count in counts:
+        while count > 0 and remaining:
+            count -= remaining.pop()
+        if count:
+            return False
+    return not any(remaining)
+
+
 def check_placeholders(
-    input_ids: Int[Tensor, "b t"],  # Token ids
-    image_token_id: int,  # Id of `<image>`
-    images: int,  # Images that were given
-    tokens: int,  # Visual tokens of one image, $V$
+    image_mask: Bool[Tensor, "b t"],  # Positions of the placeholders
+    sizes: list[int],  # Visual tokens of each image, in order
 ) -> None:
     "Error unless each row has placeholders for whole images, and all rows together for all images."
-    count = (input_ids == image_token_id).sum(dim=1)
-    whole = tokens == 0 or not (count % tokens).any()
-    if count.sum() == images * tokens and whole:
+    counts = image_mask.sum(dim=1).tolist()
+    if fills_rows(counts, sizes):
         return
+    equal = len(set(sizes)) <= 1
+    needed = f"{len(sizes)} image(s) × {max(sizes, default=0)} visual tokens = {sum(sizes)}"
+    advice = "give processor and model the same images and the same tokens=…"
+    if not equal:
+        needed = f"{len(sizes)} images of {sizes} visual tokens"
+        advice = "call the processor with tokens=model.visual_token_counts(pixel_values)"
     raise ValueError(
-        f"input_ids hold {count.tolist()} image placeholders per row, but {images} image(s) × {tokens} "
-        f"visual tokens = {images * tokens} are to be placed; give processor and model the same images and "
-        "the same tokens=…."
+        f"input_ids hold {counts} image placeholders per row, but {needed} are to be placed; {advice}."
     )
 
 
@@ -347,17 +383,53 @@ class VisualInputs(nn.Module):
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
         question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
         question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
-        **kwargs,  # Ignored
+        *,
+        output_hidden_states: bool | None = None,  # Also the tower's hidden states; it runs once more
+        output_attentions: bool | None = None,  # Also the tower's attention, likewise
+        return_dict: bool | None = None,  # `False` gives a tuple; `None` takes the config's
     ):
-        "`visual_tokens` as transformers expects them: `pooler_output` has one `[v, d]` for each image."
-        visual = visual_tokens(self, pixel_values, vision_features, tokens, question_ids, question_mask)
-        return adapter.BaseModelOutputWithPooling(pooler_output=list(visual))
+        """`visual_tokens` as transformers expects them: `pooler_output` has one `[v, d]` for each image, and
+        `last_hidden_state` the patch tokens of the highest level."""
+        features = patch_tokens(self, pixel_values, vision_features)
+        out = adapter.BaseModelOutputWithPooling(
+            pooler_output=visual_tokens(self, features, tokens, question_ids, question_mask),
+            last_hidden_state=features.levels[..., -self.config.vision_config.hidden_size :],
+        )
+        settings = self.vision_tower.config
+        wanted = dict(
+            output_hidden_states=settings.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+            output_attentions=settings.output_attentions if output_attentions is None else output_attentions,
+        )
+        if pixel_values is not None and any(wanted.values()):
+            with torch.no_grad():
+                whole = self.vision_tower(
+                    pixel_values.to(self.vision_tower.dtype), return_dict=True, **wanted
+                )
+            out.hidden_states, out.attentions = whole.hidden_states, whole.attentions
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return out if as_dict else out.to_tuple()
 
-    def _image_outputs(self, pixel_values, vision_features, tokens, mm_encoder_outputs, *question):
+    def visual_token_counts(
+        self,
+        pixel_values: Tensor,  # `[b, 3, h, w]` Images, normalized
+        **kwargs,  # As for `get_image_features`
+    ) -> list[int]:  # For the processor's `tokens`
+        "How many visual tokens each image gets; not the same for all with an adaptive compressor."
+        with torch.no_grad():
+            images = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+        return [len(visual) for visual in images.pooler_output]
+
+    def _image_outputs(
+        self, pixel_values, vision_features, tokens, question_ids, question_mask, mm_encoder_outputs
+    ):
         "Visual tokens of a call: those computed before, or from pixels or features; `None` without images."
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and not (pixel_values is None and vision_features is None):
-            images = self.get_image_features(pixel_values, vision_features, tokens, *question)
+            images = self.get_image_features(
+                pixel_values, vision_features, tokens, question_ids, question_mask, return_dict=True
+            )
         return images
 
     def dummy_visual_tokens(
@@ -391,22 +463,41 @@ class VisualInputs(nn.Module):
     ]:  # Embeddings, positions of the images, visual tokens `[n, d]`
         "The LLM's input: embeddings of the text, and visual tokens in place of the placeholders."
         visual = [] if images is None else list(images.pooler_output)
-        if visual and input_ids is None:
-            raise ValueError("images need input_ids, whose placeholders say where they belong.")
         if input_ids is None and inputs_embeds is None:
-            raise ValueError(
-                "give input_ids (or inputs_embeds, without images); processor(...) returns input_ids."
-            )
-        if input_ids is not None and not torch.compiler.is_compiling():
-            tokens = len(visual[0]) if visual else 0
-            check_placeholders(input_ids, self.config.image_token_id, len(visual), tokens)
+            raise ValueError("give input_ids or inputs_embeds; processor(...) returns input_ids.")
+        if input_ids is None and not visual:
+            return inputs_embeds, None, None
+        image_mask = self._image_mask(input_ids, inputs_embeds)
+        if not torch.compiler.is_compiling():
+            check_placeholders(image_mask, [len(image) for image in visual])
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if not visual:
             return inputs_embeds, None, None
-        image_mask = input_ids == self.config.image_token_id
         flat = torch.cat(visual).to(inputs_embeds)
         return place_visual_tokens(inputs_embeds, image_mask, flat), image_mask, flat
+
+    def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        "Positions of the placeholders; without token ids, those with the embedding of `<image>`."
+        image = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == image
+        table: Any = self.get_input_embeddings()
+        return (inputs_embeds == table(torch.tensor(image, device=table.weight.device))).all(dim=-1)
+
+    def _check_fastv_embeddings(self, input_ids, images, cache) -> None:
+        "An error if FastV cannot know where the image tokens are."
+        begins = cache is None or cache.get_seq_length() == 0
+        if (
+            "decoder" in self.multi_modal_projector.requires
+            and input_ids is None
+            and images is None
+            and begins
+        ):
+            raise ValueError(
+                "inputs_embeds do not tell FastV which of them are image tokens, of which it drops the most: "
+                "give input_ids and pixel_values (or mm_encoder_outputs)."
+            )
 
     def fastv_context(
         self,
@@ -428,9 +519,10 @@ class VisualInputs(nn.Module):
 # %% ../nbs/22_vlm.ipynb #be1791fd
 def shifted_targets(
     labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+    shift_labels: Int[Tensor, "b t"] | None = None,  # Next token of each position, if that is known already
 ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:  # Next token of each position, and which are supervised
     "The label of each position: the token after it."
-    target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
     supervised = target != -100
     if not supervised.any():
         raise ValueError("labels supervise nothing: all are -100. Was the answer empty, or cut off?")
@@ -442,10 +534,11 @@ def supervised_loss(
     labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
     loss_function,  # transformers' causal-LM loss
     restore=lambda hidden: hidden,  # Hidden states of all positions, where the LLM dropped some
+    shift_labels: Tensor | None = None,  # `[b, t]` As for `shifted_targets`
     **inputs,  # Of the LLM's forward pass
 ) -> tuple[Float[Tensor, ""], dict]:  # The loss over all positions, and the LLM's output without logits
     "Cross-entropy of @eq-loss, with logits only at the supervised positions."
-    target, supervised = shifted_targets(labels)
+    target, supervised = shifted_targets(labels, shift_labels)
     logits, out = adapter.selected_logits(llm, lambda hidden: restore(hidden)[supervised], **inputs)
     loss = loss_function(logits=logits, labels=None, shift_labels=target[supervised])
     return loss, {name: value for name, value in out.items() if name != "logits"}
@@ -473,6 +566,7 @@ class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     hidden_states: tuple | None = None  # Of each layer of the LLM, if asked for
     attentions: tuple | None = None  # Of each layer of the LLM, if asked for
     image_hidden_states: Tensor | None = None  # `[n, d]` Visual tokens of all images, in order
+    last_hidden_state: Tensor | None = None  # `[b, t, d]` What the LLM's head reads; none with `labels`
 
 # %% ../nbs/22_vlm.ipynb #9a38076a
 class VisualGeneration(nn.Module):
@@ -498,21 +592,76 @@ class VisualGeneration(nn.Module):
     ):
         "As in transformers; the output contains the prompt."
         input_ids = inputs if input_ids is None else input_ids
-        images = self._image_outputs(
-            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask
-        )
+        visual = dict(pixel_values=pixel_values, vision_features=vision_features, tokens=tokens)
+        visual |= dict(question_ids=question_ids, question_mask=question_mask)
+        images = self._image_outputs(**visual, mm_encoder_outputs=mm_encoder_outputs)
         self.language_model.generation_config = self.generation_config
-        kwargs["suppress_tokens"] = self._suppressed(generation_config, kwargs.get("suppress_tokens"))
+        suppressed = self._suppressed(generation_config, kwargs.pop("suppress_tokens", None))
+        if generation_config is None:
+            kwargs["suppress_tokens"] = suppressed
+        else:  # settings besides a config are deprecated
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.suppress_tokens = suppressed
+        by_position = self._passes_that_need_positions(generation_config, kwargs)
         cached = adapter.cache_of(kwargs)
+        self._check_fastv_embeddings(input_ids, images, cached)
         if images is None and (cached is not None or input_ids is None):
             with self.fastv_context(None, tokens):
                 return self.language_model.generate(input_ids, generation_config, **kwargs)
         embeds, image_mask, _ = self.merge_visual_tokens(input_ids, kwargs.pop("inputs_embeds", None), images)
-        end = None if image_mask is None else last_visible(input_ids, kwargs.get("attention_mask"))
-        use_cache = kwargs.get("use_cache", (generation_config or self.generation_config).use_cache)
-        again = embeddings_of_prompt(self.language_model, embeds) if use_cache is False else nullcontext()
-        with self.fastv_context(image_mask, tokens, end), again:
-            return self.language_model.generate(input_ids, generation_config, inputs_embeds=embeds, **kwargs)
+        end = None
+        if image_mask is not None:
+            end = last_visible(image_mask, kwargs.get("attention_mask"))
+        prompt: dict = dict(inputs=input_ids, inputs_embeds=embeds)
+        with ExitStack() as contexts:
+            contexts.enter_context(self.fastv_context(image_mask, tokens, end))
+            if by_position:
+                if input_ids is None:
+                    raise ValueError(f"{by_position} needs input_ids besides inputs_embeds.")
+                contexts.enter_context(embeddings_of_prompt(self.language_model, embeds))
+                prompt.pop("inputs_embeds")
+            draft = kwargs.get("assistant_model")
+            if isinstance(draft, VisualGeneration):
+                kwargs["assistant_model"] = draft.language_model
+                contexts.enter_context(draft.as_draft(input_ids, **visual))
+            return self.language_model.generate(generation_config=generation_config, **prompt, **kwargs)
+
+    def _passes_that_need_positions(self, generation_config, kwargs: dict) -> str:
+        "What makes `generate` read parts of the prompt by their token ids; empty if nothing does."
+        settings = generation_config or self.generation_config
+
+        def setting(name):
+            return kwargs.get(name, getattr(settings, name, None))
+
+        found = []
+        if setting("use_cache") is False:
+            found.append("use_cache=False")
+        if kwargs.get("assistant_model") is not None:
+            found.append("assistant_model")
+        names = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
+        found += [f"{name}={setting(name)}" for name in names if setting(name) is not None]
+        for name in ("prefill_chunk_size", "assistant_early_exit"):
+            if "decoder" in self.multi_modal_projector.requires and setting(name) is not None:
+                raise ValueError(
+                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, "
+                    f"so it needs the whole prompt in one pass of the whole LLM; leave {name} out."
+                )
+        return ", ".join(found)
+
+    @contextmanager
+    def as_draft(
+        self,
+        input_ids: Tensor,  # `[b, t]` Prompt of the model that this one proposes tokens to
+        **visual,  # Its images, as for `generate`
+    ) -> Iterator[None]:
+        "While it lasts, this model's LLM reads the prompt with visual tokens of this model."
+        if visual["vision_features"] is not None:
+            raise ValueError("an assistant_model with a vision tower of its own needs pixel_values.")
+        images = self._image_outputs(**visual, mm_encoder_outputs=None)
+        embeds, image_mask, _ = self.merge_visual_tokens(input_ids, None, images)
+        with self.fastv_context(image_mask, visual["tokens"], last_visible(input_ids)):
+            with embeddings_of_prompt(self.language_model, embeds):
+                yield
 
     def _suppressed(self, generation_config, suppress_tokens) -> list[int]:
         "Tokens that are never generated: the caller's, and `<image>`."
@@ -520,22 +669,25 @@ class VisualGeneration(nn.Module):
             suppress_tokens = (generation_config or self.generation_config).suppress_tokens or []
         return sorted({*suppress_tokens, self.config.image_token_id})
 
-
+# %% ../nbs/22_vlm.ipynb #92a75dae
 @contextmanager
 def embeddings_of_prompt(
     llm: nn.Module,  # Causal LM
     embeds: Float[Tensor, "b t d"],  # Embeddings of a prompt, visual tokens included
 ) -> Iterator[None]:
-    "While it lasts, a pass over token ids of the whole sequence starts with these embeddings."
+    "While it lasts, the LLM reads these embeddings at the positions of the prompt, in whatever parts."
     rows, length, _ = embeds.shape
 
     def hook(module, args, kwargs):
         ids = kwargs.get("input_ids")
-        if ids is None or ids.shape[1] <= length or adapter.cache_of(kwargs) is not None:
+        cache = adapter.cache_of(kwargs)
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if ids is None or start >= length:
             return None
-        prompt = embeds.repeat_interleave(len(ids) // rows, dim=0)  # beams and samples repeat each row
-        answer = module.get_input_embeddings()(ids[:, length:])
-        return args, kwargs | {"input_ids": None, "inputs_embeds": torch.cat([prompt, answer], dim=1)}
+        prompt = embeds[:, start : start + ids.shape[1]]
+        prompt = prompt.repeat_interleave(len(ids) // rows, dim=0)  # beams and samples repeat each row
+        later = module.get_input_embeddings()(ids[:, length - start :])
+        return args, kwargs | {"input_ids": None, "inputs_embeds": torch.cat([prompt, later], dim=1)}
 
     handle = llm.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -580,7 +732,7 @@ class LanguageModelAccess(nn.Module):
     ):
         "Resize the LLM's embedding table and its head."
         table = self.language_model.resize_token_embeddings(*args, **kwargs)
-        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        self.config.text_config.vocab_size = self.vocab_size = self.language_model.config.vocab_size
         return table
 
 # %% ../nbs/22_vlm.ipynb #da1ab7e5
@@ -627,9 +779,11 @@ class DeltaLlavaForConditionalGeneration(
     ) -> DeltaLlavaOutput | tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."
         return_dict = kwargs.pop("return_dict", None)
+        self._check_arguments(kwargs)
         images = self._image_outputs(
-            pixel_values, vision_features, tokens, mm_encoder_outputs, question_ids, question_mask
+            pixel_values, vision_features, tokens, question_ids, question_mask, mm_encoder_outputs
         )
+        self._check_fastv_embeddings(input_ids, images, past_key_values)
         embeds, image_mask, visual = self.merge_visual_tokens(input_ids, inputs_embeds, images)
         if visual is None and self.training and torch.is_grad_enabled():
             embeds = embeds + 0 * self.dummy_visual_tokens(tokens).sum()
@@ -651,6 +805,22 @@ class DeltaLlavaForConditionalGeneration(
         known = {field.name for field in fields(DeltaLlavaOutput)}
         out = DeltaLlavaOutput(**{k: v for k, v in out.items() if k in known}, image_hidden_states=visual)
         return out.to_tuple() if return_dict is False else out
+
+    def _check_arguments(self, kwargs: dict) -> None:
+        "An error for arguments that nobody has, such as `token`; the LLM would ignore them."
+        kwargs.pop("mm_token_type_ids", None)  # from the processor; `input_ids` say the same
+        if torch.compiler.is_compiling() or kwargs.keys() <= {"use_cache", "num_items_in_batch"}:
+            return
+        known = adapter.forward_arguments(self.language_model)
+        if unknown := sorted(kwargs.keys() - known):
+            own = [
+                name
+                for name, part in signature(type(self).forward).parameters.items()
+                if part.kind != part.VAR_KEYWORD
+            ]
+            close = get_close_matches(unknown[0], [*own, *sorted(known)], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"this model has {own[1:]}."
+            raise TypeError(f"unknown arguments {unknown}, which neither model nor LLM has; {hint}")
 
     def _segment_mask(self, segments: Tensor, dtype: torch.dtype) -> Tensor:
         "The mask of `segments` as the LLM's attention reads it."
@@ -677,10 +847,18 @@ class DeltaLlavaForConditionalGeneration(
         if labels is not None and self.training:
             loss, out = supervised_loss(self.language_model, labels, loss_function, restore, **inputs)
             return out | dict(loss=loss)
-        with adapter.changed_hidden_states(self.language_model, restore):
+        read = []
+
+        def restored(hidden):
+            read.append(restore(hidden))
+            return read[-1]
+
+        with adapter.changed_hidden_states(self.language_model, restored):
             out = self.language_model(logits_to_keep=logits_to_keep, **inputs)
-        loss = {} if labels is None else dict(loss=loss_function(logits=out.logits, labels=labels))
-        return dict(out) | loss
+        if labels is None:
+            return dict(out) | dict(last_hidden_state=read[-1] if read else None)
+        targets = dict(labels=labels, shift_labels=inputs.get("shift_labels"))
+        return dict(out) | dict(loss=loss_function(logits=out.logits, **targets))
 
     def remember_tower(self) -> None:
         "Note the tower's fingerprint while its weights are whole; sharded training spreads them out."
@@ -690,6 +868,8 @@ class DeltaLlavaForConditionalGeneration(
 AutoConfig.register("delta_llava", DeltaLlavaConfig, exist_ok=True)
 AutoModel.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, exist_ok=True)
 
 # %% ../nbs/22_vlm.ipynb #560599d7
 def add_image_token(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_vlm import byte_tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from delta_llava import assets
@@ -48,6 +49,12 @@ def clip(tmp_path):
         )
     ).save_pretrained(tmp_path / "clip")
     return tmp_path / "clip"
+
+
+def save_llm(folder):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture
@@ -305,6 +312,28 @@ def test_incomplete_weights_are_an_error(how, clip):
         load_tower_model(clip)
     if how == "missing":
         load_tower_model(clip, truncated_config(tower_config(clip), 1))  # the block is not needed
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.7.mlp.up_proj.weight", "model.extra"])
+def test_weights_that_an_llm_has_no_place_for_are_an_error(name, tmp_path):
+    "Such as the bias of a head, for which the config names a model without one."
+    save_llm(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has 1 weights for which LlamaForCausalLM has no place.*{name}"):
+        load_llm(tmp_path)
+
+
+def test_constants_in_the_file_of_an_llm_are_not_left_over(tmp_path):
+    "Old files hold the angles of rotations, which a model computes itself."
+    save_llm(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {
+        "model.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(load_file(file) | old, file, metadata={"format": "pt"})
+    assert load_llm(tmp_path)[0].config.model_type == "llama"
 
 
 def test_depth(clip):

@@ -1,5 +1,6 @@
 "Grad-CAM: the authors' fixture, maps that are known in advance, the model afterwards, and the benchmark."
 
+import copy
 import json
 import runpy
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -758,6 +760,29 @@ def test_own_answer(delta):
     first = mark(ids, *range(start + words[0].start, start + words[0].stop))
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values)
     assert_close(answer_cam(model, inputs, first)[0, 0], result.cams[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules="all-linear"),
+        dict(target_modules=["q_proj", "v_proj"], use_dora=True),
+        dict(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"]),
+    ],
+    ids=str,
+)
+def test_word_cams_of_a_model_in_pefts_wrapper(delta, options):
+    "The maps are those of the model with its adapters merged; they change with the adapters."
+    model, processor = copy.deepcopy(delta[0]).eval(), delta[1]
+    question_and_answer = dict(image=IMAGE_224, question="What?", answer="A red fox.")
+    plain = word_cams(model, processor, **question_and_answer)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    cams = word_cams(wrapped, processor, **question_and_answer)
+    assert not torch.allclose(cams.cams, plain.cams, rtol=1e-2)
+    assert [w.text for w in cams.words] == ["A", "red", "fox"]
+    assert word_cams(wrapped, processor, **question_and_answer, phrases=["red"]).cams.shape == (1, 16)
+    merged = word_cams(wrapped.merge_and_unload(), processor, **question_and_answer)
+    assert_close(cams.cams, merged.cams, rtol=1e-3, atol=1e-6)
 
 
 def test_denormalize_pixels(delta):

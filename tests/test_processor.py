@@ -14,12 +14,14 @@ from tiny_vlm import IMAGE, byte_tokenizer, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import (
+    AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessorPil,
     Siglip2ImageProcessorPil,
+    pipeline,
 )
 
 from delta_llava.processor import JOIN_PARTS, TEMPLATES, DeltaLlavaProcessor, as_messages, build_processor
@@ -371,6 +373,211 @@ def test_images_in_chats_are_those_of_training(form, mode, tmp_path):
     out = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     want = processor.image_processor([open_image(file)], return_tensors="pt")["pixel_values"]
     assert out.pixel_values.equal(want) and (out.input_ids == IMAGE).sum() == 4
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A folder of model and processor."
+    folder = tmp_path_factory.mktemp("saved")
+    processor = make_processor("chat", tokens=16)
+    model = tiny(vocab_size=len(processor.tokenizer) + 10)
+    model.config.image_token_index = processor.image_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def deep_image(file):
+    "16 bits, which a conversion to 8 would turn white."
+    Image.fromarray((np.arange(60 * 90).reshape(60, 90) * 12).astype(np.uint16)).save(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("form", ["path", "PIL", "list", "chat", "base64"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_pipelines_open_images_as_training_does(form, deep, saved, tmp_path):
+    file = deep_image(tmp_path / "a.png") if deep else str(tmp_path / "a.png")
+    if not deep:
+        make_image().save(file)
+    pipe = pipeline("image-text-to-text", model=str(saved), max_new_tokens=2, device="cpu")
+    pixels_given = []
+    pipe.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: pixels_given.append(
+            kwargs.get("pixel_values", args[0] if args else None)
+        ),
+        with_kwargs=True,
+    )
+    question = pipe.processor.build_prompt("What?")
+    data = base64.b64encode(Path(file).read_bytes()).decode()
+    given = {"path": file, "PIL": Image.open(file), "list": [file], "base64": "data:image/png;base64," + data}
+    if form == "chat":
+        parts = [dict(type="image", url=file), dict(type="text", text="What?")]
+        answer = pipe(text=[dict(role="user", content=parts)], return_full_text=False)
+    else:
+        answer = pipe(images=given[form], text=question, return_full_text=False)
+    assert isinstance(answer[0]["generated_text"], str)
+    want = pipe.processor.image_processor([open_image(file)], return_tensors="pt")["pixel_values"]
+    assert pixels_given[0].equal(want)
+
+
+def test_pipelines_of_other_models_are_as_before():
+    from transformers import ImageTextToTextPipeline, LlavaProcessor
+
+    class Found(Exception):
+        pass
+
+    def load(images, **kwargs):
+        raise Found(images)
+
+    pipe = ImageTextToTextPipeline.__new__(ImageTextToTextPipeline)
+    pipe.processor = LlavaProcessor.__new__(LlavaProcessor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.pipelines.image_text_to_text.load_images", load)
+        with pytest.raises(Found, match="a.png"):
+            pipe.preprocess(dict(images="a.png", text="?"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "bit", "llava"])
+def test_the_image_processor_alone_gives_the_same_pixels(kind, tmp_path):
+    from delta_llava import adapter
+
+    name = dict(clip="CLIP", siglip="Siglip", bit="Bit", llava="Llava")[kind] + "ImageProcessorPil"
+    square = dict(height=64, width=64)
+    size = dict(size=square) if kind == "siglip" else dict(size={"shortest_edge": 64}, crop_size=square)
+    own = getattr(adapter, name)(**size)
+    processor = build_processor(own, byte_tokenizer(), tokens=4, template="v1")
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "delta_llava"}))
+    want = processor(make_image(), "<image>").pixel_values
+    alone = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(alone) is type(own)
+    assert alone(make_image(), return_tensors="pt")["pixel_values"].equal(want)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again.image_processor) is type(own)
+    assert again(make_image(), "<image>").pixel_values.equal(want)
+
+
+def question_processor(template="v1"):
+    processor = make_processor(template)
+    processor.questions = True
+    return processor
+
+
+def questions_in(processor, batch):
+    return [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch.question_ids, batch.question_mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("template", ["v1", "chatml", "chat"])
+def test_the_question_is_that_of_the_last_turn(template):
+    processor = question_processor(template)
+    chat = [
+        dict(
+            role="user",
+            content=[dict(type="image", image=make_image()), dict(type="text", text="Who? USER:")],
+        ),
+        dict(role="assistant", content="A cat."),
+        dict(role="user", content=[dict(type="text", text="And what ASSISTANT: is it? é")]),
+    ]
+    other = [
+        dict(role="user", content=[dict(type="image", image=make_image()), dict(type="text", text="Colour?")])
+    ]
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    one = processor.apply_chat_template(chat, **options)
+    assert questions_in(processor, one) == ["And what ASSISTANT: is it? é"]
+    two = processor.apply_chat_template([chat, other], **options)
+    assert questions_in(processor, two) == ["And what ASSISTANT: is it? é", "Colour?"]
+    given = processor.apply_chat_template(chat, **options, processor_kwargs=dict(questions=["Mine?"]))
+    assert questions_in(processor, given) == ["Mine?"]
+    text = processor.apply_chat_template([other[0]], add_generation_prompt=True)
+    assert questions_in(processor, processor(make_image(), text)) == ["Colour?"]
+    history = [*other, dict(role="assistant", content="Red."), dict(role="user", content="Sure?")]
+    answered = [*history, dict(role="assistant", content="Yes.")]
+    for messages, prompt in ((history, True), (answered, False)):
+        text = processor.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert questions_in(processor, processor(make_image(), text)) == ["Sure?"]
+    assert questions_in(processor, processor(make_image(), text, questions=["Mine?"])) == ["Mine?"]
+
+
+@pytest.mark.parametrize(("template", "text"), [("plain", "<image>"), ("v1", "<image> What?")])
+def test_prompts_without_a_question_are_refused(template, text):
+    with pytest.raises(ValueError, match="this projector reads the question"):
+        question_processor(template)(make_image(), text)
+
+
+def test_what_a_tokenizer_puts_before_is_asked_for_once(monkeypatch):
+    processor = make_processor()
+    texts = []
+    call = type(processor.tokenizer).__call__
+    monkeypatch.setattr(
+        type(processor.tokenizer),
+        "__call__",
+        lambda self, text, *args, **kwargs: texts.append(text) or call(self, text, *args, **kwargs),
+    )
+    for i in range(5):
+        processor.encode_text(f"text {i}")
+    assert texts.count("a") <= 2 and len(texts) <= 7
+
+
+def test_a_tokenizer_that_is_changed_later_adds_what_it_says():
+    processor = make_processor()
+    assert processor.encode_text("b") == processor.tokenizer("b", add_special_tokens=False).input_ids
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    processor.tokenizer.bos_token = "<|im_start|>"  # any setting that is known to matter
+    assert processor.encode_text("b")[0] == 256
+
+
+def test_groups_of_arguments_are_not_given_twice():
+    processor = make_processor()
+    with pytest.raises(ValueError, match=r"\['padding'\] were given twice"):
+        processor(make_image(), "<image>", text_kwargs=dict(padding=False), padding=True)
+    with pytest.raises(ValueError, match="given twice"):
+        processor(make_image(), "<image>", images_kwargs=dict(do_rescale=False), do_rescale=True)
+    grouped = processor(
+        make_image(), "<image>", images_kwargs=dict(do_rescale=False), text_kwargs=dict(padding=True)
+    )
+    flat = processor(make_image(), "<image>", do_rescale=False, padding=True)
+    assert grouped.pixel_values.equal(flat.pixel_values) and not flat.pixel_values.equal(
+        processor(make_image(), "<image>").pixel_values
+    )
+
+
+def test_a_tokenizers_own_padding():
+    processor = make_processor()
+    processor.tokenizer.init_kwargs |= dict(padding="max_length", max_length=20)
+    assert processor(make_image(), "<image>ab").input_ids.shape == (1, 20)
+    assert processor(make_image(), "<image>ab", padding=True).input_ids.shape == (1, 6)
+
+
+def test_places_of_images_in_the_expanded_text():
+    processor = make_processor()
+    text = "a <image> b <image>c"
+    out = processor(
+        [make_image()] * 2,
+        text,
+        return_text_replacement_offsets=True,
+        return_offsets_mapping=True,
+        tokens=[3, 2],
+    )
+    expanded = text.replace("<image>", "<image>" * 3, 1)[: -len("<image>c")] + "<image>" * 2 + "c"
+    first, second = out.text_replacement_offsets[0]
+    for found, n in ((first, 3), (second, 2)):
+        start, end = found["new_span"]
+        assert expanded[start:end] == found["replacement"] == "<image>" * n
+        start, end = found["span"]
+        assert text[start:end] == found["text"] == "<image>"
+    for i, (start, end) in zip(out.input_ids[0].tolist(), out.offset_mapping[0], strict=True):
+        assert processor.tokenizer.decode([i]) == expanded[start:end]
+
+
+def test_images_without_text():
+    processor = make_processor()
+    out = processor(images=[make_image(), make_image(1)])
+    assert list(out) == ["pixel_values"] and out.pixel_values.shape == (2, 3, 224, 224)
 
 
 def test_images_that_are_nowhere():

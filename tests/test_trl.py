@@ -1,8 +1,11 @@
 "TRL's `SFTTrainer` trains our model: with our collator, and with TRL's own batches of messages and images."
 
 import pytest
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from tiny_stage import EachStep, stage, write_parts
 from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
 
 from delta_llava.collator import Collator
 from delta_llava.conversations import load_conversations
@@ -138,3 +141,74 @@ def test_trl_makes_our_batches_of_prompts_and_completions(parts, tmp_path):
     ):
         for key in ("input_ids", "labels"):
             assert trl_batch[key][i][there].equal(ours[key][i][here])
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    "A whole model with its processor, as anybody would hand it on."
+    folder = tmp_path_factory.mktemp("folder")
+    model, processor, _ = model_and_rows(parts, folder)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def pictures(parts, **columns):
+    "A data set of four images and what is said about them."
+    rows = dict(images=[[str(parts / f"{i}.png")] for i in range(4)])
+    rows |= {name: [[turn] for turn in turns] for name, turns in columns.items()}
+    return Dataset.from_dict(rows).cast_column("images", List(ImageFeature()))
+
+
+def turns_of(role, texts):
+    return [dict(role=role, content=text) for text in texts]
+
+
+COLORS = ["red", "green", "blue", "grey"]
+
+
+def test_sft_of_a_folder(parts, folder, tmp_path):
+    "TRL loads model and processor by name, and makes its own batches."
+    rows = pictures(parts, prompt=turns_of("user", ["Colour?"] * 4), completion=turns_of("assistant", COLORS))
+    options = dict(dataset_kwargs=None, learning_rate=3e-3)
+    trainer = trl.SFTTrainer(str(folder), args=sft(tmp_path, **options), train_dataset=rows)
+    assert type(trainer.model).__name__ == "DeltaLlavaForConditionalGeneration"
+    assert type(trainer.processing_class).__name__ == "DeltaLlavaProcessor"
+    start = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    losses = logged(trainer)
+    assert len(losses) == STEPS and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert changed_parts(trainer.model, start) == {"multi_modal_projector", "language_model"}
+    trainer.save_model(str(tmp_path / "again"))
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+
+
+def test_dpo_of_a_folder(parts, folder, tmp_path):
+    "The right color is preferred to the next one."
+    rows = pictures(
+        parts,
+        prompt=turns_of("user", ["Colour?"] * 4),
+        chosen=turns_of("assistant", COLORS),
+        rejected=turns_of("assistant", COLORS[1:] + COLORS[:1]),
+    )
+    args = trl.DPOConfig(
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        remove_unused_columns=False,
+        max_length=None,
+        **SAME,
+    )
+    trainer = trl.DPOTrainer(str(folder), args=args, train_dataset=rows)
+    trainer.train()
+    losses = logged(trainer)
+    assert abs(losses[0] - 0.693) < 0.05  # policy and reference are the same model
+    assert losses[-1] < losses[0] - 0.03
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "loss" in entry]
+    assert margins[-1] > 0.03

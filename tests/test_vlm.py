@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import logging
+import warnings
 
 import pytest
 import torch
@@ -23,7 +25,11 @@ from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    CLIPImageProcessorPil,
     GenerationConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -31,6 +37,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 
 from delta_llava.adapter import add_adapters, cache_argument, is_lora_layer
 from delta_llava.assets import load_llm
@@ -49,6 +56,18 @@ from delta_llava.vlm import (
 )
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
+
+
+def spoken(seed=0):
+    "A model with large weights, whose answers vary with image and prompt."
+    model = tiny(seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for part in (model.language_model, model.multi_modal_projector):
+            for weight in part.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(std=0.3)
+    return model
 
 
 def projector_of(model):
@@ -111,7 +130,9 @@ def test_auto_classes(tmp_path):
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DeltaLlavaConfig
     assert type(AutoModel.from_pretrained(tmp_path)) is DeltaLlavaForConditionalGeneration
-    assert type(AutoModelForImageTextToText.from_config(model.config)) is DeltaLlavaForConditionalGeneration
+    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
+        assert type(kind.from_config(model.config)) is DeltaLlavaForConditionalGeneration
+        assert type(kind.from_pretrained(tmp_path)) is DeltaLlavaForConditionalGeneration
 
 
 def test_the_default_config_is_the_papers():
@@ -749,19 +770,272 @@ def test_a_cache_is_continued():
 def test_outputs_as_a_tuple():
     model = tiny()
     out = model(prompt(4), images(), tokens=4, use_cache=False)
-    logits, visual = model(prompt(4), images(), tokens=4, use_cache=False, return_dict=False)
+    logits, visual, read = model(prompt(4), images(), tokens=4, use_cache=False, return_dict=False)
+    assert_close(model.get_output_embeddings()(read), logits)
     assert_close(logits, out.logits)
     assert_close(visual, out.image_hidden_states)
     hidden = model(prompt(4), images(), tokens=4, output_hidden_states=True).hidden_states
     assert len(hidden) == 3 and hidden[-1].shape == (1, prompt(4).shape[1], 64)
 
 
-def test_images_need_ids():
+def test_images_find_their_places_in_embeddings():
     model = tiny()
     embeds = model.get_input_embeddings()(prompt(4))
-    with pytest.raises(ValueError, match="images need input_ids"):
-        model(pixel_values=images(), inputs_embeds=embeds, tokens=4)
-    assert_close(
-        model(prompt(4), images(), inputs_embeds=embeds, tokens=4).logits,
-        model(prompt(4), images(), tokens=4).logits,
+    want = model(prompt(4), images(), tokens=4).logits
+    assert_close(model(prompt(4), images(), inputs_embeds=embeds, tokens=4).logits, want)
+    assert_close(model(pixel_values=images(), inputs_embeds=embeds, tokens=4).logits, want)
+    with pytest.raises(ValueError, match=r"\[3\] image placeholders"):
+        model(pixel_values=images(), inputs_embeds=embeds[:, 3:], tokens=4)
+    answer = model.generate(inputs_embeds=embeds, pixel_values=images(), tokens=4, **GREEDY)
+    assert answer.equal(
+        model.generate(prompt(4), pixel_values=images(), tokens=4, **GREEDY)[:, prompt(4).shape[1] :]
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(use_cache=False),
+        dict(prompt_lookup_num_tokens=3),
+        dict(prefill_chunk_size=3),
+        dict(prefill_chunk_size=4, num_beams=2),
+        dict(assistant_early_exit=1),
+        dict(assistant_model="text"),
+        dict(assistant_model="images"),
+        dict(assistant_model="images", do_sample=True, top_k=1),
+        dict(num_return_sequences=2, num_beams=2, prefill_chunk_size=5),
+        dict(cache_implementation="static"),
+    ],
+    ids=str,
+)
+def test_settings_of_generate_that_read_parts_of_the_prompt(settings):
+    model, ids = spoken(), prompt(4, after=(63, 10, 63, 10, 72, 105))
+    drafts = {"text": LlamaForCausalLM(llm_config()).eval(), "images": tiny(seed=1)}
+    settings = GREEDY | settings
+    beams = {k: v for k, v in settings.items() if k.startswith("num_")}
+    want = model.generate(ids, pixel_values=images(), tokens=4, **GREEDY | beams)
+    if "assistant_model" in settings:
+        settings["assistant_model"] = drafts[settings["assistant_model"]]
+    assert want.equal(model.generate(ids, pixel_values=images(), tokens=4, **settings))
+    other = model.generate(ids, pixel_values=images(seed=2), tokens=4, **settings)
+    assert not want.equal(other)  # the image is seen
+    assert not model.get_decoder()._forward_pre_hooks and not model.language_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("assistant", [True, False])
+def test_drafts_that_are_all_accepted(assistant):
+    "A draft that is the model itself proposes only what the model says."
+    model, ids = spoken(), prompt(4)
+    passes = []
+    model.get_decoder().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[1]))
+    want = model.generate(ids, pixel_values=images(), tokens=4, **GREEDY)
+    slow = len(passes)
+    draft = copy.deepcopy(model)
+    draft.get_decoder()._forward_hooks.clear()
+    options = dict(assistant_model=draft) if assistant else dict(prompt_lookup_num_tokens=3)
+    passes.clear()
+    ids = ids if assistant else torch.cat([want, ids], dim=1)  # what was said once may be said again
+    images_ = images() if assistant else images().repeat(2, 1, 1, 1)
+    model.generate(ids, pixel_values=images_, tokens=4, **GREEDY | options)
+    assert len(passes) <= slow if not assistant else len(passes) < slow
+
+
+def test_a_draft_with_a_tower_needs_pixels():
+    model, features = tiny(), torch.randn(1, 49, 512)
+    with pytest.raises(ValueError, match="needs pixel_values"):
+        model.generate(prompt(4), vision_features=features, tokens=4, assistant_model=tiny(seed=1), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "hint"),
+    [
+        (dict(token=9), "did you mean 'tokens'"),
+        (dict(pixel_value=1), "did you mean 'pixel_values'"),
+        (dict(question=["?"]), "did you mean 'question_"),
+        (dict(output_hiden_states=True), "did you mean 'output_hidden_states'"),
+        (dict(xyzzy=1), "this model has"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_unknown_arguments_are_errors(unknown, hint, training):
+    model = tiny().train(training)
+    with pytest.raises(TypeError, match=hint):
+        model(prompt(4), images(), tokens=4, **unknown)
+    with pytest.raises((TypeError, ValueError), match=next(iter(unknown))):
+        model.generate(prompt(4), pixel_values=images(), tokens=4, **unknown)
+    with pytest.raises(TypeError, match=next(iter(unknown))):
+        model.get_image_features(images(), **unknown)
+
+
+def test_arguments_that_transformers_gives_all_models():
+    model = tiny()
+    ids = prompt(4)
+    want = model(ids, images(), tokens=4).logits
+    extra = dict(use_cache=False, output_attentions=False, num_items_in_batch=3)
+    extra |= dict(mm_token_type_ids=torch.zeros_like(ids))
+    assert_close(model(ids, images(), tokens=4, **extra).logits, want)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_that_are_shifted_already(training):
+    model = tiny()
+    model.multi_modal_projector.train = lambda mode=True: model.multi_modal_projector
+    model.train(training)
+    ids = prompt(4)
+    labels = torch.where(ids == IMAGE, -100, ids)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    want = model(ids, images(), tokens=4, labels=labels).loss
+    others = torch.full_like(labels, 7)
+    assert_close(model(ids, images(), tokens=4, labels=others, shift_labels=shifted).loss, want)
+    assert not torch.allclose(model(ids, images(), tokens=4, labels=labels, shift_labels=others).loss, want)
+
+
+def test_image_features_as_they_are_asked_for():
+    model = tiny()
+    depth = model.config.vision_config.num_hidden_layers
+    out = model.get_image_features(images(n=2), tokens=4)
+    assert out.hidden_states is None and out.attentions is None
+    assert len(out.pooler_output) == 2 and out.pooler_output[0].shape == (4, 64)
+    assert out.last_hidden_state.shape == (2, 49, 128)
+    model.set_attn_implementation("eager")
+    more = model.get_image_features(images(n=2), tokens=4, output_hidden_states=True, output_attentions=True)
+    assert len(more.hidden_states) == depth + 1 and len(more.attentions) == depth
+    assert_close(more.hidden_states[-1][:, 1:], out.last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert_close(more.pooler_output[0], out.pooler_output[0], rtol=1e-4, atol=1e-5)
+    plain = model.get_image_features(images(n=2), tokens=4, return_dict=False)
+    assert isinstance(plain, tuple) and plain[0].equal(more.last_hidden_state)
+    assert model.visual_token_counts(images(n=2), tokens=9) == [9, 9]
+
+
+# weights without a folder
+
+
+def test_weights_from_a_state_dict():
+    model = tiny()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    load = DeltaLlavaForConditionalGeneration.from_pretrained
+    again = load(None, config=copy.deepcopy(model.config), state_dict=state)
+    for name, weight in again.state_dict().items():
+        assert weight.equal(state[name]), name
+    assert not any(p.requires_grad for p in again.vision_tower.parameters())
+    short = {k: v for k, v in state.items() if not k.endswith("lm_head.weight")}
+    with pytest.raises(
+        ValueError, match="state_dict: 1 missing weights, e.g. 'language_model.lm_head.weight'"
+    ):
+        load(None, config=model.config, state_dict=short)
+    with pytest.raises(ValueError, match="state_dict: 1 unexpected weights"):
+        load(None, config=model.config, state_dict=state | {"language_model.lm_head.bias": torch.zeros(264)})
+
+
+def test_new_weights_from_an_empty_state_dict():
+    config = vlm_config()
+    new = DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    for name, weight in new.state_dict().items():
+        assert weight.isfinite().all() and weight.abs().max() < 5, name
+    assert new(prompt(4), images(), tokens=4).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["language_model.lm_head.bias", "language_model.model.layers.7.mlp.up_proj.weight", "extra"]
+)
+def test_unexpected_weights_are_an_error(name, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 unexpected weights, e.g. '{name}'"):
+        DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(drop="lm_head.weight"), "1 missing weights, e.g. 'language_model.lm_head.weight'"),
+        (dict(add="lm_head.bias"), "1 unexpected weights"),
+        (dict(add="model.language_model.layers.9.mlp.up_proj.weight"), "1 unexpected weights"),
+    ],
+)
+def test_weights_of_a_llava_checkpoint_that_do_not_fit(change, message, tmp_path):
+    config = vlm_config()
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=TOWERS["clip_b32_224"][1](), text_config=llm_config(), image_token_index=IMAGE
+        )
+    )
+    llava.save_pretrained(tmp_path, save_original_format=False)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    if "add" in change:
+        state[change["add"]] = torch.zeros(3)
+    else:
+        state.pop(change["drop"])
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
+def test_the_table_of_a_larger_vocabulary():
+    model = tiny()
+    model.resize_token_embeddings(300)
+    assert model.vocab_size == model.config.text_config.vocab_size == 300
+
+
+def test_a_whole_model_is_no_llm(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a whole model of this package"):
+        load_llm(tmp_path)
+
+
+# no warnings
+
+
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    "Warnings of Python's `warnings` and of transformers' loggers."
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield lambda: [
+            text
+            for text in [str(w.message) for w in found] + [r.getMessage() for r in caplog.records]
+            if "deprecated" in text.lower() or "will be removed" in text.lower()
+        ]
+
+
+def test_what_is_deprecated_is_not_used(warned, tmp_path):
+    "Build, train, save, load, generate: nothing that transformers warns of."
+    logging_once = transformers_logging.get_logger("transformers")
+    for name in ("warning_once", "info_once"):
+        cached = getattr(type(logging_once), name, None)
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()  # a warning that another test has had is one here as well
+    model = tiny()
+    ids = prompt(4)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    labels = torch.where(ids == IMAGE, -100, ids)
+    model.train()(ids, images(), tokens=4, labels=labels).loss.backward()
+    model.eval()
+    for settings in (dict(), dict(num_beams=2), dict(use_cache=False), dict(prompt_lookup_num_tokens=2)):
+        model.generate(ids, pixel_values=images(), tokens=4, **GREEDY, **settings)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    model.generate(ids, pixel_values=images(), tokens=4, generation_config=config)
+    model.set_attn_implementation("eager")
+    model(ids, images(), tokens=4, output_attentions=True, output_hidden_states=True)
+    build_vlm(
+        AutoModel.from_config(TOWERS["clip_b32_224"][1]()),
+        LlamaForCausalLM(llm_config()),
+        byte_tokenizer(),
+        projector_config(),
+    )
+    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=4, template="v1")
+    processor.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    chat = [
+        dict(
+            role="user",
+            content=[dict(type="image", image=Image.new("RGB", (9, 9))), dict(type="text", text="?")],
+        )
+    ]
+    processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert warned() == []

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, llm_config, projector_config
 from torch.testing import assert_close
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from delta_llava.adapter import CLIPImageProcessorPil
 from delta_llava.collator import Collator
@@ -198,9 +199,138 @@ def test_projector_that_reads_attention_needs_a_tower_that_has_it(tmp_path):
     assert model.config.compressor == "delta"
 
 
-def test_adaptive_counts_are_refused():
-    with pytest.raises(ValueError, match="adaptive=True gives each image its own number"):
-        tiny("prumerge", adaptive=True)
+def clear_maps(model, seed=0):
+    "Weights so large that images differ in what the tower looks at, and answers in what the LLM says."
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for part in (model.vision_tower, model.language_model, model.multi_modal_projector):
+            for weight in part.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(std=0.3)
+    return model
+
+
+def test_adaptive_counts_inside_the_model(tmp_path):
+    "Each image has its own number of tokens, and each row its own number of placeholders."
+    model = clear_maps(tiny("prumerge", adaptive=True))
+    pixels = torch.cat([images(TOWER, 1, seed) for seed in range(3)])
+    pixels[1, :, :192] = 0
+    counts = model.visual_token_counts(pixels)
+    assert len(set(counts)) > 1
+    assert [len(x) for x in model.get_image_features(pixels).pooler_output] == counts
+    processor = build_processor(
+        CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384),
+        byte_tokenizer(),
+        tokens=9,
+        template="v1",
+    )
+    pictures = [Image.new("RGB", (8, 8))] * 3
+    rows = ["<image> a <image> b", "c<image>"]
+    batch = processor(pictures, rows, tokens=counts)
+    placeholders = (batch["input_ids"] == IMAGE).sum(1).tolist()
+    assert placeholders == [counts[0] + counts[1], counts[2]]
+    batch["pixel_values"] = pixels
+    with torch.no_grad():
+        together = model(**batch).logits[:, -1]
+        for row, own in enumerate([slice(0, 2), slice(2, 3)]):
+            alone = processor(pictures[own], rows[row], tokens=counts[own])
+            alone["pixel_values"] = pixels[own]
+            assert_close(model(**alone).logits[0, -1], together[row], atol=1e-3, rtol=1e-3)
+    settings = dict(max_new_tokens=4, do_sample=False)
+    answer = model.generate(**batch, **settings)
+    assert answer.equal(model.generate(**batch, **settings, use_cache=False))
+    loss = model.train()(
+        **batch, labels=torch.where(batch["input_ids"] == IMAGE, -100, batch["input_ids"])
+    ).loss
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None for p in model.multi_modal_projector.parameters())
+    model.save_pretrained(tmp_path)
+    again = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.visual_token_counts(pixels) == counts
+    with pytest.raises(ValueError, match=r"visual_token_counts\(pixel_values\)"):
+        again(**processor(pictures, rows, tokens=counts[::-1]) | dict(pixel_values=pixels))
+    fixed = processor(pictures, rows, tokens=9) | dict(pixel_values=pixels)
+    assert again(**fixed, tokens=9).image_hidden_states.shape == (27, 64)
+
+
+def test_counts_of_the_processor_are_one_for_each_image():
+    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=9, template="v1")
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match=r"tokens=\[1, 2\] .* 1 image"):
+        processor(picture, "<image>", tokens=[1, 2])
+    with pytest.raises(ValueError, match="positive int"):
+        processor(picture, "<image>", tokens=[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(prompt_lookup_num_tokens=3),
+        dict(assistant_model="text"),
+        dict(assistant_model="fastv"),
+        dict(assistant_model="delta"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_fastv_checks_drafts_as_it_generates(settings, padded):
+    model = clear_maps(tiny("fastv"))
+    v = model.config.image_seq_length
+    ids = torch.tensor([[*[257] * 2 * padded, 72, 105, 63, 10, *[IMAGE] * v, 63, 10, 72, 105, 63, 10]])
+    batch = dict(input_ids=ids, attention_mask=(ids != 257).long(), pixel_values=images(TOWER, 1))
+    greedy = dict(max_new_tokens=12, do_sample=False)
+    passes = []
+    hook = model.get_decoder().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[1]))
+    want = model.generate(**batch, **greedy)
+    prompt, step = passes[0], max(passes[1:])
+    hook.remove()
+    if draft := settings.get("assistant_model"):
+        drafts = {
+            "text": lambda: LlamaForCausalLM(llm_config()).eval(),
+            "fastv": lambda: clear_maps(tiny("fastv")),
+        }
+        settings = dict(assistant_model=drafts.get(draft, lambda: tiny("delta"))())
+        if draft == "delta":
+            with pytest.raises(ValueError, match="placeholders"):  # another number of them
+                model.generate(**batch, **greedy, **settings)
+            return
+    passes.clear()
+    model.get_decoder().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[1]))
+    assert want.equal(model.generate(**batch, **greedy, **settings))
+    assert passes[0] > prompt or max(passes[1:]) > step  # drafts were checked
+    if draft == "fastv":  # the same model: all that it proposes is accepted
+        assert len(passes) < 8
+    assert passes[0] < prompt + 12 < ids.shape[1]  # image tokens were dropped
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, b: m.generate(**b, prefill_chunk_size=16), "prefill_chunk_size=16: FastV"),
+        (lambda m, b: m.generate(**b, assistant_early_exit=1), "assistant_early_exit=1: FastV"),
+        (
+            lambda m, b: m.generate(**b, generation_config=GenerationConfig(prefill_chunk_size=16)),
+            "prefill_chunk_size=16: FastV",
+        ),
+        (lambda m, b: m(inputs_embeds=torch.zeros(1, 150, 64)), "inputs_embeds do not tell FastV"),
+        (lambda m, b: m.generate(inputs_embeds=torch.zeros(1, 150, 64)), "inputs_embeds do not tell FastV"),
+    ],
+)
+def test_what_fastv_refuses(call, message):
+    model = tiny("fastv")
+    with pytest.raises(ValueError, match=message):
+        call(model, inputs(model, rows=((72, 105),)))
+
+
+def test_fastv_finds_the_images_in_embeddings():
+    model = clear_maps(tiny("fastv"))
+    batch = inputs(model)
+    greedy = dict(max_new_tokens=5, do_sample=False)
+    want, logits = model.generate(**batch, **greedy), model(**batch).logits
+    length = batch["input_ids"].shape[1]
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert_close(model(**batch).logits, logits, atol=1e-4, rtol=1e-4)
+    assert want[:, length:].equal(model.generate(**batch, **greedy))
 
 
 def test_a_variant_is_what_its_name_says():

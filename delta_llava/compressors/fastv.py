@@ -178,6 +178,16 @@ class PrunedLayer:
         rest = shown.new_ones(len(shown), later) if mask is None else mask[:, mask.shape[1] - later :].bool()
         return torch.cat([shown, rest], dim=1)
 
+    def crop(
+        self,
+        tokens_to_remove: int,  # 0 or less: this many of the last tokens go, which were proposed and refused
+    ):
+        "Tokens at the end are removed, perhaps some of the pass that was pruned."
+        dynamic_layer: Any = super()
+        dynamic_layer.crop(tokens_to_remove)
+        self.kept = min(self.kept, dynamic_layer.get_seq_length())
+        self.change_rows(lambda x: x[:, : self.kept])
+
     def change_rows(
         self,
         change: Callable[[Tensor], Tensor],  # Picks or repeats the rows of a tensor

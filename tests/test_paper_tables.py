@@ -117,8 +117,8 @@ def test_tables_without_another_copy_are_as_printed(number, printed):
 
 
 def guide_values(name):
-    "A variable of the reading guide, which typed the tables by hand, apart from these."
-    notebook = json.loads((ROOT / "nbs" / "00_reading_guide.ipynb").read_text(encoding="utf-8"))
+    "A variable of the page on paper and code, which typed the tables by hand, apart from these."
+    notebook = json.loads((ROOT / "nbs" / "00b_paper_and_code.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     assignment = re.search(rf"^\w*{name} = (.*?)(?=^\w|\Z)", code, re.M | re.S)
     return eval(assignment[1])

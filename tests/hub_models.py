@@ -1,6 +1,6 @@
-"""Models as the hub has them: their configurations, names of weights and files of a tokenizer; weights are random.
+"""Models as the hub has them: configurations, names of weights, files of a tokenizer; the weights are random.
 
-Files have the layout of the published ones, old keys included. CLIP has its true shapes, the LLM a small width."""
+Files have the layout of the published ones, old keys included. CLIP has its true shapes, the LLM is narrow."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"The hub: a server on this machine that speaks its protocol, and everything that the project fetches or pushes."
+"The hub: a server on this machine that speaks its protocol; what the project fetches from it and pushes."
 
 import json
 
@@ -9,7 +9,6 @@ from hub_models import write_dinov2, write_siglip, write_vicuna
 from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,

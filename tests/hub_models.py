@@ -1,6 +1,6 @@
 """Models as the hub has them: configurations, names of weights, files of a tokenizer; the weights are random.
 
-Files have the layout of the published ones, old keys included. CLIP has its true shapes, the LLM is narrow."""
+Files have the layout of the published ones, with old keys. CLIP has its true shapes, the LLM is narrow."""
 
 import json
 from pathlib import Path

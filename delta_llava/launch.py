@@ -782,16 +782,17 @@ def write_launch(
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     estimated: dict | None = None,  # From `estimate`; `None` estimates
+    root: str | Path | None = None,  # Where the stage's relative paths begin; `None` is here
 ) -> list[Path]:  # What was written
     "The command, the files for accelerate and DeepSpeed, a Slurm script and the estimate, in a folder."
     model = meta_model(stage)
-    folder, here = Path(folder), Path.cwd()  # relative paths of the stage begin here
+    folder, root = Path(folder), Path(root or Path.cwd()).absolute()
     several = accelerate_config(stage, model, gpus, nodes, (folder / "zero3.json").absolute())
     single = accelerate_config(replace(stage, sharding="none"), model, 1, 1)
     command = shlex.join(torchrun_cmd(stage, gpus, nodes))
     content = {
-        f"{stage.stage}.sh": f"#!/bin/bash\nset -eu\ncd {shlex.quote(str(here))}\n{command}\n",
-        f"{stage.stage}.slurm": slurm_script(stage, gpus, nodes, folder=here),
+        f"{stage.stage}.sh": f"#!/bin/bash\nset -eu\ncd {shlex.quote(str(root))}\n{command}\n",
+        f"{stage.stage}.slurm": slurm_script(stage, gpus, nodes, folder=root),
         "accelerate.yaml": yaml.safe_dump(several, sort_keys=False),
         "one-gpu.yaml": yaml.safe_dump(single, sort_keys=False),
         "zero3.json": json.dumps(deepspeed_config(3), indent=1) + "\n",

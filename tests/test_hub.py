@@ -1,11 +1,15 @@
 "The hub: a server on this machine that speaks its protocol; what the project fetches from it and pushes."
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from hub_models import write_dinov2, write_siglip, write_vicuna
+from hub_models import write_clip, write_dinov2, write_siglip, write_vicuna
 from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -20,6 +24,8 @@ from transformers.utils import hub as transformers_hub
 
 from delta_llava.assets import load_llm, load_tower_model, resolve
 from delta_llava.processor import build_processor
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -180,3 +186,145 @@ def test_model_and_processor_are_pushed_and_loaded_back(hub, tmp_path):
     image = Image.new("RGB", (50, 40), "red")
     for name, value in processor(image, "<image>What?").items():
         assert torch.equal(loaded(image, "<image>What?")[name], value), name
+
+
+# ---------------------------------------------------------------- CLIP at its true size, and the tutorials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,side", [("openai/clip-vit-base-patch32", 7), ("openai/clip-vit-large-patch14-336", 24)]
+)
+def test_clip_of_true_shape_is_fetched_as_bin_and_as_parts(hub, tmp_path, name, side):
+    write_clip(tmp_path / "bin", name, "bin")
+    write_clip(tmp_path / "parts", name, "safetensors", parts=3)
+    hub.add_folder(name, tmp_path / "bin")
+    hub.add_folder(name, tmp_path / "parts", ref="refs/pr/1")
+    whole = load_tower_model(f"hub:{name}")
+    assert whole.config.image_size // whole.config.patch_size == side
+    expected = whole.state_dict()
+    found = load_tower_model(f"hub:{name}@refs/pr/1").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    "The part of the repository that the tutorials read, and a hub for the processes that they start."
+    root = tmp_path / "repository"
+    (root / "nbs" / "tutorials").mkdir(parents=True)
+    shutil.copytree(REPOSITORY / "runs", root / "runs", ignore=lambda *_: [], copy_function=copy_record)
+    shutil.copy(REPOSITORY / "pyproject.toml", root)
+    for file in (REPOSITORY / "nbs" / "tutorials").glob("*.ipynb"):
+        shutil.copy(file, root / "nbs" / "tutorials")
+    with Hub(tmp_path / "hub") as hub:
+        env = hub.environment(tmp_path / "home") | dict(PATH="/usr/bin:/bin", PYTHONPATH=str(REPOSITORY))
+        yield root, hub, env | dict(OMP_NUM_THREADS="1")
+
+
+def copy_record(source, target):
+    if Path(source).suffix == ".json":
+        shutil.copy(source, target)
+
+
+def run_notebook(root, env, name, **spec):
+    "Its cells, in the folder of the notebook, without an activated environment; what they printed."
+    notebook = root / "nbs" / "tutorials" / name
+    command = [sys.executable, REPOSITORY / "tests" / "run_cells.py", notebook, json.dumps(spec)]
+    done = subprocess.run(command, env=env, cwd=notebook.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_tutorial_c_trains_with_clip(repository, tmp_path):
+    "Every cell for CLIP, at its true shape, for three steps; then the page's command."
+    root, hub, env = repository
+    write_clip(tmp_path / "clip", "openai/clip-vit-base-patch32", "bin")
+    hub.add_folder("openai/clip-vit-base-patch32", tmp_path / "clip")
+    smaller = (
+        "max_steps=3, batch_size=2, train_images=4, test_images=2, eval_budgets=(16,), train_budgets=(16,)"
+    )
+    spec = dict(
+        skip=["#| slow\nfew", "#| slow\n#| label", "#| slow\nscores", "#| slow\n#| hide", "quickstart_flops"],
+        after={
+            "download = False": "download = True",
+            "clip = Quickstart(": f"import dataclasses; clip = dataclasses.replace(clip, {smaller})",
+            "STEPS, SCENES = ": "STEPS, SCENES = 3, 48",
+        },
+    )
+    printed = run_notebook(root, env, "c_train_clip_b32.ipynb", **spec)
+    assert "hub:openai/clip-vit-base-patch32: clip model" in printed and "step   0, loss –" in printed
+    assert "matched_loss" in printed
+    assert (root / "runs" / "quickstart-clip" / "report.html").exists()
+    command = "quickstart --tower hub:openai/clip-vit-base-patch32 --image-size 384 --output-dir runs/clip-2"
+    sizes = (
+        "--max-steps 2 --batch-size 2 --train-images 4 --test-images 2 --train-budgets 16 --eval-budgets 16"
+    )
+    words = [sys.executable, "-m", "delta_llava", *command.split(), *sizes.split()]
+    subprocess.run(words, cwd=root, env=env, check=True)
+    assert (root / "runs" / "clip-2" / "report.html").exists()
+
+
+SHORT_START = """
+launch, started = True, []
+SHORT = "--batch-size 2 --per-device-batch-size 1 --max-steps 2 --no-bf16 --num-workers 0".split()
+
+
+def start(command):
+    words = [str(word) for word in command]
+    if "accelerate.commands.launch" in words:  # its file asks for GPUs
+        return
+    if "--nproc-per-node" in words:
+        at = words.index("--nproc-per-node") + 1
+        words[at] = str(min(2, int(words[at])))
+        words += SHORT + ["--sharding", "none"]
+    print("start", " ".join(words[1:]), flush=True)
+    subprocess.run(words, cwd=ROOT, check=True)
+"""
+CELLS_OF_D = [
+    *("import json", "ROOT = next", "GPUS = 8", "mix = Path", "STEPS = ", "plan_checkpointing(stage1, GPUS)"),
+    *("def doctor_cmd", "if launch:", "def for_one_gpu", "lora8 = "),
+]
+
+
+def write_conversations(root):
+    "The paper's files with a few rows, under the folders that the page names."
+    data = root / "data"
+    captions, mix = data / "LLaVA-Pretrain", data / "mix665k"
+    rows = {captions / "blip_laion_cc_sbu_558k.json": [], mix / "llava_v1_5_mix665k.json": []}
+    for file, pictures, folder in zip(
+        rows, (captions / "images", mix), ("00453", "coco/train2017"), strict=True
+    ):
+        (pictures / folder).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (60, 40 + i), (40 * i, 90, 20)).save(pictures / folder / f"{i}.jpg")
+            turns = [dict(value="What is this?\n<image>"), dict(value=f"A cat and {i} dogs.")]
+            turns = [{"from": who} | turn for who, turn in zip(("human", "gpt"), turns, strict=True)]
+            rows[file].append(dict(id=str(i), image=f"{folder}/{i}.jpg", conversations=turns))
+    text = [{"from": "human", "value": "Please?"}, {"from": "gpt", "value": "A caption."}]
+    rows[mix / "llava_v1_5_mix665k.json"].append(dict(id="text", conversations=text))
+    for file, content in rows.items():
+        file.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+def test_tutorial_d_trains_both_stages_and_its_variants(repository, tmp_path):
+    "Every command for two steps: the paper's tower at its true shape, a narrow LLM, two processes."
+    root, hub, env = repository
+    write_clip(tmp_path / "clip", "openai/clip-vit-large-patch14-336", "safetensors", parts=3)
+    hub.add_folder("openai/clip-vit-large-patch14-336", tmp_path / "clip")
+    write_vicuna(tmp_path / "llm")
+    hub.add_folder("lmsys/vicuna-7b-v1.5", tmp_path / "llm")
+    write_conversations(root)
+    Image.new("RGB", (60, 40), "red").save(root / "image.jpg")
+    after = {"def start(": SHORT_START}
+    printed = run_notebook(root, env, "d_launch_h100.ipynb", keep=CELLS_OF_D, after=after)
+    assert printed.count("start -m delta_llava doctor") == 2
+    assert printed.count("start -m torch.distributed.run") == 5
+    for name in ("stage1", "stage2", "stage1-single", "stage2-lora-single", "stage2-lora"):
+        record = json.loads((root / "runs" / name / "run.json").read_text())
+        assert len(record["result"]["losses"]) >= 1, name
+    for name in ("finetune.sh", "finetune.slurm", "accelerate.yaml"):
+        assert (root / "launch" / name).exists()
+    assert not (root / "nbs" / "tutorials" / "runs").exists(), "nothing is written beside the notebook"

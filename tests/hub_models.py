@@ -41,7 +41,7 @@ def random_state(cls, config, dtype):
             state[name] = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
             continue
         n = weight.numel()
-        state[name] = block.repeat(-(-n // len(block)))[:n].reshape(weight.shape).contiguous()
+        state[name] = block.repeat(-(-n // len(block)))[:n].clone().reshape(weight.shape)
     return state
 
 

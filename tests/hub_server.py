@@ -278,8 +278,8 @@ class HubHandler(Handler):
 
     def paths(self, kind, name, revision):
         tree = self.hub.find(kind, name).tree(revision)
-        asked = json.loads(self.content)["paths"]
-        self.answer(200, [self.hub.entry(p, tree[p]) for p in asked if p in tree])
+        wanted = json.loads(self.content)["paths"]
+        self.answer(200, [self.hub.entry(p, tree[p]) for p in wanted if p in tree])
 
     def refs(self, kind, name):
         refs = self.hub.find(kind, name).refs.items()
@@ -300,9 +300,9 @@ class HubHandler(Handler):
         self.answer(302, Location=f"{self.hub.storage}/{digest}", **headers, **linked)
 
     def create(self):
-        asked = json.loads(self.content)
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        kind = f"{asked.get('type') or 'model'}s"
+        wanted = json.loads(self.content)
+        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        kind = f"{wanted.get('type') or 'model'}s"
         prefix = "" if kind == "models" else f"{kind}/"
         url = dict(url=f"{self.hub.url}/{prefix}{quote(name)}", name=name, id=name)
         if (kind, name) in self.hub.repos:
@@ -329,12 +329,12 @@ class HubHandler(Handler):
     def lfs(self, kind, name):
         self.hub.find(kind, name)
         objects = []
-        for asked in json.loads(self.content)["objects"]:
-            known = (self.hub.blobs / asked["oid"]).exists()
+        for wanted in json.loads(self.content)["objects"]:
+            known = (self.hub.blobs / wanted["oid"]).exists()
             upload = (
-                {} if known else dict(actions=dict(upload=dict(href=f"{self.hub.storage}/{asked['oid']}")))
+                {} if known else dict(actions=dict(upload=dict(href=f"{self.hub.storage}/{wanted['oid']}")))
             )
-            objects.append(asked | upload)
+            objects.append(wanted | upload)
         self.answer(200, dict(transfer="basic", objects=objects))
 
     def commit(self, kind, name, revision):

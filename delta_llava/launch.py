@@ -15,6 +15,7 @@ __all__ = ['ROWS', 'H100_PEAK', 'UTILIZATION', 'PAPER_TIMES', 'STEPS_RECORD', 'N
 import json
 import math
 import shlex
+import sys
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -475,9 +476,9 @@ def _option(
 
 def stage_cmd(
     stage: Stage,  # What to train
-) -> list[str]:  # `delta-llava STAGE …`
-    "The program's own command for a stage, for one process."
-    command = ["delta-llava", stage.stage]
+) -> list[str]:  # `delta_llava STAGE …`, to be started with `python -m`
+    "The package's own command for a stage, for one process."
+    command = ["delta_llava", stage.stage]
     for field in fields(stage):
         value = getattr(stage, field.name)
         always = field.name in ("output_dir", "projector") and value is not None
@@ -499,7 +500,16 @@ def torchrun_cmd(
     connect = ["--standalone"]
     if nodes > 1:
         connect = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
-    return ["torchrun", *connect, "--nproc-per-node", str(gpus), "--no-python", *stage_cmd(stage)]
+    processes = ["--nproc-per-node", str(gpus)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *connect,
+        *processes,
+        "--module",
+        *stage_cmd(stage),
+    ]
 
 # %% ../nbs/32_launch.ipynb #7b37c1cb
 def deepspeed_config(
@@ -534,6 +544,7 @@ def accelerate_config(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines; each adds its own `--machine_rank` and the address of the first
+    zero3: str | Path = "zero3.json",  # Path of `deepspeed_config` as JSON, for ZeRO-3
 ) -> dict:  # For `yaml.safe_dump`
     "The content of accelerate's file for one GPU, DDP, FSDP2 or ZeRO-3."
     several = "MULTI_GPU" if gpus * nodes > 1 else "NO"
@@ -548,7 +559,7 @@ def accelerate_config(
         use_cpu=False,
     )
     if kind == "DEEPSPEED":
-        return config | dict(deepspeed_config=dict(deepspeed_config_file="zero3.json", zero3_init_flag=False))
+        return config | dict(deepspeed_config=dict(deepspeed_config_file=str(zero3), zero3_init_flag=False))
     if kind == "FSDP":
         config["fsdp_config"] = _fsdp_config(stage, model)
     return config | dict(mixed_precision="bf16" if stage.bf16 else "no")
@@ -559,7 +570,8 @@ def accelerate_cmd(
     file: str | Path,  # `accelerate_config` as YAML
 ) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
     "The command for the same training with `accelerate launch`."
-    return ["accelerate", "launch", "--config_file", str(file), "--no_python", *stage_cmd(stage)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch, "--config_file", str(file), "--module", *stage_cmd(stage)]
 
 # %% ../nbs/32_launch.ipynb #6216377e
 def slurm_script(
@@ -568,6 +580,7 @@ def slurm_script(
     nodes: int = 2,  # Machines
     hours: int = 4,  # Time limit after which the job is requeued
     cpus: int = 8,  # Cores for each GPU: they decode images
+    folder: str | Path | None = None,  # Where it runs; `None` is where it is submitted
 ) -> str:
     "A batch script for `sbatch`, which goes back into the queue when its time is up."
     command = shlex.join(torchrun_cmd(stage, gpus, nodes, "@first@"))
@@ -580,6 +593,7 @@ def slurm_script(
         cores=cpus * gpus,
         cpus=cpus,
         hours=f"{hours:02}",
+        enter="" if folder is None else f"cd {shlex.quote(str(folder))}\n",
         command=command,
     )
 
@@ -768,19 +782,21 @@ def write_launch(
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     estimated: dict | None = None,  # From `estimate`; `None` estimates
+    root: str | Path | None = None,  # Where the stage's relative paths begin; `None` is here
 ) -> list[Path]:  # What was written
     "The command, the files for accelerate and DeepSpeed, a Slurm script and the estimate, in a folder."
     model = meta_model(stage)
-    several = accelerate_config(stage, model, gpus, nodes)
+    folder, root = Path(folder), Path(root or Path.cwd()).absolute()
+    several = accelerate_config(stage, model, gpus, nodes, (folder / "zero3.json").absolute())
     single = accelerate_config(replace(stage, sharding="none"), model, 1, 1)
+    command = shlex.join(torchrun_cmd(stage, gpus, nodes))
     content = {
-        f"{stage.stage}.sh": "#!/bin/bash\n" + shlex.join(torchrun_cmd(stage, gpus, nodes)) + "\n",
-        f"{stage.stage}.slurm": slurm_script(stage, gpus, nodes),
+        f"{stage.stage}.sh": f"#!/bin/bash\nset -eu\ncd {shlex.quote(str(root))}\n{command}\n",
+        f"{stage.stage}.slurm": slurm_script(stage, gpus, nodes, folder=root),
         "accelerate.yaml": yaml.safe_dump(several, sort_keys=False),
         "one-gpu.yaml": yaml.safe_dump(single, sort_keys=False),
         "zero3.json": json.dumps(deepspeed_config(3), indent=1) + "\n",
         "estimate.json": json.dumps(estimated or estimate(stage, gpus, nodes), indent=1) + "\n",
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [write_atomic(folder / name, text) for name, text in content.items()]

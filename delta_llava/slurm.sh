@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -eu
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS={cpus}
+{enter}export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" OMP_NUM_THREADS={cpus}
 # torchrun kills its processes 30 s after a signal; a checkpoint of a 7B model takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):29500"

@@ -432,10 +432,8 @@ def test_launch_prints_the_command_and_the_estimate_and_runs_nothing(tmp_path, m
     options = "--data d.json --images p --gpus 4 --memory 40 --text 300".split()
     cli.main(["launch", "finetune", *options, "--out", str(tmp_path / "launch")])
     text = capsys.readouterr().out
-    command = (
-        "torchrun --standalone --nproc-per-node 4 --no-python delta-llava finetune --data d.json --images p "
-    )
-    assert text.startswith(command)
+    processes = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 4 "
+    assert text.startswith(processes + "--module delta_llava finetune --data d.json --images p ")
     for word in ("5,198 steps", "300 text tokens", "in 40 GB", "not run"):
         assert word in text
     expected = {

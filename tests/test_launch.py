@@ -493,7 +493,7 @@ def test_estimate_is_json(one):
 
 def parsed(cmd):
     "What the program would read from the command."
-    at = cmd.index("delta-llava")
+    at = cmd.index("delta_llava")
     return tyro.cli(dict(pretrain=Pretrain, finetune=Finetune)[cmd[at + 1]], args=cmd[at + 2 :])
 
 
@@ -530,16 +530,17 @@ def test_the_command_says_the_stage_and_nothing_is_lost(one, two, change):
 def test_torchrun_reads_its_command(one):
     from torch.distributed.run import get_args_parser
 
-    args = get_args_parser().parse_args(torchrun_cmd(one, gpus=4)[1:])
-    assert (args.nproc_per_node, args.standalone, args.no_python, args.training_script) == (
+    python, m, module, *rest = torchrun_cmd(one, gpus=4)
+    assert (python, m, module) == (sys.executable, "-m", "torch.distributed.run")
+    args = get_args_parser().parse_args(rest)
+    assert (args.nproc_per_node, args.standalone, args.module, args.training_script) == (
         "4",
         True,
         True,
-        "delta-llava",
+        "delta_llava",
     )
-    args = get_args_parser().parse_args(
-        torchrun_cmd(replace(one, per_device_batch_size=16), 8, 2, "first:29500")[1:]
-    )
+    _, _, _, *rest = torchrun_cmd(replace(one, per_device_batch_size=16), 8, 2, "first:29500")
+    args = get_args_parser().parse_args(rest)
     assert (args.nnodes, args.rdzv_endpoint, args.rdzv_backend, args.standalone) == (
         "2",
         "first:29500",
@@ -548,24 +549,38 @@ def test_torchrun_reads_its_command(one):
     )
 
 
+def bare():
+    "The environment of a shell in which no environment of Python is activated."
+    return os.environ | dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1")
+
+
+def stand_in(folder):
+    "A package of our name that writes down what it was given, where `python -m` finds it first."
+    (folder / "delta_llava").mkdir()
+    (folder / "delta_llava" / "__init__.py").touch()
+    (folder / "delta_llava" / "__main__.py").write_text(
+        "import os, sys\n"
+        "rank, size = os.environ.get('RANK', '0'), os.environ.get('WORLD_SIZE', '1')\n"
+        "open(rank, 'w').write(' '.join([f'{rank}/{size}', *sys.argv[1:]]))\n"
+    )
+    return bare() | dict(PYTHONPATH=str(folder))
+
+
 @pytest.mark.slow
-def test_torchrun_starts_a_program_without_python(tmp_path, one):
-    "`--no-python` with a console script: here one that writes down what it was given."
-    (program := tmp_path / "delta-llava").write_text(
-        '#!/bin/sh\necho "$RANK/$WORLD_SIZE $*" > "$OUT/$RANK"\n'
+def test_torchrun_starts_the_package_where_no_environment_is_activated(tmp_path, one):
+    subprocess.run(torchrun_cmd(one, gpus=2), cwd=tmp_path, env=stand_in(tmp_path), check=True)
+    for rank in "01":
+        assert (tmp_path / rank).read_text().split()[:2] == [f"{rank}/2", "pretrain"]
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_package_where_no_environment_is_activated(tmp_path, one):
+    (file := tmp_path / "one.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\n"
+        "num_processes: 1\nmachine_rank: 0\nuse_cpu: true\nmixed_precision: 'no'\n"
     )
-    program.chmod(0o755)
-    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", OUT=str(tmp_path), OMP_NUM_THREADS="1")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *torchrun_cmd(one, gpus=2)[1:]],
-        env=env,
-        check=True,
-        capture_output=True,
-    )
-    assert [(tmp_path / r).read_text().split()[:2] for r in "01"] == [
-        ["0/2", "pretrain"],
-        ["1/2", "pretrain"],
-    ]
+    subprocess.run(accelerate_cmd(one, file), cwd=tmp_path, env=stand_in(tmp_path), check=True)
+    assert (tmp_path / "0").read_text().split()[:2] == ["0/1", "pretrain"]
 
 
 @pytest.mark.parametrize(
@@ -587,7 +602,7 @@ def launched(file, monkeypatch):
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     args = launch_command_parser().parse_args(
-        ["--config_file", str(file), "--no_python", "delta-llava", "finetune"]
+        ["--config_file", str(file), "--module", "delta_llava", "finetune"]
     )
     args, _, _ = _validate_launch_command(args)
     return args, prepare_multi_gpu_env(args)
@@ -694,7 +709,9 @@ def test_slurm_job_connects_to_the_first_node_and_ends_as_the_training_ends(tmp_
     job = slurm(tmp_path, two, 'echo "$@"; exit 3')
     stdout, _ = job.communicate(timeout=60)
     assert job.returncode == 3 and "--rdzv-endpoint first:29500" in stdout
-    assert "--no-python delta-llava finetune" in stdout
+    assert (
+        f"{sys.executable} -m torch.distributed.run" in stdout and "--module delta_llava finetune" in stdout
+    )
     assert not (tmp_path / "requeued").exists()
 
 
@@ -712,8 +729,9 @@ def test_slurm_job_goes_back_into_the_queue_before_its_time_is_up(tmp_path, two)
 # All files
 
 
-def test_files_are_written_and_read(tmp_path, two):
-    files = write_launch(two, tmp_path / "launch")
+def test_files_are_written_and_read(tmp_path, two, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = write_launch(two, "launch")
     assert all(f.exists() for f in files)
     assert (
         load_config_from_file(str(tmp_path / "launch" / "accelerate.yaml")).fsdp_config["fsdp_version"] == 2
@@ -721,8 +739,32 @@ def test_files_are_written_and_read(tmp_path, two):
     assert load_config_from_file(str(tmp_path / "launch" / "one-gpu.yaml")).num_processes == 1
     assert json.loads((tmp_path / "launch" / "zero3.json").read_text())["zero_optimization"]["stage"] == 3
     for name in ("finetune.sh", "finetune.slurm"):
+        lines = (tmp_path / "launch" / name).read_text().splitlines()
         subprocess.run(["bash", "-n", str(tmp_path / "launch" / name)], check=True)
-    assert parsed(shlex.split((tmp_path / "launch" / "finetune.sh").read_text().splitlines()[1])) == two
+        assert shlex.split(lines[lines.index("set -eu") + 1]) == ["cd", str(tmp_path)]
+    assert parsed(shlex.split((tmp_path / "launch" / "finetune.sh").read_text().splitlines()[-1])) == two
+
+
+def test_the_written_file_for_zero3_is_found_from_anywhere(tmp_path, two, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    write_launch(replace(two, sharding="zero3"), "launch")
+    monkeypatch.chdir(tmp_path)
+    config = load_config_from_file(str(tmp_path / "a b" / "launch" / "accelerate.yaml"))
+    assert (
+        json.loads(Path(config.deepspeed_config["deepspeed_config_file"]).read_text()) == deepspeed_config()
+    )
+
+
+@pytest.mark.slow
+def test_the_written_script_runs_from_anywhere(tmp_path, one, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    env = stand_in(Path.cwd())
+    write_launch(one, "launch", gpus=1)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["bash", tmp_path / "a b" / "launch" / "pretrain.sh"], env=env, check=True)
+    assert (tmp_path / "a b" / "0").read_text().startswith("0/1 pretrain --data one.json")
 
 
 # Passes

@@ -103,6 +103,11 @@ def plan_runs(
             example = dict(compressors="delta", budgets="16", seeds="0", closed_form_init="True")[argument]
             raise ValueError(f"{argument} is empty; name at least one, such as {example}.")
     base = base or Quickstart()
+    if base.scene_size is not None:
+        raise ValueError(
+            f"scene_size={base.scene_size} must be None: only the images of small-image are "
+            "smaller than the scenes; set image_size, which sets both."
+        )
     sizes = model_config(base.tower, base.llm, tokens=1, image_size=base.image_size).projector_config()
     runs = []
     for name in compressors:

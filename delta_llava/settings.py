@@ -265,6 +265,8 @@ def _check_settings(config):
         )
     _check_at_least("max_steps", config.max_steps, 1)
     _check_at_least("train_images", config.train_images, 1)
+    if config.scene_size is not None:
+        _check_at_least("scene_size", config.scene_size, 1)
     _check_at_least("test_images", config.test_images, 2, ": captions are compared with another image")
     if config.tokens not in config.evaluation_budgets:
         raise ValueError(

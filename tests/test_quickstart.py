@@ -224,6 +224,7 @@ def test_target(name, p, accuracy, expected):
 @pytest.mark.parametrize(
     "fields,error",
     [
+        (dict(scene_size=0), "scene_size=0 must be at least 1"),
         (dict(max_steps=0), "max_steps=0 must be at least 1"),
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(train_images=0), "train_images=0"),

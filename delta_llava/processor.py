@@ -19,7 +19,7 @@ from io import BytesIO, IOBase
 from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
-from typing import no_type_check
+from typing import Any, no_type_check
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -599,7 +599,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
     @_flat_arguments
     def __call__(
         self,
-        images=None,  # What `open_image` takes, one or several, in the order in which the texts name them
+        images: Any = None,  # What `open_image` takes, one or several, in the order of the texts
         text: str | list[str] | None = None,  # Prompts with one `<image>` for each image
         tokens: int
         | list[int]

@@ -8,6 +8,7 @@ from . import parts
 from . import test_processing_common as common
 
 common.MODALITY_INPUT_DATA["images"] = parts.pictures()
+common.url_to_local_path = lambda url: parts.pictures()[0]  # nothing is fetched
 
 
 class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):

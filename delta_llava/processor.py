@@ -408,9 +408,9 @@ class PromptMixin:
         question = text.rpartition(before)[2]
         return (question.partition(after)[0] if after else question).replace(self.image_token, "").strip()
 
-    def _questions_of(self, texts: list[str]) -> list[str] | None:
-        "The last question in each prompt; `None` if one has none."
-        found = [self.question_of(text) for text in texts]
+    def _questions_of(self, texts: list[str], counts: list[int]) -> list[str] | None:
+        "The last question in each prompt with an image; `None` if one has none."
+        found = [self.question_of(text) if n else "" for text, n in zip(texts, counts, strict=True)]
         return None if None in found else [question for question in found if question is not None]
 
     def _check_texts(self, texts: list, text) -> None:
@@ -633,7 +633,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
             return square_pixels(self.image_processor, images, return_tensors, **image_options)
         counts = [t.count(self.image_token) for t in texts]
         if questions is None and self.questions and images:
-            questions = self._questions_of(texts)
+            questions = self._questions_of(texts, counts)
         self._check_images(counts, len(images), questions)
         sizes = self._sizes_of_rows(counts, tokens)
         limit = None if truncation is False else max_length

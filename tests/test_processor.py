@@ -470,6 +470,15 @@ def questions_in(processor, batch):
     ]
 
 
+def test_a_text_without_an_image_needs_no_question():
+    processor = question_processor()
+    texts = ["lower newer", processor.build_prompt("Colour?")]
+    batch = processor([[], [make_image()]], texts)
+    assert questions_in(processor, batch) == ["Colour?"] and len(batch.input_ids) == 2
+    with pytest.raises(ValueError, match="give the question of each of the 2 texts"):
+        processor([make_image(), make_image()], ["<image>lower newer", texts[1]])
+
+
 @pytest.mark.parametrize("template", ["v1", "chatml", "chat"])
 def test_the_question_is_that_of_the_last_turn(template):
     processor = question_processor(template)

@@ -79,7 +79,7 @@ def changed_parts(model, before):
 )
 def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options):
     options = dict(options)
-    collator = dict(max_length=512, packing=options.pop("packed", False))
+    collator = dict(max_length=512, packing=options.pop("packing", False))
     model, processor, rows = model_and_rows(parts, tmp_path, kind)
     start = {name: p.clone() for name, p in model.named_parameters()}
     freeze(model, kind)
@@ -97,7 +97,13 @@ def test_trl_trains_the_model_as_our_trainer_does(parts, tmp_path, kind, options
     assert changed_parts(model, start) == learned
     ours, _, _ = model_and_rows(parts, tmp_path, kind)
     args = stage_arguments(
-        tmp_path / "ours", steps=STEPS, batch_size=4, lr=1e-2, seed=0, use_cpu=True, save_strategy="no"
+        tmp_path / "ours",
+        max_steps=STEPS,
+        batch_size=4,
+        learning_rate=1e-2,
+        seed=0,
+        use_cpu=True,
+        save_strategy="no",
     )
     train_stage(
         ours,

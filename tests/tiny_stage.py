@@ -107,7 +107,7 @@ class EachStep(TrainerCallback):
         model.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module, args, kwargs):
-        self.budgets.append(kwargs["tokens"])
+        self.budgets.append(kwargs.get("tokens"))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINED_MODEL_FILES', 'QUICKSTART_DIR', 'ALL_COMPRESSORS', 'QUESTION_ARG', 'COMMANDS', 'program_name', 'check_file',
            'check_trained', 'trained_folder', 'print_training_scope', 'check_budgets', 'Train', 'Compare', 'Chat',
-           'read_question', 'Gradcam', 'Doctor', 'Tasks', 'Convert', 'Evaluate', 'check_one_run', 'Flops', 'Speed',
-           'Launch', 'command_parser', 'parse_command', 'quiet_libraries', 'run_command', 'main']
+           'read_question', 'Gradcam', 'Doctor', 'Tasks', 'Convert', 'Evaluate', 'check_one_run', 'Claims', 'Flops',
+           'Speed', 'Launch', 'command_parser', 'parse_command', 'quiet_libraries', 'run_command', 'main']
 
 # %% ../nbs/52_cli.ipynb #cceb6123
 import argparse
@@ -456,6 +456,22 @@ def check_one_run(
                 "averaged; evaluate it alone."
             )
 
+# %% ../nbs/52_cli.ipynb #717993ac
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    "List the paper's claims with a verdict each, or check some and say how to repeat the work behind them."
+
+    numbers: tyro.conf.Positional[tuple[int, ...]] = ()  # Of the claims to check; without them all are listed
+    runs: Path = Path("runs")  # Records of the trainings and timings
+
+    def __call__(self):
+        from delta_llava.claims import claim_report, claims_list
+
+        if not self.numbers:
+            print(claims_list(self.runs))
+        for number in self.numbers:
+            print(f"{claim_report(number, self.runs)}\n")
+
 # %% ../nbs/52_cli.ipynb #5279e920
 @dataclass(frozen=True, kw_only=True)
 class Flops(Cost):
@@ -557,6 +573,7 @@ COMMANDS = {"recipe-long": LongRecipe} | dict(
     convert=Convert,
     tasks=Tasks,
     evaluate=Evaluate,
+    claims=Claims,
     flops=Flops,
     speed=Speed,
     launch=Launch,

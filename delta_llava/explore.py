@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .gradcam import AnswerCams, draw_cams, word_cams
+from .gradcam import CAM_LABELS, AnswerCams, draw_cams, most_visual_word, visual_effects, word_cams
 from .tower import FORMATS, image_sha256, open_image
 
 # %% ../nbs/44_explore.ipynb #bcf78adb
@@ -30,6 +30,7 @@ class Query:
     compressor: str  # Name of the model
     tokens: int  # Budget $V$
     answer: str = ""  # Map this answer; empty for the model's own
+    method: str = "gradcam"  # Of the maps, one of `CAM_METHODS`
 
 # %% ../nbs/44_explore.ipynb #9638ce4c
 class Explorer:
@@ -86,21 +87,43 @@ class Explorer:
         question = query.question.strip()
         if not question:
             raise ValueError("The question is empty: ask something about the image.")
-        image = self.images[query.image]
-        answer = query.answer.strip()
-        key = (image_sha256(image), question, query.compressor, query.tokens, answer)
+        key = self._key(query)
         if key not in self.cache:
             model, processor = self.models[query.compressor]
             self.cache[key] = word_cams(
                 model,
                 processor,
-                image,
+                self.images[query.image],
                 question,
-                answer=answer or None,
+                answer=query.answer.strip() or None,
                 tokens=query.tokens,
                 max_new_tokens=self.max_new_tokens,
+                method=query.method,
             )
         return self.cache[key]
+
+    def _key(self, query: Query) -> tuple:
+        "What an answer and its maps depend on."
+        fingerprint = image_sha256(self.images[query.image])
+        texts = query.question.strip(), query.answer.strip()
+        return (fingerprint, *texts, query.compressor, query.tokens, query.method)
+
+    def most_visual_word(
+        self,
+        query: Query,  # What was asked
+    ) -> int:  # Its position among the words of the answer
+        "The content word that the image makes more probable than any other."
+        result = self.answer(query)
+        model, processor = self.models[query.compressor]
+        effects = visual_effects(
+            model,
+            processor,
+            self.images[query.image],
+            query.question.strip(),
+            answer=result.answer,
+            tokens=query.tokens,
+        )
+        return [word.text for word in result.words].index(most_visual_word(effects))
 
 # %% ../nbs/44_explore.ipynb #71f9bc9b
 COLOR_MAX = 4.0  # Upper end of the color scale, relative to uniform
@@ -171,6 +194,9 @@ def _make_controls(explorer: Explorer, question: str) -> SimpleNamespace:
             continuous_update=False,
             **options,
         ),
+        method=w.Dropdown(
+            options=[(label, name) for name, label in CAM_LABELS.items()], description="Map", **options
+        ),
     )
 
 
@@ -196,12 +222,6 @@ def _arrange(controls: SimpleNamespace, outputs: SimpleNamespace, note: str):
     columns = [w.VBox(left, layout=w.Layout(width="21rem")), w.VBox(right, layout=right_layout)]
     return w.HBox(columns, layout=w.Layout(flex_flow="row wrap", grid_gap="1rem"))
 
-
-def _default_word(result: AnswerCams) -> int:
-    "The longest word with a map that is not zero everywhere."
-    lengths = [(bool(cam.any()), len(word.text)) for cam, word in zip(result.cams, result.words, strict=True)]
-    return lengths.index(max(lengths))
-
 # %% ../nbs/44_explore.ipynb #c270c7d6
 class Panel:
     "The explorer's widgets; a page without widgets shows the current figure."
@@ -219,7 +239,7 @@ class Panel:
         names = ", ".join(explorer.non_spatial)
         note = f"No maps for {names}: the tokens have no position in the image." if names else ""
         self.widget = _arrange(self.controls, self.outputs, note)
-        for name in ("image", "question", "answer", "tokens"):
+        for name in ("image", "question", "answer", "tokens", "method"):
             self._connect(getattr(self.controls, name), "value", self.update_answer)
         self._connect(self.controls.compressor, "value", self.update_compressor)
         self._connect(self.controls.upload, "value", self.add_upload)
@@ -269,12 +289,14 @@ class Panel:
             controls.compressor.value,
             controls.tokens.value,
             controls.answer.value,
+            controls.method.value,
         )
         self.result = self.explorer.answer(query)
         texts = [word.text for word in self.result.words]
         self.outputs.answer.value = f"<b>{html.escape(self.result.answer)}</b>"
         self.outputs.words.options = [(text, i) for i, text in enumerate(texts)]
-        self.outputs.words.index = texts.index(chosen) if chosen in texts else _default_word(self.result)
+        index = texts.index(chosen) if chosen in texts else self.explorer.most_visual_word(query)
+        self.outputs.words.index = index
         return self.update_figure()
 
     def update_figure(self) -> str | None:  # A message, if there is one

@@ -203,6 +203,30 @@ def test_the_slider_asks_and_keeps_the_word(panel, calls):
     assert len(calls) == 1
 
 
+def test_another_method_draws_another_map_of_the_same_word(panel, calls):
+    panel.outputs.words.index = 1
+    before = panel.outputs.figure.value
+    panel.controls.method.value = "saliency"
+    ((_, options),) = calls
+    assert options["method"] == "saliency" and panel.result.method == "saliency"
+    assert panel.outputs.words.label == "red"
+    assert panel.outputs.figure.value != before
+
+
+@pytest.mark.parametrize(
+    "effects,shown",
+    [({"A": 9.0, "red": 2.0, "fox": 1.0}, "red"), ({"A": 1.0, "red": -1.0, "fox": 3.0}, "fox")],
+)
+def test_the_first_word_is_the_content_word_that_the_image_moves_most(
+    models, images, effects, shown, monkeypatch
+):
+    monkeypatch.setattr(module, "visual_effects", lambda *args, **kwargs: effects)
+    panel = explore(models, images, QUESTION)
+    panel.outputs.words.options = ()
+    panel.controls.answer.value = ANSWER
+    assert panel.outputs.words.label == shown
+
+
 def test_another_compressor_has_its_own_budgets(panel, calls):
     panel.controls.tokens.value = 9
     panel.controls.compressor.value = "m3"
@@ -274,6 +298,7 @@ def test_widgets_are_disabled_while_the_model_computes(panel, monkeypatch):
 
 
 def test_a_map_of_zeros_is_reported(panel):
+    panel.outputs.words.index = 1
     panel.result.cams[2] = 0
     panel.outputs.words.index = 2
     assert status(panel) == "No visual token increases the score of “fox”: its map is zero everywhere."

@@ -1,6 +1,7 @@
 """The repository's own rules: pins, notebooks, modules, README, records."""
 
 import ast
+import inspect
 import json
 import re
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from transformers import PreTrainedConfig
 
 from delta_llava.runs import LEGACY_NAMES
 
@@ -350,6 +352,51 @@ def test_former_names_of_functions_are_gone(path):
     if path in CORE:
         found = set(identifiers(tree)) & FORMER_CORE_NAMES
         assert not found, f"former names: {sorted(found)}"
+
+
+def imported_names(tree):
+    "What a file imports from the package: name -> object."
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "delta_llava":
+            for alias in node.names:
+                module = import_module(node.module)
+                value = getattr(module, alias.name, None) or import_module(f"{node.module}.{alias.name}")
+                found[alias.asname or alias.name] = value
+    return found
+
+
+def called_object(node, names):
+    "What a call calls, if it was imported from the package; else `None`."
+    function = node.func
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+        module = names.get(function.value.id)
+        return getattr(module, function.attr) if inspect.ismodule(module) else None
+    return names.get(function.id) if isinstance(function, ast.Name) else None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*NOTEBOOKS, *(p for folder in ("benchmarks", "tools") for p in sorted((ROOT / folder).glob("*.py")))],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_calls_name_existing_arguments(path):
+    "Also in cells that no fast test runs: slow ones, and those that need a hub."
+    tree = ast.parse("\n".join(code_of(path)))
+    names = imported_names(tree)
+    unknown = []
+    for node in ast.walk(tree):
+        called = called_object(node, names) if isinstance(node, ast.Call) else None
+        if not callable(called) or (isinstance(called, type) and issubclass(called, PreTrainedConfig)):
+            continue  # configs of transformers have aliases
+        parameters = inspect.signature(called).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            unknown += [
+                f"{ast.unparse(node.func)}({k.arg}=)"
+                for k in node.keywords
+                if k.arg and k.arg not in parameters
+            ]
+    assert not unknown, unknown
 
 
 def test_the_core_modules_exist():

@@ -361,8 +361,9 @@ def imported_names(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "delta_llava":
             for alias in node.names:
                 module = import_module(node.module)
-                value = getattr(module, alias.name, None) or import_module(f"{node.module}.{alias.name}")
-                found[alias.asname or alias.name] = value
+                if not hasattr(module, alias.name):
+                    import_module(f"{node.module}.{alias.name}")
+                found[alias.asname or alias.name] = getattr(module, alias.name)
     return found
 
 

@@ -156,9 +156,11 @@ class RequestEncoder:
     def image_tokens(
         self,
         request: Request,  # A question with its images
-        tokens: int | None = None,  # Budget $V$; `None` takes the model's
-    ) -> int:
+        tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None` takes the model's
+    ) -> int | list[int]:
         "Positions that each image occupies in the prompt."
+        if isinstance(tokens, list):
+            return tokens
         if request.visual_tokens is not None:
             return request.visual_tokens.shape[1]
         return self.processor.num_image_tokens(tokens)
@@ -166,7 +168,7 @@ class RequestEncoder:
     def prompt_ids(
         self,
         request: Request,  # A question with its images
-        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None` takes the model's
     ) -> list[int]:
         "Token ids of the prompt."
         text = self.prompt(request)
@@ -182,7 +184,7 @@ class RequestEncoder:
         self,
         request: Request,  # A question with its images
         answer: str,  # To be scored
-        tokens: int | None = None,  # Budget $V$; `None` takes the model's
+        tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None` takes the model's
         end_of_turn: bool = False,  # Also score the tokens that end the turn, as the training loss does
     ) -> EncodedAnswer:
         "Token ids of prompt and answer, tokenized together and split where the answer begins."
@@ -412,6 +414,14 @@ class RequestRunner:
         image = BaseModelOutputWithPooling(pooler_output=visual)
         return {"tokens": tokens, "mm_encoder_outputs": {"image": image}}
 
+    def _image_sizes(self, requests, inputs) -> list[int | list[int] | None]:
+        "For each request what the encoder needs: the budget, or the tokens of each image if they differ."
+        adaptive = self.model.multi_modal_projector.config.to_dict().get("adaptive")
+        if inputs["tokens"] is not None or not adaptive or "mm_encoder_outputs" not in inputs:
+            return [inputs["tokens"]] * len(requests)
+        sizes = iter(inputs["mm_encoder_outputs"]["image"].pooler_output)
+        return [[len(next(sizes)) for _ in range(request.n_images)] for request in requests]
+
     def _check_budget_of_visual_tokens(self, requests, tokens):
         "An error if given visual tokens have another budget; FastV drops tokens in the LLM, at any budget."
         budgets = {request.visual_tokens.shape[1] for request in requests}
@@ -428,11 +438,11 @@ class RequestRunner:
         configured = self.model.generation_config.suppress_tokens or []
         return sorted({*configured, self.model.config.image_token_id})
 
-    def _encode_choices(self, requests, choices, batch, tokens, end_of_turn) -> tuple[list, list]:
+    def _encode_choices(self, requests, choices, sizes, end_of_turn) -> tuple[list, list]:
         "Prompts of a batch, and the encoded answers to each."
         prompts, candidates = [], []
-        for i in batch:
-            answers = [self.encoder.answer_ids(requests[i], text, tokens, end_of_turn) for text in choices[i]]
+        for request, texts, tokens in zip(requests, choices, sizes, strict=True):
+            answers = [self.encoder.answer_ids(request, text, tokens, end_of_turn) for text in texts]
             prompt, answers = shared_prompt(answers)
             prompts.append(prompt)
             candidates.append(answers)
@@ -507,9 +517,11 @@ class Answerer(RequestRunner):
         tokenizer = self.processor.tokenizer
         results: list[list[int]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "answers"):
-            prompts = [self.encoder.prompt_ids(requests[i], tokens) for i in batch]
+            batch_requests = [requests[i] for i in batch]
+            inputs = self._inputs(batch_requests, tokens)
+            sizes = self._image_sizes(batch_requests, inputs)
+            prompts = [self.encoder.prompt_ids(r, n) for r, n in zip(batch_requests, sizes, strict=True)]
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-            inputs = self._inputs([requests[i] for i in batch], tokens)
             ids = self.model.generate(
                 **padded.to(self.model.device),
                 **inputs,
@@ -570,8 +582,11 @@ class Answerer(RequestRunner):
         suppressed = self._suppressed()
         results: list[list[AnswerScore]] = [[]] * len(requests)
         for batch in self._batches(requests, tokens, batch_size, progress, "likelihoods"):
-            prompts, candidates = self._encode_choices(requests, choices, batch, tokens, end_of_turn)
-            inputs = self._inputs([requests[i] for i in batch], tokens)
+            batch_requests = [requests[i] for i in batch]
+            inputs = self._inputs(batch_requests, tokens)
+            sizes = self._image_sizes(batch_requests, inputs)
+            batch_choices = [choices[i] for i in batch]
+            prompts, candidates = self._encode_choices(batch_requests, batch_choices, sizes, end_of_turn)
             scores = score_candidates(
                 self.model, prompts, candidates, inputs, self.processor.tokenizer.pad_token_id, suppressed
             )

@@ -443,7 +443,7 @@ class PromptMixin:
     def encode_conversation(
         self,
         conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-        tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+        tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None`: the processor's
         max_length: int | None = None,  # Most tokens; the end is cut, never an image
     ) -> dict[str, list[int]]:  # `input_ids` and `labels`
         "Token ids and labels of one conversation: `encode_conversation` with this processor."
@@ -849,14 +849,15 @@ def tokenize_conversation(
 def expand_row(
     row: dict[str, list[int]],  # From `tokenize_conversation`
     image_token_id: int,  # Id of `<image>`
-    tokens: int,  # Image tokens for each image
+    tokens: int | list[int],  # Image tokens for each image
     max_length: int | None = None,  # Most tokens; the end is cut, never an image
 ) -> dict[str, list[int]]:  # `input_ids` and `labels`
     "`expand_images` for ids and labels; a row without any label left is an error."
     input_ids = expand_images(row["input_ids"], image_token_id, tokens, max_length)
     labels = []
-    for i, label in zip(row["input_ids"], row["labels"], strict=True):
-        labels += [-100] * tokens if i == image_token_id else [label]
+    sizes = repetitions(row["input_ids"], image_token_id, tokens)
+    for i, label, size in zip(row["input_ids"], row["labels"], sizes, strict=True):
+        labels += [-100] * size if i == image_token_id else [label]
     labels = labels[: len(input_ids)]
     if all(label == -100 for label in labels):
         if max_length is None:
@@ -873,12 +874,13 @@ def expand_row(
 def encode_conversation(
     processor: PromptMixin,  # With tokenizer and chat template
     conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
-    tokens: int | None = None,  # Budget $V$; `None` takes the processor's
+    tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None`: the processor's
     max_length: int | None = None,  # Most tokens; the end is cut, never an image
 ) -> dict[str, list[int]]:  # `input_ids`, and `labels` with -100 wherever nothing is to be learned
     "Token ids of a whole conversation with its visual tokens, and labels on its answers."
     row = tokenize_conversation(processor, conversation)
-    return expand_row(row, processor.image_token_id, processor.num_image_tokens(tokens), max_length)
+    sizes = tokens if isinstance(tokens, list) else processor.num_image_tokens(tokens)
+    return expand_row(row, processor.image_token_id, sizes, max_length)
 
 # %% ../nbs/23_processor.ipynb #1a6fe6f3
 def tower_sizes(

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from delta_llava.adapter import CLIPImageProcessorPil
+from delta_llava.answerer import Answerer, Request
 from delta_llava.collator import Collator
 from delta_llava.compressors import fastv
 from delta_llava.compressors.base import (
@@ -519,3 +520,36 @@ def test_fastv_with_beams_and_samples():
     for options in (dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3)):
         made = model.generate(**batch, max_new_tokens=4, **options)
         assert len(made) == 2 * options["num_return_sequences"]
+
+
+def test_answerer_gives_each_image_its_own_number_of_tokens():
+    "Requests of one batch, generated and scored, as each alone; a fixed budget is still possible."
+    model = clear_maps(tiny("prumerge", adaptive=True)).eval()
+    processor = build_processor(
+        CLIPImageProcessorPil(size={"shortest_edge": 384}, crop_size=384),
+        byte_tokenizer(),
+        tokens=9,
+        template="v1",
+    )
+    pictures = [
+        Image.linear_gradient("L").convert("RGB"),
+        Image.new("RGB", (384, 384)),
+        Image.effect_noise((384, 384), 90).convert("RGB"),
+    ]
+    answerer = Answerer(model, processor)
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert len(set(model.visual_token_counts(pixels))) > 1
+    requests = [Request("a?", [picture]) for picture in pictures]
+    together = answerer.generate_ids(requests, max_new_tokens=3)
+    alone = [answerer.generate_ids([request], max_new_tokens=3)[0] for request in requests]
+    assert together == alone
+    scores = answerer.log_likelihoods(requests, ["x", "yes", "z"])
+    for request, answer, score in zip(requests, ["x", "yes", "z"], scores, strict=True):
+        (own,) = answerer.log_likelihoods([request], [answer])
+        assert score.log_likelihood == pytest.approx(own.log_likelihood, abs=1e-3)
+    two = Request("a?", pictures[:2])
+    assert (
+        answerer.generate_ids([two], max_new_tokens=2)
+        == answerer.generate_ids([two, two], max_new_tokens=2)[:1]
+    )
+    assert answerer.generate_ids(requests, tokens=9, max_new_tokens=2) is not None

@@ -5,7 +5,7 @@ UV     := uv==0.13.8
 READY  := .venv/.installed
 EVAL   := .venv-eval/bin/python
 
-.PHONY: help quickstart test sync readme slow net lab eval docs lock gpu
+.PHONY: help quickstart test sync readme outputs slow net lab eval docs lock gpu
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
@@ -21,6 +21,9 @@ sync: $(READY)  ## only: notebooks clean, modules and README in sync with them
 
 readme: $(READY)  ## run nbs/index.ipynb and write README.md from it
 	$(PY) tools/make_readme.py --run
+
+outputs: $(READY)  ## run the notebooks and compare what they print with what is committed (ARGS=nbs/26_flops.ipynb: one)
+	OMP_NUM_THREADS=1 $(PY) tools/check_outputs.py $(ARGS)
 
 slow: $(READY)  ## the slow notebook cells and tests as well; those of JupyterLab want a chromium
 	$(PY) -m uv pip install --quiet --python $(PY) --group slow -c requirements.lock

@@ -516,6 +516,7 @@ class Launch:
     compressor: str | None = None  # Which projector; without it delta
     tokens: int | None = None  # Main budget V; without it 144
     per_device_batch_size: int | None = None  # Rows in one pass of one process; without it the paper's
+    max_tokens_per_device: int | None = None  # Instead: most tokens of a pass, rows × the longest of them
     sharding: Literal["none", "fsdp2", "zero3"] | None = None  # Of weights; without it the stage's own
     lora_rank: int | None = None  # Rank of low-rank updates of the LLM; without it the LLM itself
     checkpoint_above: int | None = None  # Recompute activations above so many tokens; without it, what fits

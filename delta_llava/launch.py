@@ -142,7 +142,7 @@ def llm_row_flops(
         length,
         rows.answer,
         trained == everything,
-        recomputes(stage, length * (stage.per_device_batch_size or stage.batch_size)),
+        recomputes(stage, length * stage.rows_in_pass(1, length)),
     )
     if trained != everything:
         llm += 6 * trained * length  # LoRA beside the frozen weights
@@ -256,7 +256,7 @@ def similar_steps(
         found = compiled
     else:
         found = [cell for cell in found if not cell["compiled"]]
-    rows = stage.per_device_batch_size or stage.batch_size
+    rows = stage.rows_in_pass(1, ROWS[stage.stage].text + stage.tokens)
     for name, value in (("tokens", stage.tokens), ("rows", rows)):
         distances = [abs(math.log(cell[name] / value)) for cell in found]
         found = [cell for cell, gap in zip(found, distances, strict=True) if gap == min(distances)]
@@ -404,7 +404,7 @@ def memory_bytes(
     "Memory of one GPU in a training step, by purpose."
     config = model.config.text_config
     element = 2 if stage.bf16 else 4
-    rows = stage.batch_size // gpus // stage.accumulate(gpus)  # in one pass
+    rows = stage.rows_in_pass(gpus, length)
     block = activation_bytes(stage, model) * rows * length
     blocks = config.num_hidden_layers * block
     if recomputes(stage, rows * length):
@@ -427,7 +427,7 @@ def fitting_tokens(
     "Tokens of a pass that fits into memory without recomputation."
     config = model.config.text_config
     element = 2 if stage.bf16 else 4
-    rows = stage.batch_size // gpus // stage.accumulate(gpus)  # in one pass
+    rows = stage.rows_in_pass(gpus, model.config.image_seq_length)  # as many as a pass may have
     per_token = config.num_hidden_layers * activation_bytes(stage, model)
     per_label = (8 + element) * config.vocab_size + element * config.hidden_size
     free = USABLE * gpu_memory - sum(state_bytes(stage, model, gpus).values())

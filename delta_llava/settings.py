@@ -47,6 +47,7 @@ class StageSettings:
     template: str = "v1"  # Chat template: plain, v1, chatml, or chat for the LLM's own
     batch_size: int = 256  # Rows in an optimizer step, over all processes
     per_device_batch_size: int | None = 32  # Rows in one pass of one process; None makes a step one pass
+    max_tokens_per_device: int | None = None  # Instead: most tokens of a pass, rows × the longest of them
     learning_rate: float = 1e-3  # Highest learning rate
     warmup_ratio: float = 0.03  # Part of the steps in which it rises
     num_epochs: float = 1.0  # Passes over the data
@@ -96,6 +97,12 @@ def _check_numbers(
         raise ValueError(
             f"checkpoint_above={stage.checkpoint_above} must not be negative; 0 and None are every pass."
         )
+    budget = stage.max_tokens_per_device
+    if budget is not None and budget < stage.max_length:
+        raise ValueError(
+            f"max_tokens_per_device={budget} must be at least max_length={stage.max_length}, so that the "
+            "longest row fits into a pass; raise it, or lower max_length."
+        )
     size = stage.per_device_batch_size
     if size is not None and (size < 1 or stage.batch_size % size):
         raise ValueError(f"batch_size={stage.batch_size} must be a multiple of per_device_batch_size={size}.")
@@ -137,6 +144,12 @@ def _check_combinations(
             "packing=False and group_by_length=False."
         )
     split_variant(stage.compressor)  # an unknown name is an error
+    if stage.max_tokens_per_device and (stage.packing or stage.separate_turns or stage.sharding != "none"):
+        raise ValueError(
+            f"max_tokens_per_device={stage.max_tokens_per_device} needs packing=False, separate_turns=False "
+            "and sharding='none': rows are divided into passes one by one, and sharded processes must make "
+            "equally many passes. Take per_device_batch_size instead."
+        )
     if stage.packing and _prunes_in_decoder(stage.compressor):
         raise ValueError(
             f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
@@ -184,6 +197,8 @@ class Stage(StageSettings):
                 f"use {fewer} of them, or batch_size={larger}."
             )
         share = self.batch_size // processes
+        if self.max_tokens_per_device:
+            return 1  # one batch, which the trainer divides into passes
         size = self.per_device_batch_size or share
         if share % size:
             smaller = max(d for d in range(1, size + 1) if share % d == 0)
@@ -192,6 +207,17 @@ class Stage(StageSettings):
                 f"processes = {size} × {processes}; try per_device_batch_size={smaller}."
             )
         return share // size
+
+    def rows_in_pass(
+        self,
+        processes: int,  # Devices on all nodes
+        length: int,  # Tokens of each row, visual tokens included
+    ) -> int:
+        "Rows of one pass of a process."
+        rows = self.batch_size // processes // self.accumulate(processes)
+        if self.max_tokens_per_device is None:
+            return rows
+        return max(1, min(rows, self.max_tokens_per_device // length))
 
     def n_steps(
         self,

@@ -104,7 +104,8 @@ def stage_collator(
         features=features,
         paths=paths,
     )
-    return ElasticCollator(collator, budgets, stage.seed, compressor_class(stage.compressor).nested)
+    nested = compressor_class(stage.compressor).nested
+    return ElasticCollator(collator, budgets, stage.seed, nested, stage.max_tokens_per_device)
 
 # %% ../nbs/31b_train.ipynb #2b0f3dcf
 def load_stage_projector(
@@ -332,6 +333,7 @@ CHANGEABLE_SETTINGS = {  # paths, and how fast a run is: they do not change what
     "tower",
     "llm",
     "per_device_batch_size",
+    "max_tokens_per_device",
     "cache_features",
     "gradient_checkpointing",
     "checkpoint_above",

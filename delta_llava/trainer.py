@@ -99,10 +99,12 @@ class ElasticCollator:
         budgets: Sequence[int],  # Budgets $V$ to draw from; a single one is always taken
         seed: int = 0,  # Another seed draws differently
         nested: bool = False,  # Every batch at each budget: `StageTrainer` averages their losses
+        max_tokens: int | None = None,  # Most tokens of a pass: batches are divided into passes
     ):
         if not budgets:
             raise ValueError("budgets is empty; give at least one, such as (16,).")
         self.collator, self.budgets, self.seed, self.nested = collator, tuple(budgets), seed, nested
+        self.max_tokens = max_tokens
 
     def __call__(
         self,
@@ -123,12 +125,22 @@ class ElasticCollator:
         self,
         batch: dict,  # From `__call__`
         step: int,  # Optimizer step, from 0
-    ) -> dict:  # Inputs of the model; nested: `batches`, a list of them
+    ) -> dict:  # Inputs of the model; nested: `batches`, a list of them; with `max_tokens`: `passes`
         "The batch at the step's budget."
+        budgets = self.budgets if self.nested else (draw_budget(self.budgets, self.seed, step),)
+        if self.max_tokens is None:
+            return self._at_budgets(batch, budgets)
+        parts = self.collator.split(batch["prepared"], max(budgets), self.max_tokens)
+        passes = [self._at_budgets(dict(prepared=part), budgets) for part in parts]
+        labels = torch.cat([one["labels"].flatten() for one in passes])
+        return dict(passes=passes, labels=labels)  # `Trainer` counts supervised tokens there
+
+    def _at_budgets(self, batch: dict, budgets: Sequence[int]) -> dict:
+        "Inputs of one pass."
         if not self.nested:
-            return self.at_budget(batch, draw_budget(self.budgets, self.seed, step))
-        batches = [self.at_budget(batch, tokens) for tokens in self.budgets]
-        return dict(batches=batches, labels=batches[0]["labels"])  # `Trainer` counts supervised tokens there
+            return self.at_budget(batch, budgets[0])
+        batches = [self.at_budget(batch, tokens) for tokens in budgets]
+        return dict(batches=batches, labels=batches[0]["labels"])
 
 # %% ../nbs/31_trainer.ipynb #6b4a6b62
 class RowIdCollator:
@@ -184,6 +196,16 @@ class BudgetTrainer(HookedTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return super().get_batch_samples(map(self._at_step, epoch_iterator), num_batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if "passes" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        *first, last = inputs["passes"]
+        loss = 0
+        for one in first:
+            with self.accelerator.no_sync(model):  # gradients are averaged over the processes once
+                loss = loss + super().training_step(model, one, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "batches" not in inputs:

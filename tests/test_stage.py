@@ -784,6 +784,21 @@ def test_two_processes_train_as_one(parts, mixed, tmp_path, kind, options):
 
 
 @pytest.mark.slow
+def test_two_processes_with_a_token_budget_train_as_one_without(parts, mixed, tmp_path):
+    "The processes make different numbers of passes, and average their gradients once."
+    options = mixed | dict(batch_size=8, max_length=256)
+    one = run_stage(
+        stage("pretrain", parts, tmp_path / "one", per_device_batch_size=8, **options), callbacks=[EachStep()]
+    )
+    two = finish(launch("pretrain", parts, tmp_path / "two", max_tokens_per_device=256, **options))
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert_close(losses(tmp_path / "two" / "run.json"), losses(one), rtol=1e-5, atol=1e-5)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for k in a:
+        assert_close(b[k], a[k], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 @PROCESSES
 def test_two_killed_processes_go_on_bit_for_bit(parts, mixed, tmp_path, kind, options):
     same = dict(per_device_batch_size=1, **mixed | dict(compressor="delta"), **options)

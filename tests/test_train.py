@@ -19,6 +19,7 @@ from transformers import Dinov2Config, LlamaConfig, ProcessorMixin, TrainerCallb
 from delta_llava import trainer as trainer_module
 from delta_llava.collator import Collator
 from delta_llava.config import dinov2_s14
+from delta_llava.mixing import DropPath
 from delta_llava.trainer import (
     COMPLETE,
     STOP_SIGNALS,
@@ -119,6 +120,94 @@ class Break(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise InterruptedError
+
+
+# ---------------------------------------------------------------- passes of few tokens
+
+
+def uneven_rows(n=24):
+    "Answers of 1 to 14 letters; every fifth row has no image."
+    rows = tiny_rows(n)
+    for i, row in enumerate(rows):
+        row["conversations"][1]["value"] = "abcd"[i % 4] * (1 + 5 * i % 14)
+        if i % 5 == 4:
+            row["image"] = None
+    return rows
+
+
+class TextOrImage(TinyProcessor):
+    "No image token in a row without image."
+
+    def tokenize_conversation(self, conversation):
+        row = super().tokenize_conversation(conversation)
+        return row if "<image>" in conversation[0]["value"] else {k: v[1:] for k, v in row.items()}
+
+
+def token_budget_collator(rows, max_tokens, budgets=(1, 4), nested=False):
+    with_image = [row["image"] for row in rows if row["image"]]
+    for row in rows:
+        row["conversations"][0]["value"] = "<image>" if row["image"] else "?"
+    features = torch.randn(len(with_image), 16, 256, generator=torch.Generator().manual_seed(1))
+    collator = Collator(processor=TextOrImage(), features=features, paths=with_image)
+    return ElasticCollator(collator, budgets, 0, nested, max_tokens)
+
+
+@pytest.mark.parametrize("budgets,nested", [((1, 4), False), ((4, 1), True)], ids=["elastic", "nested"])
+def test_passes_of_few_tokens_have_the_loss_and_gradients_of_the_batch(
+    budgets, nested, tmp_path, monkeypatch
+):
+    rows, logs, models, sizes = uneven_rows(), [], [], []
+    forward = DeltaLlavaForConditionalGeneration.forward
+
+    def record(self, *args, **kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(DeltaLlavaForConditionalGeneration, "forward", record)
+    for max_tokens in (None, 40):
+        sizes.clear()
+        collator = token_budget_collator(rows, max_tokens, budgets, nested)
+        models.append(tiny_model())
+        for module in models[-1].modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
+        folder = tmp_path / str(max_tokens)
+        logs.append(
+            train_stage(models[-1], rows, collator, tiny_arguments(folder, batch_size=8, max_steps=4))
+        )
+    assert max(sizes) <= 40 and len(sizes) > 4 * (2 if nested else 1)
+    assert_close(losses_of(logs[1]), losses_of(logs[0]), rtol=1e-5, atol=1e-5)
+    norms = [[entry["grad_norm"] for entry in log if "grad_norm" in entry] for log in logs]
+    assert_close(norms[1], norms[0], rtol=1e-4, atol=1e-5)
+
+
+def test_passes_of_few_tokens_are_resumed_bit_for_bit(tmp_path):
+    rows = uneven_rows()
+    unbroken, resumed = tiny_model(), tiny_model()
+    arguments = dict(batch_size=8, max_steps=6)
+    log = train_stage(
+        unbroken, rows, token_budget_collator(rows, 40), tiny_arguments(tmp_path / "one", **arguments)
+    )
+    with pytest.raises(InterruptedError):
+        collator = token_budget_collator(rows, 40)
+        train_stage(
+            tiny_model(), rows, collator, tiny_arguments(tmp_path / "two", **arguments), callbacks=[Break(5)]
+        )
+    again = train_stage(
+        resumed, rows, token_budget_collator(rows, 40), tiny_arguments(tmp_path / "two", **arguments)
+    )
+    assert same(projector_of(resumed), projector_of(unbroken))
+    assert losses_of(again) == losses_of(log)
+
+
+def test_an_error_names_all_rows_of_the_passes(tmp_path):
+    rows = uneven_rows()
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="on rows") as error:
+        train_stage(model, rows, token_budget_collator(rows, 40), tiny_arguments(tmp_path, batch_size=8))
+    assert str(error.value).count("'") == 2 * 8
 
 
 # ---------------------------------------------------------------- killed and resumed

@@ -1,5 +1,7 @@
-"""The project is described in pyproject.toml. Only the long description is made here: README.md has relative links,
-which hold in every clone and fork, and a package index needs absolute ones."""
+"""Makes the long description of the package; pyproject.toml describes the rest.
+
+README.md has relative links, which hold in every clone and fork; a package index needs absolute ones.
+"""
 
 import sys
 from pathlib import Path

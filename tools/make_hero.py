@@ -1,7 +1,8 @@
-"""Draw nbs/images/hero.png, the first image of the README: one image (scene.png), a question, the answers of the
-model in the package at three budgets, and the maps of one word of the answer. Write its record, runs/hero.json.
+"""Draw nbs/images/hero.png, the first image of the README, and write its record, runs/hero.json.
 
-The image is chosen by a rule and not by the answers: it is the first held-out scene with a question of the task.
+It shows one image (nbs/images/scene.png), a question, the answers of the model in the package at three
+budgets, and the maps of one word of the answer. The image is chosen by a rule and not by the answers: it is
+the first held-out scene with a question of the task.
 """
 
 import sys
@@ -126,7 +127,7 @@ def main(folder: Path = IMAGES, record: Path = RECORD) -> None:
     word, maps = maps_of(model, processor, image, question, answers[BUDGETS[0]])
     box = next(o.box for o in scene.objects if o.name.casefold() == truth.casefold())
     image.save(folder / "scene.png", optimize=True)
-    draw_hero(question, answers, word, maps, box).quantize(128).save(folder / "hero.png", optimize=True)
+    draw_hero(question, answers, word, maps, box).quantize(255).save(folder / "hero.png", optimize=True)
     names = [o.name for o in scene.objects]
     result = dict(scene=number, objects=names, question=question, truth=truth, answers=answers, word=word)
     write_record(record, [SEED], result, split=SPLIT, task=TASK)

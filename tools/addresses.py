@@ -60,6 +60,7 @@ def with_addresses(text: str) -> str:
     text = re.sub(
         rf"({re.escape(ini['git_url'])}/(?:blob|tree|raw)/)[^/\s]+(?=/)", rf"\g<1>{ini['branch']}", text
     )
+    text = re.sub(rf"(git\+{re.escape(ini['git_url'])}@)[\w./-]+", rf"\g<1>{ini['branch']}", text)
     return re.sub(rf"https://[\w-]+\.github\.io/{repo}\b", ini["doc_host"] + ini["doc_baseurl"], text)
 
 

@@ -204,6 +204,31 @@ def test_notebook_holds_no_error(path):
     assert not errors, "stored outputs hold an error; run the notebook again."
 
 
+MAY_BE_LONG = re.compile(r"\s*(?:\||!?\[)")  # a row of a table, an image or a link, which must be one line
+
+
+def long_lines(text):
+    "Lines of Markdown that are too long to be read in a diff; tables, images and links may be."
+    return [line for line in text.splitlines() if len(line) > 160 and not MAY_BE_LONG.match(line)]
+
+
+@every_notebook
+def test_markdown_lines_are_short(path):
+    found = [line for c in cells(path) if c["cell_type"] == "markdown" for line in long_lines(source(c))]
+    assert not found, f"wrap at 110: {[line[:60] for line in found]}"
+
+
+def test_a_long_line_is_found():
+    words = "word " * 40
+    assert long_lines(f"short\n{words}\n| {words} |\n![{words}](a.png)\n- {words}") == [words, f"- {words}"]
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name != "index.ipynb"], ids=lambda p: p.stem)
+def test_notebook_says_what_its_reader_can_do_afterwards(path):
+    opening = [source(cell) for cell in cells(path) if cell["cell_type"] == "markdown"][1:3]
+    assert re.search(r"\bAfter (?:this|the) (?:notebook|page|tutorial)\b", " ".join(opening))
+
+
 def statements(node):
     "Number of statements below a node, the docstring and nested definitions included."
     return sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - isinstance(node, ast.stmt)

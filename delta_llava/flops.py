@@ -54,7 +54,7 @@ from .config import CompressorConfig, ProjectorConfig
 from .grid import VisionFeatures
 from .mixing import split_channels
 from .settings import Cost as CostSettings
-from .tower import truncated_config, vision_features
+from .tower import tower_depth, truncated_config, vision_features
 from .vlm import DeltaLlavaConfig
 
 # %% ../nbs/26_flops.ipynb #72d2276d
@@ -190,7 +190,7 @@ def tower_flops(
     config: PreTrainedConfig,  # Of a CLIP, SigLIP or DINOv2 tower
     depth: int,  # Blocks that run, $D$
     image_size: int,  # Side of the image, px
-    attention: bool = False,  # Also the CLS attention, which PruMerge reads
+    attention: bool | str | None = False,  # Also the CLS attention, which PruMerge and FasterVLM read
 ) -> int:
     "FLOPs of one image through the frozen vision tower (@eq-tower)."
     family = config.model_type.split("_")[0]
@@ -201,7 +201,7 @@ def tower_flops(
         )
     if attention and family == "siglip":
         raise ValueError(
-            "a SigLIP tower has no CLS token for PruMerge to read; "
+            "a SigLIP tower has no CLS token, whose attention this compressor reads; "
             "use a CLIP or DINOv2 tower, or another compressor."
         )
     c = config.hidden_size
@@ -221,10 +221,10 @@ def counted_tower(
     config: PreTrainedConfig,  # Of the tower
     levels: tuple[int, ...],  # Hidden states that are read
     image_size: int,  # Side of the image, px
-    attention: bool = False,  # Also the CLS attention
+    attention: bool | str | None = False,  # Also the CLS attention, as for `attended_block`
 ) -> int:
     "FLOPs of one image through the vision tower, counted by PyTorch."
-    depth = max(*levels, levels[-1] + attention)
+    depth = tower_depth(levels, attention)
     with torch.device("meta"):
         tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
     pixels = meta_zeros(3, image_size, image_size)
@@ -403,6 +403,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     cabstractor=_cabstractor,
     random=_mlp_of_tokens,
     spaced=_mlp_of_tokens,
+    fastervlm=_mlp_of_tokens,
     meanpool=_mlp_of_tokens,
     pixelshuffle=_pixel_shuffle,
 )
@@ -431,6 +432,8 @@ def projector_forward(
     attention = {}
     if "attention" in projector.requires:
         attention = dict(cls_attention=meta_zeros(n), keys=meta_zeros(n, c.d_vision))
+    if "level_attention" in projector.requires:
+        attention = dict(level_attention=meta_zeros(n))
     features = VisionFeatures(meta_zeros(n, c.d_levels), c.grid, **attention)
     text = meta_zeros(1, c.d_llm) if "text" in projector.requires else None
     return lambda: projector(features, text=text)
@@ -624,7 +627,7 @@ def cost(
     if setup.question_tokens:  # no logits are needed
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
         question -= 2 * llm.hidden_size * llm.vocab_size
-    attention = "attention" in compressor_class(setup.compressor).requires
+    attention = compressor_class(setup.compressor).tower_attention()
     return Cost(
         tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, attention),
         projector=sum(projector_terms(setup.compressor, projector, reference=reference).values()),
@@ -649,7 +652,7 @@ def counted_cost(
         llm = _meta_llm(setup.llm, pretrained_config(setup.llm).num_hidden_layers).base_model
         embeds = meta_zeros(int(setup.question_tokens), projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
-    attention = "attention" in projector.requires
+    attention = projector.tower_attention()
     prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer))
     return Cost(
         tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
@@ -808,6 +811,8 @@ def memory_traffic(
     features = n * c.d_levels
     if "attention" in compressor_class(setup.compressor).requires:
         features += n * c.d_vision + n
+    if "level_attention" in compressor_class(setup.compressor).requires:
+        features += n
     llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab * d)
     token_cache = 2 * attention_widths(llm)[1] * llm.num_hidden_layers  # numbers of one token in the cache
     prompt_cache = kv_cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache

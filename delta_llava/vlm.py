@@ -283,7 +283,7 @@ def patch_tokens(
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
     tower, projector = model.vision_tower, model.multi_modal_projector
     if pixel_values is not None:
-        attention = "attention" in projector.requires
+        attention = projector.tower_attention()
         learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
@@ -444,6 +444,8 @@ class VisualInputs(nn.Module):
             0, device=adapter.execution_device(projector), dtype=projector_dtype(projector)
         )  # only for its place and type
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
+        if "level_attention" in projector.requires:
+            features = replace(features, level_attention=weight.new_full((1, n), 1 / n))
         if "attention" in projector.requires:
             features = replace(
                 features,

@@ -100,12 +100,12 @@ def test_the_budget_of_the_call_reaches_the_model(name):
     assert four != nine
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv", "prumerge", "quecc"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "prumerge", "fastervlm", "quecc"])
 def test_images_features_and_visual_tokens_answer_alike(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)
     plain = requests(3)
-    attention = "attention" in model.multi_modal_projector.requires
+    attention = model.multi_modal_projector.tower_attention()
     features, visual = [], []
     with torch.no_grad():
         for request in plain:

@@ -241,7 +241,9 @@ def test_a_compressor_without_a_formula_is_counted_or_refused(registry):
 
 
 # ---- the real model, really run
-@pytest.mark.parametrize("name", ["delta", "mlp", "mqt", "prumerge", "quecc", "fastv", "cabstractor"])
+@pytest.mark.parametrize(
+    "name", [*("delta", "mlp", "mqt", "prumerge", "fastervlm", "quecc", "fastv", "cabstractor")]
+)
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-qwen2"])
 def test_generation_costs_what_the_equations_say(name, llm):
     setup = tiny(compressor=name, tokens=36 if name == "mlp" else 9, llm=llm, question=5)
@@ -486,6 +488,8 @@ def test_what_has_no_equation_is_refused(monkeypatch):
         tower_flops(GPT2Config(), 2, 224)
     with pytest.raises(ValueError, match="has no CLS token"):
         cost(Setup(tower=SIGLIP, compressor="prumerge", tokens=36))
+    with pytest.raises(ValueError, match="has no CLS token"):
+        cost(Setup(tower=SIGLIP, compressor="fastervlm", tokens=36))
     with pytest.raises(ValueError, match="adaptive=True"):
         projector_terms("prumerge", compressor_config("prumerge", sizes(), tokens=36, adaptive=True))
     with pytest.raises(ValueError, match="must be whole"):

@@ -151,6 +151,7 @@ def batch(model, stage, length, answer, rows=1):
         ("qwen", 144),
         ("cabstractor", 144),
         ("prumerge", 64),
+        ("fastervlm", 64),
         ("quecc", 36),
         ("fastv", 36),
     ],

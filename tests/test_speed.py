@@ -266,6 +266,7 @@ def test_a_gain_is_taken_within_its_round(parts):
         dict(caches=("dynamic", "static"), batch=(1, 3)),
         dict(compressor="quecc", tokens=(4, 1)),
         dict(compressor="prumerge", tokens=(4, 2)),
+        dict(compressor="fastervlm", tokens=(4, 2)),
         dict(compressor="fastv", tokens=(16, 4), llm="deep", random_weights=True),
         dict(compressor="mqt", tokens=(5, 2)),
     ],

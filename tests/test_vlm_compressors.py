@@ -20,6 +20,7 @@ from delta_llava.compressors.base import (
     compressor_name,
 )
 from delta_llava.gradcam import word_cams
+from delta_llava.grid import VisionFeatures
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import run_quickstart
 from delta_llava.settings import Quickstart
@@ -410,13 +411,17 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
         features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"]
     )
     if "attention" in model.multi_modal_projector.requires:
-        from delta_llava.grid import VisionFeatures
-
         g = torch.Generator().manual_seed(1)
         images["features"] = [
             VisionFeatures(
                 f[None], 12, torch.rand(1, 144, generator=g), torch.randn(1, 144, SIZES.d_vision, generator=g)
             )
+            for f in images["features"]
+        ]
+    if "level_attention" in model.multi_modal_projector.requires:
+        g = torch.Generator().manual_seed(1)
+        images["features"] = [
+            VisionFeatures(f[None], 12, level_attention=torch.rand(1, 144, generator=g))
             for f in images["features"]
         ]
     found = {}

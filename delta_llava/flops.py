@@ -395,6 +395,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     mlp=_mlp,
     m3=_mlp,
     fastv=_mlp,
+    llavolta=_mlp,
     prumerge=_prumerge,
     tokenpacker=_tokenpacker,
     quecc=_quecc,
@@ -477,8 +478,9 @@ LayerTokens = tuple[tuple[int, int | float], ...]  # (blocks, tokens of the prom
 
 def prefill_flops(
     config: PreTrainedConfig,  # Of the LLM
-    layer_tokens: LayerTokens,  # FastV has two pairs, all other compressors one
+    layer_tokens: LayerTokens,  # FastV and LLaVolta have two pairs, all other compressors one
     causal: bool = False,  # Scores of earlier tokens only
+    ranks: bool = True,  # With two pairs, also the row of attention by which FastV ranks tokens
 ) -> int | float:
     "FLOPs of the prompt, with the logits of its last token (@eq-prefill)."
     w = block_weights(config)
@@ -487,8 +489,8 @@ def prefill_flops(
     for layers, s in layer_tokens:
         pairs = s * (s + 1) / 2 if causal else s * s
         flops += layers * (2 * w * s + 4 * q * pairs)
-    if len(layer_tokens) > 1:
-        flops += 2 * q * layer_tokens[0][1]  # FastV's ranking
+    if ranks and len(layer_tokens) > 1:
+        flops += 2 * q * layer_tokens[0][1]
     return flops
 
 
@@ -525,6 +527,7 @@ def counted_llm(
     name: str,  # Of the LLM
     layer_tokens: LayerTokens,  # As for `prefill_flops`
     answer: int = 1,  # Tokens of the answer, $G$
+    ranks: bool = True,  # With two pairs, also the row of attention by which FastV ranks tokens
 ) -> tuple[int, int]:
     "Prefill and decode, counted; blocks with the same tokens run together, the last ones with the head."
     config = pretrained_config(name)
@@ -537,7 +540,7 @@ def counted_llm(
         prefill += counted(partial(run, inputs_embeds=meta_zeros(int(s), config.hidden_size)))
         for _ in range(answer - 1):
             decode += counted(partial(run, inputs_embeds=meta_zeros(1, config.hidden_size)))
-    if len(layer_tokens) > 1:  # FastV's ranking
+    if ranks and len(layer_tokens) > 1:
         q, k = attention_widths(config)
         heads = config.num_attention_heads
         query = meta_zeros(heads, q // heads)
@@ -628,11 +631,12 @@ def cost(
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
         question -= 2 * llm.hidden_size * llm.vocab_size
     attention = compressor_class(setup.compressor).tower_attention()
+    ranks = compressor_class(setup.compressor).ranks_tokens
     return Cost(
         tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, attention),
         projector=sum(projector_terms(setup.compressor, projector, reference=reference).values()),
         question=question,
-        prefill=prefill_flops(llm, setup.layer_tokens, causal),
+        prefill=prefill_flops(llm, setup.layer_tokens, causal, ranks),
         decode=decode_flops(llm, setup.layer_tokens, setup.answer),
     )
 
@@ -653,7 +657,8 @@ def counted_cost(
         embeds = meta_zeros(int(setup.question_tokens), projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
     attention = projector.tower_attention()
-    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer))
+    ranks = projector.ranks_tokens
+    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer), ranks)
     return Cost(
         tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
         projector=counted(projector_forward(projector)),

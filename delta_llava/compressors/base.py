@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REQUIREMENTS', 'CostFormula', 'COST_FORMULAS', 'feature_statistics', 'Compressor', 'compressor_class',
-           'compressor_config', 'config_from_dict', 'build_compressor', 'compressor_name', 'register_compressor',
-           'cost_formula', 'from_reference', 'to_reference', 'input_attribution', 'draw_input_attribution']
+           'compressor_config', 'as_lists', 'config_from_dict', 'build_compressor', 'compressor_name',
+           'register_compressor', 'cost_formula', 'from_reference', 'to_reference', 'input_attribution',
+           'draw_input_attribution']
 
 # %% ../../nbs/05_compressor.ipynb #51eeac44
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields as dataclass_fields
 from importlib import import_module
 
@@ -58,6 +60,7 @@ class Compressor(nn.Module):
     Config = CompressorConfig  # Class of its config
     config: CompressorConfig  # Its sizes and switches; a subclass names its own class
     requires: tuple[str, ...] = ()  # What else it reads: a key of `REQUIREMENTS`
+    ranks_tokens = False  # Whether the LLM computes one row of attention more, to rank its image tokens
     spatial = True  # Whether its tokens are a grid over the image, row by row
     nested = False  # Whether a training step averages the losses of all its budgets
     state_dict_map: dict[str, str] = {}  # Prefix of our names -> prefix of the reference's
@@ -97,6 +100,22 @@ class Compressor(nn.Module):
         if "attention" in cls.requires:
             return "after"
         return "before" if "level_attention" in cls.requires else None
+
+    def set_progress(
+        self,
+        progress: float | None,  # Share of the training that is done, 0 to 1; `None` outside a training
+    ) -> None:
+        "Called before each step of stage 2; a compressor with a schedule follows it, all others ignore it."
+
+    def decoder_context(
+        self,
+        decoder: nn.Module,  # The LLM's
+        image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
+        tokens: int | None = None,  # Budget $V$; `None` takes the config's
+        prompt_end: Tensor | None = None,  # `[b]` Position of the prompt's last token; `None`: of the pass
+    ) -> AbstractContextManager:
+        "What is active during a pass of the LLM, for compressors that require `decoder`."
+        return nullcontext()
 
     def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
         "Layers that read the patch tokens, and the layer that outputs the visual tokens (closed-form init)."
@@ -196,13 +215,20 @@ def compressor_config(
     return Config(**shared | options)
 
 
+def as_lists(
+    value,  # A field of a config
+):  # The same, as JSON gives it back
+    "A value with lists in place of its tuples."
+    return [as_lists(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def config_from_dict(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
     d: dict,  # What the config's `to_dict` gave
 ) -> CompressorConfig:  # Of the compressor's own class
     "A config from a dict; one that contradicts the variant's name is an error."
     implied = split_variant(name)[1]
-    if wrong := {k: d[k] for k in implied if k in d and d[k] != implied[k]}:
+    if wrong := {k: d[k] for k in implied if k in d and as_lists(d[k]) != as_lists(implied[k])}:
         raise ValueError(
             f"compressor={name!r} means {implied}, but its config says {wrong}; make the config with "
             f"compressor_config({name!r}, like=...)."

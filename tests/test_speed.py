@@ -268,6 +268,7 @@ def test_a_gain_is_taken_within_its_round(parts):
         dict(compressor="prumerge", tokens=(4, 2)),
         dict(compressor="fastervlm", tokens=(4, 2)),
         dict(compressor="fastv", tokens=(16, 4), llm="deep", random_weights=True),
+        dict(compressor="llavolta", tokens=(16, 4), llm="deep", random_weights=True),
         dict(compressor="mqt", tokens=(5, 2)),
     ],
     ids=str,
@@ -355,5 +356,5 @@ def test_fastv_refuses_a_static_cache(parts):
     settings = tiny_settings(
         parts, llm="deep", compressor="fastv", tokens=(4, 1), caches=("static",), random_weights=True
     )
-    with pytest.raises(ValueError, match="FastV needs a DynamicCache"):
+    with pytest.raises(ValueError, match="FastV and LLaVolta need a DynamicCache"):
         run_sweep(settings)

@@ -980,8 +980,16 @@ def test_llava_hf_answers_with_every_training_free_system(name, tmp_path, capsys
         embeds[batch["input_ids"] == 259] = visual
         assert_close(ours, llava_hf(inputs_embeds=embeds).logits[0, -1], rtol=1e-4, atol=1e-5)
     capsys.readouterr()
-    ask = ["chat", "--output-dir", paths[1], "--image", str(tmp_path / "image.png"), "--question", "What?"]
-    cli.main([*ask, "--max-new-tokens", "3"])
+    command = [
+        "chat",
+        "--output-dir",
+        paths[1],
+        "--image",
+        str(tmp_path / "image.png"),
+        "--question",
+        "What?",
+    ]
+    cli.main([*command, "--max-new-tokens", "3"])
     answer = Answerer(model, processor).answer(image, "What?", max_new_tokens=3)
     assert capsys.readouterr().out.strip().endswith(answer.strip())
 

@@ -38,8 +38,8 @@ class DecoderMLPConfig(MLPConfig):
         super().__post_init__()
         if self.layer < 1:
             raise ValueError(
-                f"layer={self.layer} must be at least 1: before the first layer there is no "
-                "attention between image and text; the papers use 2."
+                f"layer={self.layer} must be at least 1: before the first layer there is no attention, so "
+                "FastV has nothing to rank by, and LLaVolta would be a mean before the LLM; the papers use 2."
             )
 
     def placeholders(

@@ -109,15 +109,15 @@ class LLaVoltaConfig(DecoderMLPConfig):
     "Sizes of LLaVA's projector, and where the LLM averages image tokens."
 
     tokens: int = 72  # Default budget $V$: image tokens of an image that go on after layer $K$
-    schedule: tuple[tuple[int, int], ...] = ()  # Layer and stride of each part of stage 2; none: as in use
+    schedule: tuple[tuple[int, int], ...] = ()  # Layer and largest stride of each part of stage 2
 
     def __post_init__(self):
         super().__post_init__()
         for part in self.schedule:
-            if len(part) != 2 or part[0] < 1 or part[1] < 1 or self.grid**2 % part[1]:
+            if len(part) != 2 or part[0] < 1 or part[1] < 1:
                 raise ValueError(
-                    f"schedule={self.schedule} has the part {part}; each part is a layer of at least 1, and "
-                    f"a stride that divides the {self.grid**2} patches, such as those of STAGED={STAGED}."
+                    f"schedule={self.schedule} has the part {part}; each part is a layer and a stride of at "
+                    f"least 1, such as those of STAGED={STAGED}."
                 )
 
     def budgets(
@@ -162,11 +162,12 @@ class LLaVolta(DecoderMLP):
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
     ) -> tuple[int, int]:  # $K$ and $s$
         "What a pass does: in a training with a schedule the schedule's part, otherwise the budget's stride."
-        schedule = self.config.schedule
+        schedule, patches = self.config.schedule, self.config.grid**2
         if self.training and self.progress is not None and schedule:
-            return schedule[min(int(self.progress * len(schedule)), len(schedule) - 1)]
+            layer, most = schedule[min(int(self.progress * len(schedule)), len(schedule) - 1)]
+            return layer, max(s for s in range(1, most + 1) if patches % s == 0)
         v = self.config.check_budget(self.config.tokens if tokens is None else tokens, self.config.grid)
-        return self.config.layer, self.config.grid**2 // v
+        return self.config.layer, patches // v
 
     def decoder_context(
         self,

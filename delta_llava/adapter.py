@@ -70,10 +70,13 @@ def adapter_error(
 
 # %% ../nbs/09_adapter.ipynb #854164c3
 PARTS = {  # name: (module that holds it, reason)
-    "DynamicLayer": ("transformers.cache_utils", "FastV gives pruned layers caches of their own length"),
-    "DynamicCache": ("transformers", "FastV edits the layers of this kind of cache only"),
-    "create_causal_mask": ("transformers.masking_utils", "FastV makes masks for layers with fewer tokens"),
-    "find_packed_sequence_indices": ("transformers.masking_utils", "FastV refuses packed rows"),
+    "DynamicLayer": ("transformers.cache_utils", "FastV and LLaVolta give layers caches of their own length"),
+    "DynamicCache": ("transformers", "FastV and LLaVolta edit the layers of this kind of cache only"),
+    "create_causal_mask": (
+        "transformers.masking_utils",
+        "FastV and LLaVolta make masks for layers with fewer tokens",
+    ),
+    "find_packed_sequence_indices": ("transformers.masking_utils", "FastV and LLaVolta refuse packed rows"),
     "GradientCheckpointingLayer": ("transformers.modeling_layers", "recomputation may run hooks again"),
     "BaseModelOutputWithPooling": ("transformers.modeling_outputs", "it is the form of image features"),
     "CausalLMOutputWithPast": ("transformers.modeling_outputs", "the model's output extends it"),
@@ -160,8 +163,8 @@ def check_dynamic_cache(
         return
     what = f"{kind.__name__} with layers {sorted(unknown)}" if unknown else kind.__name__
     raise ValueError(
-        f"FastV needs a DynamicCache in memory, whose layers may differ in length; this one is a {what}. "
-        "Leave cache_implementation at its default and pass no cache of another kind."
+        "FastV and LLaVolta need a DynamicCache in memory, whose layers may differ in length; this one is a "
+        f"{what}. Leave cache_implementation at its default and pass no cache of another kind."
     )
 
 # %% ../nbs/09_adapter.ipynb #1a359ddf

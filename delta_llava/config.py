@@ -356,7 +356,9 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
     "cabstractor": "delta_llava.compressors.cabstractor:CAbstractor",
     "qwen": "delta_llava.compressors.qwen:QwenResampler",
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
+    "fastervlm": "delta_llava.compressors.fastervlm:FasterVLM",
     "fastv": "delta_llava.compressors.fastv:FastV",
+    "llavolta": "delta_llava.compressors.llavolta:LLaVolta",
     "random": "delta_llava.compressors.baselines:RandomPatches",
     "spaced": "delta_llava.compressors.baselines:SpacedPatches",
     "meanpool": "delta_llava.compressors.baselines:MeanPool",
@@ -364,6 +366,7 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
 }
 VARIANTS: dict[str, tuple[str, dict]] = {  # Name -> a compressor above, and fields of its config
     "prumerge+": ("prumerge", dict(plus=True)),
+    "llavolta-staged": ("llavolta", dict(schedule=((2, 8), (2, 2), (16, 2), (16, 1)))),
     "delta-no-emhsa": ("delta", dict(mixing="no_emhsa")),
     "delta-no-tb": ("delta", dict(mixing="none")),
     "delta-no-mhca": ("delta", dict(mixing="no_mhca")),

@@ -54,7 +54,7 @@ from .config import CompressorConfig, ProjectorConfig
 from .grid import VisionFeatures
 from .mixing import split_channels
 from .settings import Cost as CostSettings
-from .tower import truncated_config, vision_features
+from .tower import tower_depth, truncated_config, vision_features
 from .vlm import DeltaLlavaConfig
 
 # %% ../nbs/26_flops.ipynb #72d2276d
@@ -190,7 +190,7 @@ def tower_flops(
     config: PreTrainedConfig,  # Of a CLIP, SigLIP or DINOv2 tower
     depth: int,  # Blocks that run, $D$
     image_size: int,  # Side of the image, px
-    attention: bool = False,  # Also the CLS attention, which PruMerge reads
+    attention: bool | str | None = False,  # Also the CLS attention, which PruMerge and FasterVLM read
 ) -> int:
     "FLOPs of one image through the frozen vision tower (@eq-tower)."
     family = config.model_type.split("_")[0]
@@ -201,7 +201,7 @@ def tower_flops(
         )
     if attention and family == "siglip":
         raise ValueError(
-            "a SigLIP tower has no CLS token for PruMerge to read; "
+            "a SigLIP tower has no CLS token, whose attention this compressor reads; "
             "use a CLIP or DINOv2 tower, or another compressor."
         )
     c = config.hidden_size
@@ -221,10 +221,10 @@ def counted_tower(
     config: PreTrainedConfig,  # Of the tower
     levels: tuple[int, ...],  # Hidden states that are read
     image_size: int,  # Side of the image, px
-    attention: bool = False,  # Also the CLS attention
+    attention: bool | str | None = False,  # Also the CLS attention, as for `attended_block`
 ) -> int:
     "FLOPs of one image through the vision tower, counted by PyTorch."
-    depth = max(*levels, levels[-1] + attention)
+    depth = tower_depth(levels, attention)
     with torch.device("meta"):
         tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
     pixels = meta_zeros(3, image_size, image_size)
@@ -395,6 +395,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     mlp=_mlp,
     m3=_mlp,
     fastv=_mlp,
+    llavolta=_mlp,
     prumerge=_prumerge,
     tokenpacker=_tokenpacker,
     quecc=_quecc,
@@ -403,6 +404,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     cabstractor=_cabstractor,
     random=_mlp_of_tokens,
     spaced=_mlp_of_tokens,
+    fastervlm=_mlp_of_tokens,
     meanpool=_mlp_of_tokens,
     pixelshuffle=_pixel_shuffle,
 )
@@ -431,6 +433,8 @@ def projector_forward(
     attention = {}
     if "attention" in projector.requires:
         attention = dict(cls_attention=meta_zeros(n), keys=meta_zeros(n, c.d_vision))
+    if "level_attention" in projector.requires:
+        attention = dict(level_attention=meta_zeros(n))
     features = VisionFeatures(meta_zeros(n, c.d_levels), c.grid, **attention)
     text = meta_zeros(1, c.d_llm) if "text" in projector.requires else None
     return lambda: projector(features, text=text)
@@ -474,8 +478,9 @@ LayerTokens = tuple[tuple[int, int | float], ...]  # (blocks, tokens of the prom
 
 def prefill_flops(
     config: PreTrainedConfig,  # Of the LLM
-    layer_tokens: LayerTokens,  # FastV has two pairs, all other compressors one
+    layer_tokens: LayerTokens,  # FastV and LLaVolta have two pairs, all other compressors one
     causal: bool = False,  # Scores of earlier tokens only
+    ranks: bool = True,  # With two pairs, also the row of attention by which FastV ranks tokens
 ) -> int | float:
     "FLOPs of the prompt, with the logits of its last token (@eq-prefill)."
     w = block_weights(config)
@@ -484,8 +489,8 @@ def prefill_flops(
     for layers, s in layer_tokens:
         pairs = s * (s + 1) / 2 if causal else s * s
         flops += layers * (2 * w * s + 4 * q * pairs)
-    if len(layer_tokens) > 1:
-        flops += 2 * q * layer_tokens[0][1]  # FastV's ranking
+    if ranks and len(layer_tokens) > 1:
+        flops += 2 * q * layer_tokens[0][1]
     return flops
 
 
@@ -522,6 +527,7 @@ def counted_llm(
     name: str,  # Of the LLM
     layer_tokens: LayerTokens,  # As for `prefill_flops`
     answer: int = 1,  # Tokens of the answer, $G$
+    ranks: bool = True,  # With two pairs, also the row of attention by which FastV ranks tokens
 ) -> tuple[int, int]:
     "Prefill and decode, counted; blocks with the same tokens run together, the last ones with the head."
     config = pretrained_config(name)
@@ -534,7 +540,7 @@ def counted_llm(
         prefill += counted(partial(run, inputs_embeds=meta_zeros(int(s), config.hidden_size)))
         for _ in range(answer - 1):
             decode += counted(partial(run, inputs_embeds=meta_zeros(1, config.hidden_size)))
-    if len(layer_tokens) > 1:  # FastV's ranking
+    if ranks and len(layer_tokens) > 1:
         q, k = attention_widths(config)
         heads = config.num_attention_heads
         query = meta_zeros(heads, q // heads)
@@ -624,12 +630,13 @@ def cost(
     if setup.question_tokens:  # no logits are needed
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
         question -= 2 * llm.hidden_size * llm.vocab_size
-    attention = "attention" in compressor_class(setup.compressor).requires
+    attention = compressor_class(setup.compressor).tower_attention()
+    ranks = compressor_class(setup.compressor).ranks_tokens
     return Cost(
         tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, attention),
         projector=sum(projector_terms(setup.compressor, projector, reference=reference).values()),
         question=question,
-        prefill=prefill_flops(llm, setup.layer_tokens, causal),
+        prefill=prefill_flops(llm, setup.layer_tokens, causal, ranks),
         decode=decode_flops(llm, setup.layer_tokens, setup.answer),
     )
 
@@ -649,8 +656,9 @@ def counted_cost(
         llm = _meta_llm(setup.llm, pretrained_config(setup.llm).num_hidden_layers).base_model
         embeds = meta_zeros(int(setup.question_tokens), projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
-    attention = "attention" in projector.requires
-    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer))
+    attention = projector.tower_attention()
+    ranks = projector.ranks_tokens
+    prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer), ranks)
     return Cost(
         tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
         projector=counted(projector_forward(projector)),
@@ -808,6 +816,8 @@ def memory_traffic(
     features = n * c.d_levels
     if "attention" in compressor_class(setup.compressor).requires:
         features += n * c.d_vision + n
+    if "level_attention" in compressor_class(setup.compressor).requires:
+        features += n
     llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab * d)
     token_cache = 2 * attention_widths(llm)[1] * llm.num_hidden_layers  # numbers of one token in the cache
     prompt_cache = kv_cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache

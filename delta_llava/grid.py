@@ -91,8 +91,9 @@ class VisionFeatures:
 
     levels: Tensor  # Patch tokens `[b, n, l·c]`: levels joined on channels, query level last, no CLS token
     grid: int  # Patches per side; `n = grid²`
-    cls_attention: Tensor | None = None  # Attention of the CLS token of the last block, `[b, n]`
-    keys: Tensor | None = None  # Keys of the last block, `[b, n, c]`
+    cls_attention: Tensor | None = None  # Attention of the CLS token after the query level, `[b, n]`
+    keys: Tensor | None = None  # Keys of the same block, `[b, n, c]`
+    level_attention: Tensor | None = None  # The CLS token's in the block that wrote the level, `[b, n]`
 
     def __post_init__(self):
         if isinstance(self.grid, tuple):
@@ -133,7 +134,7 @@ class VisionFeatures:
         "Several batches as one."
         first = parts[0]
         tensors = {}
-        for name in ("levels", "cls_attention", "keys"):
+        for name in ("levels", "cls_attention", "keys", "level_attention"):
             missing = getattr(first, name) is None
             tensors[name] = None if missing else torch.cat([getattr(part, name) for part in parts])
         return cls(grid=first.grid, **tensors)
@@ -145,9 +146,12 @@ class VisionFeatures:
     ) -> "VisionFeatures":
         "All tensors moved; the attention keeps its precision, because patches are ranked by it."
         levels = self.levels.to(*args, **kwargs)
-        attention = None if self.cls_attention is None else self.cls_attention.to(levels.device)
         keys = None if self.keys is None else self.keys.to(*args, **kwargs)
-        return VisionFeatures(levels, self.grid, attention, keys)
+        attention = {}
+        for name in ("cls_attention", "level_attention"):
+            value = getattr(self, name)
+            attention[name] = None if value is None else value.to(levels.device)
+        return VisionFeatures(levels, self.grid, keys=keys, **attention)
 
 
 FeaturesLike = Tensor | Sequence[Tensor] | VisionFeatures  # What `VisionFeatures.of` and compressors accept

@@ -170,7 +170,7 @@ def row_flops(
     "FLOPs of an average row with its image, forward and backward, through each part."
     projector = model.multi_modal_projector
     config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
-    tower = tower_flops(config, depth, image_side(stage), "attention" in projector.requires)
+    tower = tower_flops(config, depth, image_side(stage), projector.tower_attention())
     return dict(
         tower=tower,
         projector=projector_flops(projector),

@@ -934,7 +934,7 @@ def build_pretrained(
         placeholders=config.placeholders(tokens) if "decoder" in requires else None,
     )
     torch.manual_seed(seed)
-    vision_tower = load_tower(tower, sizes.levels, "attention" in requires)
+    vision_tower = load_tower(tower, sizes.levels, compressor_class(compressor).tower_attention())
     model = build_vlm(vision_tower, language_model, tokenizer, config, compressor)
     model.multi_modal_projector.float()
     return model, processor

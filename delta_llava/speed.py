@@ -159,7 +159,7 @@ def timed_answer(
     if "text" in projector.requires:
         options["question_ids"] = text_ids
     levels = model.config.vision_feature_layer
-    attention = "attention" in projector.requires
+    attention = projector.tower_attention()
     timer = StageTimer(model.device)
     with stage_hooks(model, timer):
         timer.mark("start")

@@ -230,7 +230,7 @@ def read_features(
 ):  # `CachedFeatures`
     "Patch tokens of images, from the cache or from the vision tower."
     model.vision_tower.to(local_device())
-    attention = "attention" in model.multi_modal_projector.requires
+    attention = model.multi_modal_projector.tower_attention()
     return cache_features(
         paths,
         model.vision_tower,

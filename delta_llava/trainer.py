@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
-from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device
+from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device, unwrap_model, unwrap_part
 from .collator import Collator
 from .files import write_json
 from delta_llava.lora import (
@@ -178,6 +178,7 @@ class BudgetTrainer(HookedTrainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
 
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
+    follows_schedule = False  # Whether the projector is told how much of the training is done
 
     def __init__(
         self,
@@ -190,6 +191,9 @@ class BudgetTrainer(HookedTrainer):
 
     def _at_step(self, batch):
         unblock_stop_signals()  # a batch is there, so the workers of the epoch have been started
+        if self.follows_schedule:
+            projector = unwrap_part(unwrap_model(self.model).multi_modal_projector)
+            projector.set_progress(self.state.global_step / self.state.max_steps)
         if self.elastic is None:
             return batch
         return dict(self.elastic.at_step(batch, self.state.global_step), ids=batch["ids"])
@@ -670,11 +674,13 @@ def train_stage(
         callbacks=[KeepIntervals(), *callbacks],
     )
     trainer.eval_budgets = tuple(eval_budgets)
+    trainer.follows_schedule = stage == "finetune"
     if max_minutes:
         trainer.time_limit = TimeLimit(max_minutes)
         trainer.add_callback(trainer.time_limit)
     with uncast_lora(model, args.bf16):
         log = _run_trainer(trainer, checkpoint)
+    unwrap_part(model.multi_modal_projector).set_progress(None)
     model.eval()
     if result_dir is not None:
         _save_result(trainer, model, Path(result_dir), 0 if keep_lora else lora_rank)

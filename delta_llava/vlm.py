@@ -49,7 +49,7 @@ from delta_llava.compressors.base import (
     compressor_name,
     config_from_dict,
 )
-from .compressors.fastv import end_of_prompt, fastv_context, last_visible
+from .compressors.fastv import end_of_prompt, last_visible
 from .config import CompressorConfig
 from .files import read_json, read_safetensors
 from .grid import VisionFeatures
@@ -283,7 +283,7 @@ def patch_tokens(
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
     tower, projector = model.vision_tower, model.multi_modal_projector
     if pixel_values is not None:
-        attention = "attention" in projector.requires
+        attention = projector.tower_attention()
         learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
@@ -444,6 +444,8 @@ class VisualInputs(nn.Module):
             0, device=adapter.execution_device(projector), dtype=projector_dtype(projector)
         )  # only for its place and type
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
+        if "level_attention" in projector.requires:
+            features = replace(features, level_attention=weight.new_full((1, n), 1 / n))
         if "attention" in projector.requires:
             features = replace(
                 features,
@@ -485,8 +487,8 @@ class VisualInputs(nn.Module):
         table: Any = self.get_input_embeddings()
         return (inputs_embeds == table(torch.tensor(image, device=table.weight.device))).all(dim=-1)
 
-    def _check_fastv_embeddings(self, input_ids, images, cache) -> None:
-        "An error if FastV cannot know where the image tokens are."
+    def _check_embeddings(self, input_ids, images, cache) -> None:
+        "An error if a reduction inside the LLM cannot know where the image tokens are."
         begins = cache is None or cache.get_seq_length() == 0
         if (
             "decoder" in self.multi_modal_projector.requires
@@ -495,26 +497,23 @@ class VisualInputs(nn.Module):
             and begins
         ):
             raise ValueError(
-                "inputs_embeds do not tell FastV which of them are image tokens, of which it drops the most: "
-                "give input_ids and pixel_values (or mm_encoder_outputs)."
+                f"inputs_embeds do not tell {type(self.multi_modal_projector).__name__} which of them are "
+                "image tokens, whose number it reduces: give input_ids and pixel_values (or "
+                "mm_encoder_outputs)."
             )
 
-    def fastv_context(
+    def decoder_context(
         self,
         image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
         tokens: int | None,  # Budget $V$; `None` takes the config's
         prompt_end: Tensor
         | None = None,  # `[b]` Position of the prompt's last token; `None`: last of the pass
     ):
-        "The context in which FastV prunes the LLM's image tokens to `tokens`; without FastV it does nothing."
-        if "decoder" not in self.multi_modal_projector.requires:
+        "The context in which FastV or LLaVolta reduces the LLM's image tokens; for others it does nothing."
+        projector = self.multi_modal_projector
+        if "decoder" not in projector.requires:
             return nullcontext()
-        config = self.multi_modal_projector.config
-        keep = config.tokens if tokens is None else tokens
-        if image_mask is not None and keep >= image_mask.sum(1).max():
-            return nullcontext()  # all of them stay
-        layer = config.layer
-        return fastv_context(self.get_decoder(), image_mask, keep=keep, layer=layer, prompt_end=prompt_end)
+        return projector.decoder_context(self.get_decoder(), image_mask, tokens, prompt_end)
 
 # %% ../nbs/22_vlm.ipynb #be1791fd
 def shifted_targets(
@@ -604,9 +603,9 @@ class VisualGeneration(nn.Module):
             generation_config.suppress_tokens = suppressed
         by_position = self._passes_that_need_positions(generation_config, kwargs)
         cached = adapter.cache_of(kwargs)
-        self._check_fastv_embeddings(input_ids, images, cached)
+        self._check_embeddings(input_ids, images, cached)
         if images is None and (cached is not None or input_ids is None):
-            with self.fastv_context(None, tokens):
+            with self.decoder_context(None, tokens):
                 return self.language_model.generate(input_ids, generation_config, **kwargs)
         embeds, image_mask, _ = self.merge_visual_tokens(input_ids, kwargs.pop("inputs_embeds", None), images)
         end = None
@@ -614,7 +613,7 @@ class VisualGeneration(nn.Module):
             end = last_visible(image_mask, kwargs.get("attention_mask"))
         prompt: dict = dict(inputs=input_ids, inputs_embeds=embeds)
         with ExitStack() as contexts:
-            contexts.enter_context(self.fastv_context(image_mask, tokens, end))
+            contexts.enter_context(self.decoder_context(image_mask, tokens, end))
             if by_position:
                 if input_ids is None:
                     raise ValueError(f"{by_position} needs input_ids besides inputs_embeds.")
@@ -643,8 +642,9 @@ class VisualGeneration(nn.Module):
         for name in ("prefill_chunk_size", "assistant_early_exit"):
             if "decoder" in self.multi_modal_projector.requires and setting(name) is not None:
                 raise ValueError(
-                    f"{name}={setting(name)}: FastV ranks all image tokens by the last token of the prompt, "
-                    f"so it needs the whole prompt in one pass of the whole LLM; leave {name} out."
+                    f"{name}={setting(name)}: {type(self.multi_modal_projector).__name__} reduces all image "
+                    "tokens at once, so it needs the whole prompt in one pass of the whole LLM; leave "
+                    f"{name} out."
                 )
         return ", ".join(found)
 
@@ -659,7 +659,7 @@ class VisualGeneration(nn.Module):
             raise ValueError("an assistant_model with a vision tower of its own needs pixel_values.")
         images = self._image_outputs(**visual, mm_encoder_outputs=None)
         embeds, image_mask, _ = self.merge_visual_tokens(input_ids, None, images)
-        with self.fastv_context(image_mask, visual["tokens"], last_visible(input_ids)):
+        with self.decoder_context(image_mask, visual["tokens"], last_visible(input_ids)):
             with embeddings_of_prompt(self.language_model, embeds):
                 yield
 
@@ -783,7 +783,7 @@ class DeltaLlavaForConditionalGeneration(
         images = self._image_outputs(
             pixel_values, vision_features, tokens, question_ids, question_mask, mm_encoder_outputs
         )
-        self._check_fastv_embeddings(input_ids, images, past_key_values)
+        self._check_embeddings(input_ids, images, past_key_values)
         embeds, image_mask, visual = self.merge_visual_tokens(input_ids, inputs_embeds, images)
         if visual is None and self.training and torch.is_grad_enabled():
             embeds = embeds + 0 * self.dummy_visual_tokens(tokens).sum()
@@ -799,7 +799,7 @@ class DeltaLlavaForConditionalGeneration(
         inputs = dict(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids)
         if past_key_values is not None:
             inputs[adapter.cache_argument()] = past_key_values
-        with self.fastv_context(image_mask, tokens, prompt_end) as pruning:
+        with self.decoder_context(image_mask, tokens, prompt_end) as pruning:
             restore = (lambda hidden: hidden) if pruning is None else pruning.restore
             out = self._run_llm(labels, logits_to_keep, restore, **inputs | kwargs)
         known = {field.name for field in fields(DeltaLlavaOutput)}
@@ -828,7 +828,8 @@ class DeltaLlavaForConditionalGeneration(
         if kind not in ("sdpa", "eager") or "decoder" in self.multi_modal_projector.requires:
             raise ValueError(
                 f"segments with attn_implementation={kind!r} and compressor={self.config.compressor!r}: only "
-                "'sdpa' and 'eager' read masks of any form, and FastV none; use separate_turns=False."
+                "'sdpa' and 'eager' read masks of any form, and FastV and LLaVolta none; use "
+                "separate_turns=False."
             )
         mask = shared_prefix_mask(segments)
         if kind == "sdpa":

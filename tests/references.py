@@ -22,6 +22,7 @@ from delta_llava.compressors.base import (
 )
 from delta_llava.compressors.baselines import CellsConfig, PixelShuffleConfig, RandomPatchesConfig
 from delta_llava.compressors.cabstractor import CAbstractorConfig
+from delta_llava.compressors.fastervlm import FasterVLMConfig
 from delta_llava.compressors.m3 import M3Config
 from delta_llava.compressors.mlp import MLPConfig
 from delta_llava.compressors.mqt import MQTConfig
@@ -31,7 +32,7 @@ from delta_llava.compressors.qwen import QwenConfig
 from delta_llava.compressors.tokenpacker import TokenPackerConfig
 from delta_llava.config import CompressorConfig
 from delta_llava.grid import VisionFeatures, sincos_2d
-from delta_llava.tower import _cls_attention
+from delta_llava.tower import cls_attention
 
 
 def parameters(module: nn.Module) -> int:
@@ -379,7 +380,7 @@ def prumerge_features(folder, case) -> VisionFeatures:
     stored = tensors(folder, "prumerge")
     batch = case["name"].split("_")[0]
     q, k = stored[f"in.{batch}.q"], stored[f"in.{batch}.k"]
-    attention, keys = _cls_attention(StoredBlock(q, k), k, k.shape[1] - 1)
+    attention, keys = cls_attention(StoredBlock(q, k), k, k.shape[1] - 1)
     close(attention, stored[f"mid.{batch}.cls_attn"], "attention")
     return VisionFeatures(stored[f"in.{batch}.feats"], 24, attention, keys)
 
@@ -477,6 +478,7 @@ SIZES = {
         variants={"without post": dict(post=False), "as wide as the LLM": dict(d_vision=24)},
     ),
     "prumerge": Sizes(config=PruMergeConfig(**COMMON), variants={"plus": dict(plus=True)}),
+    "fastervlm": Sizes(config=FasterVLMConfig(**COMMON)),
     "random": Sizes(config=RandomPatchesConfig(**COMMON), variants={"other draw": dict(draw_seed=1)}),
     "spaced": Sizes(config=CellsConfig(**COMMON)),
     "meanpool": Sizes(config=CellsConfig(**COMMON)),
@@ -506,6 +508,9 @@ def small_inputs(name: str, config: CompressorConfig, batch=2, grid=None, seed=1
     if "attention" in requires:
         attention = torch.randn(batch, n + 1, generator=generator).softmax(-1)[:, 1:]
         levels = VisionFeatures(levels, grid, attention, torch.randn(batch, n, 32, generator=generator))
+    if "level_attention" in requires:
+        attention = torch.randn(batch, n, generator=generator).softmax(-1)
+        levels = VisionFeatures(levels, grid, level_attention=attention)
     inputs = dict(features=levels)
     if "text" in requires:
         inputs["text"] = torch.randn(

@@ -264,7 +264,7 @@ def test_only_a_plain_dynamic_cache_is_known():
     adapter.check_dynamic_cache(None)
     adapter.check_dynamic_cache(DynamicCache(config=config))
     for cache in (StaticCache(config=config, max_cache_len=8), Own(config=config), (), object()):
-        with pytest.raises(ValueError, match=f"FastV needs a DynamicCache.*{type(cache).__name__}"):
+        with pytest.raises(ValueError, match=f"FastV and LLaVolta need a D.*{type(cache).__name__}"):
             adapter.check_dynamic_cache(cache)
 
 

@@ -100,12 +100,12 @@ def test_the_budget_of_the_call_reaches_the_model(name):
     assert four != nine
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv", "prumerge", "quecc"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta", "prumerge", "fastervlm", "quecc"])
 def test_images_features_and_visual_tokens_answer_alike(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)
     plain = requests(3)
-    attention = "attention" in model.multi_modal_projector.requires
+    attention = model.multi_modal_projector.tower_attention()
     features, visual = [], []
     with torch.no_grad():
         for request in plain:
@@ -165,7 +165,7 @@ class Force:
         return forced
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv", "quecc"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta", "quecc"])
 def test_likelihood_is_that_of_the_tokens_one_after_the_other(name):
     "FastV too: what is dropped before an answer is dropped while it is scored."
     model, processor = build(name)
@@ -190,7 +190,7 @@ def test_likelihood_is_that_of_the_tokens_one_after_the_other(name):
     assert abs(score.log_likelihood - sum(steps)) < 1e-3 and score.n_tokens == len(answer_ids)
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta"])
 def test_choices_of_unequal_number_and_length_score_as_alone(name):
     answerer = Answerer(*build(name))
     choices = [["A", "a fox and a key", "No"], ["Nothing"], ["left", "right"]]

@@ -3,19 +3,24 @@
 The sources are written by hand, with the true names and at small width: nothing comes from our own export.
 """
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from parity import close, tensors, under
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlm import byte_tokenizer
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -24,12 +29,15 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from delta_llava import cli
+from delta_llava.answerer import Answerer
 from delta_llava.checkpoints import convert
 from delta_llava.checkpoints.converting import to_layout_state
-from delta_llava.checkpoints.inferring import HEAD, LLM
+from delta_llava.checkpoints.inferring import HEAD, LLAVA_MLP, LLM
 from delta_llava.checkpoints.reading import LazyTensor, Weights, write_weights
 from delta_llava.compressors.base import build_compressor, compressor_class
 from delta_llava.files import new_folder
+from delta_llava.runs import load as load_folder
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration, build_vlm, load_projector, save_projector
 
 STATE = Path(__file__).parent / "data" / "parity"
@@ -817,7 +825,7 @@ def test_a_damaged_folder_of_ours_is_refused(tmp_path):
 
 
 # ---- llava-hf
-def hf(folder, layer=-2, seed=0, **config):
+def hf(folder, layer=-2, seed=0, depth=LAYERS, **config):
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -833,7 +841,7 @@ def hf(folder, layer=-2, seed=0, **config):
                 vocab_size=VOCAB,
                 hidden_size=D,
                 intermediate_size=FF,
-                num_hidden_layers=LAYERS,
+                num_hidden_layers=depth,
                 num_attention_heads=4,
                 bos_token_id=1,
                 eos_token_id=2,
@@ -914,6 +922,76 @@ def test_llava_hf_there_and_back_is_byte_equal(tmp_path):
         exported, loaded = config.pop(part), old.pop(part)
         assert {k: exported[k] for k in loaded} == loaded
     assert {k: config[k] for k in old} == old
+
+
+def by_hand(name, llava_hf, pixels, v):
+    "Visual tokens of a training-free system from transformers' own model, patch by patch; `None`: not here."
+    llava_hf.set_attn_implementation("eager")  # fused attention does not return its weights
+    tower = llava_hf.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+    patches, side = tower.hidden_states[-2][0, 1:], math.isqrt(v)
+    project = llava_hf.model.multi_modal_projector
+    cell = 4 // side  # patches per side
+
+    def patch(row, column):
+        return patches[4 * row + column]
+
+    def cells():
+        for row, column in itertools.product(range(side), repeat=2):
+            rows, columns = (range(cell * i, cell * (i + 1)) for i in (row, column))
+            yield [patch(i, j) for i in rows for j in columns]
+
+    if name == "mlp":
+        return project(patches)
+    if name == "m3":
+        return torch.stack([sum(project(p) for p in own) / len(own) for own in cells()])
+    if name == "meanpool":
+        return project(torch.stack([sum(own) / len(own) for own in cells()]))
+    if name == "spaced":
+        return project(torch.stack([own[-1] for own in cells()]))  # right below the center of 2×2 patches
+    if name == "random":
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+        return project(torch.stack([patches[i] for i in sorted(order[:v])]))
+    if name == "fastervlm":
+        received = tower.attentions[-2][0, :, 0, 1:].mean(0).tolist()
+        ranked = sorted(range(16), key=lambda i: -received[i])
+        return project(torch.stack([patches[i] for i in sorted(ranked[:v])]))
+    return None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LLAVA_MLP)
+def test_llava_hf_answers_with_every_training_free_system(name, tmp_path, capsys):
+    "One checkpoint of llava-hf, converted for each system on the command line, and asked there."
+    llava_hf = hf(tmp_path / "hf", depth=4)
+    byte_tokenizer().save_pretrained(tmp_path / "hf")
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(tmp_path / "hf")
+    v = 16 if name == "mlp" else 4
+    paths = [str(tmp_path / "hf"), str(tmp_path / "ours")]
+    cli.main(["convert", *paths, "--compressor", name, "--tokens", str(v)])
+    model, processor = load_folder(tmp_path / "ours")
+    assert (model.config.compressor, model.config.projector_config().tokens) == (name, v)
+    image = Image.effect_noise((90, 60), 60).convert("RGB")
+    image.save(tmp_path / "image.png")
+    batch = processor([image], ["<image>\nWhat?"])
+    ours = model(**batch).logits[0, -1]
+    visual = by_hand(name, llava_hf, batch["pixel_values"], v)
+    if visual is not None:
+        embeds = llava_hf.get_input_embeddings()(batch["input_ids"])
+        embeds[batch["input_ids"] == 259] = visual
+        assert_close(ours, llava_hf(inputs_embeds=embeds).logits[0, -1], rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    command = [
+        "chat",
+        "--output-dir",
+        paths[1],
+        "--image",
+        str(tmp_path / "image.png"),
+        "--question",
+        "What?",
+    ]
+    cli.main([*command, "--max-new-tokens", "3"])
+    answer = Answerer(model, processor).answer(image, "What?", max_new_tokens=3)
+    assert capsys.readouterr().out.strip().endswith(answer.strip())
 
 
 @pytest.mark.parametrize(

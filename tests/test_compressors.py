@@ -1,5 +1,7 @@
 "What must hold for every compressor at any size; `references.py` says what is special about each."
 
+from dataclasses import replace
+
 import pytest
 import torch
 from references import SIZES, small_inputs, small_module
@@ -22,8 +24,9 @@ def rows(inputs: dict, chosen: slice) -> dict:
     "Some images of a batch."
     features = inputs["features"]
     if isinstance(features, VisionFeatures):
-        parts = (features.cls_attention[chosen], features.keys[chosen])
-        features = VisionFeatures(features.levels[chosen], features.grid, *parts)
+        names = ("levels", "cls_attention", "keys", "level_attention")
+        parts = {name: getattr(features, name) for name in names}
+        features = replace(features, **{name: x[chosen] for name, x in parts.items() if x is not None})
     else:
         features = features[chosen]
     return dict(features=features) | {k: v[chosen] for k, v in inputs.items() if k != "features"}
@@ -104,9 +107,7 @@ def test_bfloat16_is_near(name):
     want = batch_of(module, inputs)
     features = inputs["features"]
     if isinstance(features, VisionFeatures):
-        features = VisionFeatures(
-            features.levels.bfloat16(), features.grid, features.cls_attention, features.keys
-        )
+        features = replace(features, levels=features.levels.bfloat16())
     else:
         features = features.bfloat16()
     got = batch_of(module.bfloat16(), inputs | dict(features=features))
@@ -139,9 +140,8 @@ def test_standardized_features(name):
     features = VisionFeatures.of(inputs["features"])
     module.fit_statistics(3 + 2 * features.levels)
     flat = 3 + 2 * features.levels.flatten(0, 1)
-    shifted = VisionFeatures(3 + 2 * features.levels, features.grid, features.cls_attention, features.keys)
-    standard = (shifted.levels - flat.mean(0)) / flat.std(0)
-    expected = VisionFeatures(standard, features.grid, features.cls_attention, features.keys)
+    shifted = replace(features, levels=3 + 2 * features.levels)
+    expected = replace(features, levels=(shifted.levels - flat.mean(0)) / flat.std(0))
     assert_close(
         batch_of(module, inputs | dict(features=shifted)),
         batch_of(plain, inputs | dict(features=expected)),

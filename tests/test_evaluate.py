@@ -253,7 +253,9 @@ def named_rows(*names):
     return [dict(objects=[dict(name=name) for name in group]) for group in names]
 
 
-@pytest.mark.parametrize("compressor,budgets", [("delta", (1, 4)), ("fastv", (1, 9, 144))])
+@pytest.mark.parametrize(
+    "compressor,budgets", [("delta", (1, 4)), ("fastv", (1, 9, 144)), ("llavolta", (1, 9, 144))]
+)
 def test_captions_are_those_of_one_image_at_a_time(compressor, budgets):
     "The batch, and visual tokens made beforehand, change no word; FastV drops tokens in the LLM."
     model, processor = build(compressor)

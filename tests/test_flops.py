@@ -189,9 +189,10 @@ def test_every_compressor_at_every_budget_with_the_full_llms(llm):
                 llm=llm, compressor=name, tokens=projector.config.tokens, text=69, answer=2, question=20
             )
             ours = cost(setup)
-            if setup.layer_tokens not in known:
-                known[setup.layer_tokens] = counted_llm(llm, setup.layer_tokens, 2)
-            assert (ours.prefill, ours.decode) == known[setup.layer_tokens]
+            key = setup.layer_tokens, projector.ranks_tokens
+            if key not in known:
+                known[key] = counted_llm(llm, setup.layer_tokens, 2, projector.ranks_tokens)
+            assert (ours.prefill, ours.decode) == known[key]
             assert ours.projector == counted(projector_forward(projector))
             if setup.question_tokens:
                 assert ours == counted_cost(setup)
@@ -241,7 +242,9 @@ def test_a_compressor_without_a_formula_is_counted_or_refused(registry):
 
 
 # ---- the real model, really run
-@pytest.mark.parametrize("name", ["delta", "mlp", "mqt", "prumerge", "quecc", "fastv", "cabstractor"])
+@pytest.mark.parametrize(
+    "name", [*("delta", "mlp", "mqt", "prumerge", "fastervlm", "quecc", "fastv", "llavolta", "cabstractor")]
+)
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-qwen2"])
 def test_generation_costs_what_the_equations_say(name, llm):
     setup = tiny(compressor=name, tokens=36 if name == "mlp" else 9, llm=llm, question=5)
@@ -486,6 +489,8 @@ def test_what_has_no_equation_is_refused(monkeypatch):
         tower_flops(GPT2Config(), 2, 224)
     with pytest.raises(ValueError, match="has no CLS token"):
         cost(Setup(tower=SIGLIP, compressor="prumerge", tokens=36))
+    with pytest.raises(ValueError, match="has no CLS token"):
+        cost(Setup(tower=SIGLIP, compressor="fastervlm", tokens=36))
     with pytest.raises(ValueError, match="adaptive=True"):
         projector_terms("prumerge", compressor_config("prumerge", sizes(), tokens=36, adaptive=True))
     with pytest.raises(ValueError, match="must be whole"):

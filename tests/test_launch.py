@@ -151,8 +151,10 @@ def batch(model, stage, length, answer, rows=1):
         ("qwen", 144),
         ("cabstractor", 144),
         ("prumerge", 64),
+        ("fastervlm", 64),
         ("quecc", 36),
         ("fastv", 36),
+        ("llavolta", 36),
     ],
 )
 def test_parameters_are_those_of_the_modules(one, compressor, tokens):

@@ -78,7 +78,7 @@ def test_offloaded_weights(name, where, tmp_path):
     assert model(**batch).logits.shape == want.shape  # with gradients on, too
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta"])
 def test_device_map_auto_with_a_disk(name, tmp_path):
     model = tiny(name)
     model.save_pretrained(tmp_path / "model")

@@ -266,7 +266,9 @@ def test_a_gain_is_taken_within_its_round(parts):
         dict(caches=("dynamic", "static"), batch=(1, 3)),
         dict(compressor="quecc", tokens=(4, 1)),
         dict(compressor="prumerge", tokens=(4, 2)),
+        dict(compressor="fastervlm", tokens=(4, 2)),
         dict(compressor="fastv", tokens=(16, 4), llm="deep", random_weights=True),
+        dict(compressor="llavolta", tokens=(16, 4), llm="deep", random_weights=True),
         dict(compressor="mqt", tokens=(5, 2)),
     ],
     ids=str,
@@ -354,5 +356,5 @@ def test_fastv_refuses_a_static_cache(parts):
     settings = tiny_settings(
         parts, llm="deep", compressor="fastv", tokens=(4, 1), caches=("static",), random_weights=True
     )
-    with pytest.raises(ValueError, match="FastV needs a DynamicCache"):
+    with pytest.raises(ValueError, match="FastV and LLaVolta need a DynamicCache"):
         run_sweep(settings)

@@ -241,7 +241,11 @@ def test_a_truncated_tower_shares_the_weights(preset):
 
 
 @pytest.mark.parametrize(
-    "name,levels,depth", [("delta", (1, 3), 3), ("prumerge", (3,), 4), ("prumerge", (4,), None)]
+    "name,levels,depth",
+    [
+        *(("delta", (1, 3), 3), ("prumerge", (3,), 4), ("prumerge", (4,), None)),
+        *(("fastervlm", (3,), 3), ("fastervlm", (4, 2), 4)),
+    ],
 )
 def test_required_depth(name, levels, depth):
     compressor = compressor_class(name)
@@ -320,6 +324,32 @@ def test_attention_and_keys_are_those_of_the_block(name, levels, implementation,
     assert_close(plain.levels, found.levels, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("levels", [(1, 3), (3, 1), (2, 0, 4)])
+@pytest.mark.parametrize("name", WITH_CLS)
+@pytest.mark.parametrize("size", [32, 48])
+def test_attention_of_the_block_that_wrote_the_level(name, levels, size, tmp_path):
+    "It is what transformers returns as attention weights, mean over the heads."
+    cls, config, before = WITH_CLS[name]
+    whole = saved(cls, config, tmp_path)
+    for p in whole.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    whole.save_pretrained(tmp_path)
+    whole.set_attn_implementation("eager")
+    pixels = torch.randn(2, 3, size, size)
+    resize = {"interpolate_pos_encoding": True} if name == "clip" else {}
+    weights = whole(pixels, output_attentions=True, **resize).attentions
+    assert weights[0].shape[1] > 1  # with one head a mean over the heads would be nothing
+    expected = sum(weights[levels[-1] - 1][:, h, 0, before:] for h in range(weights[0].shape[1]))
+    tower = load_tower(tmp_path, levels, attention="before")
+    assert len(blocks(tower)) == max(levels)  # no block more than the levels need
+    for model in (tower, whole):
+        found = vision_features(model, pixels, levels, attention="before")
+        assert_close(found.level_attention, expected / weights[0].shape[1], rtol=0, atol=1e-6)
+        assert found.cls_attention is None and found.keys is None
+    plain = vision_features(tower, pixels, levels)
+    assert_close(plain.levels, found.levels, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", WITH_CLS)
 def test_the_block_that_reads_the_query_level_is_loaded_but_not_run(name, tmp_path):
     cls, config, _ = WITH_CLS[name]
@@ -366,8 +396,13 @@ def test_who_has_no_attention_to_give(small, tmp_path):
         SiglipVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32),
         tmp_path / "siglip",
     )
-    with pytest.raises(ValueError, match="has none; use a CLIP or DINOv2"):
-        load_tower(tmp_path / "siglip", (1, 3), attention=True)
+    for attention in (True, "after", "before"):
+        with pytest.raises(ValueError, match=f"attention={attention!r}.*has none; use a CLIP or DINOv2"):
+            load_tower(tmp_path / "siglip", (1, 3), attention=attention)
+    with pytest.raises(ValueError, match="level 0 is the embedded patches; use a higher"):
+        load_tower(small, (1, 0), attention="before")
+    with pytest.raises(ValueError, match="attention='both'; use 'before'"):
+        load_tower(small, (1, 3), attention="both")
     with pytest.raises(ValueError, match="has none; use a CLIP or DINOv2"):
         vision_features(load_tower(tmp_path / "siglip", (1, 3)), pixels, (1, 2), attention=True)
 
@@ -624,6 +659,17 @@ def test_cached_attention_is_the_attention(images, small, tmp_path):
     )  # the order of the patches depends on it
     assert_close(half.keys, exact.keys.half().float(), rtol=1e-3, atol=1e-4)
     assert half.levels.dtype == half.keys.dtype == half.cls_attention.dtype == torch.float32
+
+
+def test_each_attention_has_a_cache_of_its_own(images, small, tmp_path):
+    exact = features_of(images, small, attention="before")
+    for _ in range(2):  # computed, then read
+        cached(images, small, tmp_path / "c", attention="after")
+        cache = cached(images, small, tmp_path / "c", attention="before", dtype=torch.float16)
+        found = cache.index_batch(range(7))
+        assert found.cls_attention is None and found.keys is None
+        assert_close(found.level_attention, exact.level_attention)
+        assert load_file(cache.files[0])["level_attention"].dtype == torch.float32
 
 
 def test_a_batch_of_a_plain_cache(images, small, tmp_path):

@@ -21,6 +21,7 @@ from delta_llava.compressors.base import (
     compressor_name,
 )
 from delta_llava.gradcam import word_cams
+from delta_llava.grid import VisionFeatures
 from delta_llava.processor import build_processor
 from delta_llava.quickstart import run_quickstart
 from delta_llava.settings import Quickstart
@@ -268,14 +269,15 @@ def test_counts_of_the_processor_are_one_for_each_image():
     [
         dict(prompt_lookup_num_tokens=3),
         dict(assistant_model="text"),
-        dict(assistant_model="fastv"),
+        dict(assistant_model="itself"),
         dict(assistant_model="delta"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_fastv_checks_drafts_as_it_generates(settings, padded):
-    model = clear_maps(tiny("fastv"))
+@pytest.mark.parametrize("name", ["fastv", "llavolta"])
+def test_a_reduction_checks_drafts_as_it_generates(name, settings, padded):
+    model = clear_maps(tiny(name))
     v = model.config.image_seq_length
     ids = torch.tensor([[*[257] * 2 * padded, 72, 105, 63, 10, *[IMAGE] * v, 63, 10, 72, 105, 63, 10]])
     batch = dict(input_ids=ids, attention_mask=(ids != 257).long(), pixel_values=images(TOWER, 1))
@@ -288,7 +290,7 @@ def test_fastv_checks_drafts_as_it_generates(settings, padded):
     if draft := settings.get("assistant_model"):
         drafts = {
             "text": lambda: LlamaForCausalLM(llm_config()).eval(),
-            "fastv": lambda: clear_maps(tiny("fastv")),
+            "itself": lambda: clear_maps(tiny(name)),
         }
         settings = dict(assistant_model=drafts.get(draft, lambda: tiny("delta"))())
         if draft == "delta":
@@ -299,7 +301,7 @@ def test_fastv_checks_drafts_as_it_generates(settings, padded):
     model.get_decoder().register_forward_hook(lambda m, args, out: passes.append(out[0].shape[1]))
     assert want.equal(model.generate(**batch, **greedy, **settings))
     assert passes[0] > prompt or max(passes[1:]) > step  # drafts were checked
-    if draft == "fastv":  # the same model: all that it proposes is accepted
+    if draft == "itself":  # the same model: all that it proposes is accepted
         assert len(passes) < 8
     assert passes[0] < prompt + 12 < ids.shape[1]  # image tokens were dropped
 
@@ -317,14 +319,18 @@ def test_fastv_checks_drafts_as_it_generates(settings, padded):
         (lambda m, b: m.generate(inputs_embeds=torch.zeros(1, 150, 64)), "inputs_embeds do not tell FastV"),
     ],
 )
-def test_what_fastv_refuses(call, message):
-    model = tiny("fastv")
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["fastv", "llavolta"])
+def test_what_a_reduction_inside_the_llm_refuses(name, call, message):
+    model = tiny(name)
+    with pytest.raises(
+        ValueError, match=message.replace("FastV", type(model.multi_modal_projector).__name__)
+    ):
         call(model, inputs(model, rows=((72, 105),)))
 
 
-def test_fastv_finds_the_images_in_embeddings():
-    model = clear_maps(tiny("fastv"))
+@pytest.mark.parametrize("name", ["fastv", "llavolta"])
+def test_a_reduction_finds_the_images_in_embeddings(name):
+    model = clear_maps(tiny(name))
     batch = inputs(model)
     greedy = dict(max_new_tokens=5, do_sample=False)
     want, logits = model.generate(**batch, **greedy), model(**batch).logits
@@ -411,8 +417,6 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
         features=torch.randn(2, 144, width, generator=torch.Generator().manual_seed(0)), paths=["a", "b"]
     )
     if "attention" in model.multi_modal_projector.requires:
-        from delta_llava.grid import VisionFeatures
-
         g = torch.Generator().manual_seed(1)
         images["features"] = [
             VisionFeatures(
@@ -420,9 +424,15 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
             )
             for f in images["features"]
         ]
+    if "level_attention" in model.multi_modal_projector.requires:
+        g = torch.Generator().manual_seed(1)
+        images["features"] = [
+            VisionFeatures(f[None], 12, level_attention=torch.rand(1, 144, generator=g))
+            for f in images["features"]
+        ]
     found = {}
     for packing in (False, True):
-        if packing and name == "fastv":
+        if packing and "decoder" in model.multi_modal_projector.requires:
             break
         batch = Collator(processor=processor, packing=packing, **images)(rows)
         model.zero_grad()
@@ -435,7 +445,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
                 [p.grad.flatten() for p in model.multi_modal_projector.parameters() if p.grad is not None]
             ),
         )
-    if name == "fastv":
+    if "decoder" in model.multi_modal_projector.requires:
         with pytest.raises(ValueError, match="packing=False"):
             Collator(
                 processor=build_processor(
@@ -498,8 +508,9 @@ def test_the_answer_does_not_change_what_fastv_keeps(training, monkeypatch):
     assert kept[-1] == kept[0]
 
 
-def test_fastv_scores_an_answer_as_it_generates_it():
-    model = tiny("fastv")
+@pytest.mark.parametrize("name", ["fastv", "llavolta"])
+def test_a_reduction_scores_an_answer_as_it_generates_it(name):
+    model = tiny(name)
     batch = inputs(model)
     length = batch["input_ids"].shape[1]
     greedy = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -514,8 +525,9 @@ def test_fastv_scores_an_answer_as_it_generates_it():
             assert_close(out.logits[0, real.sum() - 1 + step], made.logits[step][row], rtol=1e-4, atol=1e-5)
 
 
-def test_fastv_with_beams_and_samples():
-    model = tiny("fastv")
+@pytest.mark.parametrize("name", ["fastv", "llavolta"])
+def test_a_reduction_with_beams_and_samples(name):
+    model = tiny(name)
     batch = inputs(model)
     for options in (dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3)):
         made = model.generate(**batch, max_new_tokens=4, **options)

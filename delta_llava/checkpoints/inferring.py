@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWER', 'PROJECTOR', 'LLM', 'HEAD', 'SPELLINGS', 'WRAPPERS', 'COMPUTED_BUFFERS', 'SIGNATURES', 'Shapes', 'SIZES',
-           'HINTS', 'AUTHORS_LLM', 'AUTHORS_TYPE', 'our_name', 'layout_name', 'infer_compressor', 'infer_config',
-           'Source', 'open_source', 'clip_config', 'config_hints', 'llm_config']
+           'LLAVA_MLP', 'HINTS', 'AUTHORS_LLM', 'AUTHORS_TYPE', 'our_name', 'layout_name', 'infer_compressor',
+           'infer_config', 'Source', 'open_source', 'clip_config', 'config_hints', 'llm_config']
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #e0e2f2b7
 import math
@@ -190,12 +190,18 @@ SIZES: dict[str, Callable[[Shapes], dict]] = {  # kind -> config fields; `d_keys
 }
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #27ad8bca
+LLAVA_MLP = [  # systems whose weights are those of LLaVA's MLP
+    *("mlp", "m3", "prumerge", "prumerge+", "fastervlm", "fastv", "llavolta"),
+    *("random", "spaced", "meanpool"),
+]
+
+
 def infer_compressor(
     kind: str,  # Value of `SIGNATURES`
     compressor: str | None,  # Name from the caller
 ) -> str:  # Name in the registry
     "The compressor's name, if it fits the weights."
-    fitting = ["mlp", "m3", "prumerge", "prumerge+", "fastv"] if kind == "mlp" else [kind]
+    fitting = LLAVA_MLP if kind == "mlp" else [kind]
     if compressor is None and len(fitting) > 1:
         raise ValueError(
             f"compressor is missing: the weights are LLaVA's MLP, which {', '.join(fitting)} "

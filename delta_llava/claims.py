@@ -28,7 +28,7 @@ from statistics import fmean
 
 from .config import ProjectorConfig, clip_b32_224
 from .evaluate import accuracy_by_system, caption_scores_by_system, mean_and_range, paper_cells
-from .flops import as_table, at_budget, authors_cost, cost, kv_cache_bytes, projector_terms
+from .flops import at_budget, authors_cost, cost, kv_cache_bytes, projector_terms
 from .runs import read_record
 
 # %% ../nbs/48_claims.ipynb #7dc4d37d

@@ -19,6 +19,7 @@ CHECK = runpy.run_path(str(Path(__file__).resolve().parent.parent / "tools" / "c
         ("a fox", "an owl", False),
         ("| a | 1.0 |", "| a | 1.0 |\n| b | 2.0 |", False),
         ("", "", True),
+        ("[source](a/b.py#L3)", "[source](a/b.py#L9)", True),
     ],
 )
 def test_numbers_may_differ_in_their_last_digit(committed, found, same):

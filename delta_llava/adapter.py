@@ -17,7 +17,7 @@ __all__ = ['TESTED', 'PARTS', 'ATTENTION_LAYERS', 'RECURRENT_TYPES', 'PIL_PROCES
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -385,7 +385,7 @@ def _first_part(
         if found is not None:
             return found
     part = f"{type(owner).__name__}.{' or .'.join(names)}"
-    raise adapter_error("transformers", part, "PruMerge reads the attention of one block of the vision tower")
+    raise adapter_error("transformers", part, "PruMerge, FasterVLM and EViT read parts of a tower's blocks")
 
 
 def vision_blocks(
@@ -399,7 +399,7 @@ def vision_hidden_states(
     model: nn.Module,  # CLIP or DINOv2 vision model
     pixel_values: Tensor,  # `[b, 3, h, w]` Images
     depth: int,  # Blocks to compute
-    halfway: dict[int, Callable[[nn.Module, Tensor, Tensor], Tensor]]
+    halfway: Mapping[int, Callable[[nn.Module, Tensor, Tensor], Tensor]]
     | None = None,  # Block -> function of the block, what it reads, and that after its attention
     **resize,  # For the position embeddings
 ) -> list[Tensor]:  # $h_0$ to $h_{depth}$, `[b, t, c]`, CLS first
@@ -407,14 +407,14 @@ def vision_hidden_states(
     x = model.embeddings(pixel_values, **resize)
     if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
         x = model.pre_layrnorm(x)
-    states = [x]
+    states, between = [x], halfway or {}
     # CLIP's blocks require the argument, DINOv2's do not take it in all versions
     mask = {} if hasattr(model.encoder, "layer") else dict(attention_mask=None)
     for number, block in enumerate(vision_blocks(model)[:depth]):
         x = states[-1]
-        if number in (halfway or {}):
+        if number in between:
             attend, feed_forward = vision_block_halves(block)
-            x = feed_forward(halfway[number](block, x, attend(x)))
+            x = feed_forward(between[number](block, x, attend(x)))
         else:
             x = block(x, **mask)
         states.append(x)

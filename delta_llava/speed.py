@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, CompileConfig, StaticCache, StoppingCriteria
 
 from .adapter import cache_argument
-from .compressors.base import Compressor, build_compressor, compressor_config
+from .compressors.base import Compressor, build_compressor, compressor_config, tower_options
 from .flops import Device, Setup, as_table, pretrained_config, roofline
 from .processor import build_pretrained
 from .runs import read_record

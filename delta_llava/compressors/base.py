@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields as dataclass_fields
 from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -172,8 +173,8 @@ class Compressor(nn.Module):
 
 # %% ../../nbs/05_compressor.ipynb #47b43eaf
 def tower_options(
-    compressor: nn.Module | type,  # A compressor, or its class
-    config: CompressorConfig | None = None,  # Its config; `None` takes the compressor's
+    compressor: Any,  # A compressor, or its class
+    config: Any = None,  # Its config; `None` takes the compressor's
 ) -> dict:  # `attention` or `reduction` of `vision_features`; empty if it reads patch tokens alone
     "What a compressor reads from the vision tower besides patch tokens."
     requires = compressor.requires

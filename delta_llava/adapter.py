@@ -8,16 +8,16 @@ __all__ = ['TESTED', 'PARTS', 'ATTENTION_LAYERS', 'RECURRENT_TYPES', 'PIL_PROCES
            'check_dynamic_cache', 'causal_mask', 'is_packed', 'mixes_rows', 'checkpointing_runs_hooks',
            'rotary_function', 'forward_arguments', 'keep_pil_backend', 'open_images_of_pipelines',
            'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys', 'attention_implementation',
-           'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states', 'vision_projections',
-           'execution_device', 'positions_in_memory', 'add_adapters', 'unwrap_model', 'unwrap_part', 'merged_copy',
-           'is_lora_layer', 'merged_linear', 'forget_adapters', 'check_overrides', 'TrainerHooks', 'checkpoint_dir',
-           'inputs_on_device', 'hooked_trainer', 'TaskRequest', 'task_request']
+           'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states', 'vision_block_halves',
+           'vision_projections', 'execution_device', 'positions_in_memory', 'add_adapters', 'unwrap_model',
+           'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear', 'forget_adapters', 'check_overrides',
+           'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer', 'TaskRequest', 'task_request']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -385,7 +385,7 @@ def _first_part(
         if found is not None:
             return found
     part = f"{type(owner).__name__}.{' or .'.join(names)}"
-    raise adapter_error("transformers", part, "PruMerge reads the attention of one block of the vision tower")
+    raise adapter_error("transformers", part, "PruMerge, FasterVLM and EViT read parts of a tower's blocks")
 
 
 def vision_blocks(
@@ -399,18 +399,44 @@ def vision_hidden_states(
     model: nn.Module,  # CLIP or DINOv2 vision model
     pixel_values: Tensor,  # `[b, 3, h, w]` Images
     depth: int,  # Blocks to compute
+    halfway: Mapping[int, Callable[[nn.Module, Tensor, Tensor], Tensor]]
+    | None = None,  # Block -> function of the block, what it reads, and that after its attention
     **resize,  # For the position embeddings
 ) -> list[Tensor]:  # $h_0$ to $h_{depth}$, `[b, t, c]`, CLS first
     "Those of `output_hidden_states`, block by block, without computing the blocks above `depth`."
     x = model.embeddings(pixel_values, **resize)
     if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
         x = model.pre_layrnorm(x)
-    states = [x]
+    states, between = [x], halfway or {}
     # CLIP's blocks require the argument, DINOv2's do not take it in all versions
     mask = {} if hasattr(model.encoder, "layer") else dict(attention_mask=None)
-    for block in vision_blocks(model)[:depth]:
-        states.append(block(states[-1], **mask))
+    for number, block in enumerate(vision_blocks(model)[:depth]):
+        x = states[-1]
+        if number in between:
+            attend, feed_forward = vision_block_halves(block)
+            x = feed_forward(between[number](block, x, attend(x)))
+        else:
+            x = block(x, **mask)
+        states.append(x)
     return states
+
+
+def vision_block_halves(
+    block: nn.Module,  # Of a CLIP or DINOv2 tower that is not in training mode
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    "Attention with its residual, and feed-forward with its residual: one after the other they are the block."
+    norm1, norm2 = _first_part(block, ("layer_norm1", "norm1")), _first_part(block, ("layer_norm2", "norm2"))
+    attention = _first_part(block, ("self_attn", "attention"))
+    scale1, scale2 = (getattr(block, f"layer_scale{i}", None) or nn.Identity() for i in (1, 2))
+
+    def attend(x: Tensor) -> Tensor:
+        out = attention(norm1(x))
+        return x + scale1(out[0] if isinstance(out, tuple) else out)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        return x + scale2(block.mlp(norm2(x)))
+
+    return attend, feed_forward
 
 
 def vision_projections(

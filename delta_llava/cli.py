@@ -137,7 +137,7 @@ class Train(Quickstart):
 # %% ../nbs/52_cli.ipynb #ebd33321
 ALL_COMPRESSORS = (
     *("delta", "delta-elastic", "mlp", "m3", "tokenpacker", "mqt", "quecc", "cabstractor", "qwen"),
-    *("prumerge", "prumerge+", "fastervlm", "fastv", "llavolta"),
+    *("prumerge", "prumerge+", "fastervlm", "evit", "fastv", "llavolta"),
     *("random", "spaced", "meanpool", "pixelshuffle", "small-image"),
 )
 

@@ -226,7 +226,11 @@ def prepare_data(
 ):
     "Write the images and cache their features, so that the runs only read them."
     disable_progress_bar()
-    distinct = {(compressor_class(run.compressor).requires, run.image_size): run for run in runs}
+    distinct = {}
+    for run in runs:
+        requires = compressor_class(run.compressor).requires
+        tokens = run.tokens if "reduction" in requires else None  # the tower's output depends on the budget
+        distinct[requires, run.image_size, tokens] = run
     for config in distinct.values():
         model, processor = build_stage_model(config)
         held_out = held_out_images(config, held_out_folder(config))

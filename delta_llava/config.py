@@ -357,6 +357,7 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
     "qwen": "delta_llava.compressors.qwen:QwenResampler",
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
     "fastervlm": "delta_llava.compressors.fastervlm:FasterVLM",
+    "evit": "delta_llava.compressors.evit:EViT",
     "fastv": "delta_llava.compressors.fastv:FastV",
     "llavolta": "delta_llava.compressors.llavolta:LLaVolta",
     "random": "delta_llava.compressors.baselines:RandomPatches",

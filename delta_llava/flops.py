@@ -40,6 +40,7 @@ from delta_llava.compressors.base import (
     compressor_config,
     cost_formula,
     split_variant,
+    tower_options,
 )
 from .compressors.baselines import PixelShuffleConfig
 from .compressors.cabstractor import CAbstractorConfig
@@ -54,7 +55,7 @@ from .config import CompressorConfig, ProjectorConfig
 from .grid import VisionFeatures
 from .mixing import split_channels
 from .settings import Cost as CostSettings
-from .tower import tower_depth, truncated_config, vision_features
+from .tower import TowerReduction, tower_depth, truncated_config, vision_features
 from .vlm import DeltaLlavaConfig
 
 # %% ../nbs/26_flops.ipynb #72d2276d
@@ -191,6 +192,7 @@ def tower_flops(
     depth: int,  # Blocks that run, $D$
     image_size: int,  # Side of the image, px
     attention: bool | str | None = False,  # Also the CLS attention, which PruMerge and FasterVLM read
+    reduction: TowerReduction = (),  # Blocks that reduce their tokens, and to how many (EViT)
 ) -> int:
     "FLOPs of one image through the frozen vision tower (@eq-tower)."
     family = config.model_type.split("_")[0]
@@ -199,7 +201,7 @@ def tower_flops(
             f"no equation for a vision tower of type {config.model_type!r}; "
             "use a CLIP, SigLIP or DINOv2 tower."
         )
-    if attention and family == "siglip":
+    if (attention or reduction) and family == "siglip":
         raise ValueError(
             "a SigLIP tower has no CLS token, whose attention this compressor reads; "
             "use a CLIP or DINOv2 tower, or another compressor."
@@ -212,9 +214,17 @@ def tower_flops(
         feed_forward = 6 * c * ((int(hidden * 2 / 3) + 7) // 8 * 8)
     else:
         feed_forward = 4 * c * hidden
-    cls_attention = 2 * c * c + 2 * n * c * c + 2 * n * c if attention else 0
-    blocks = depth * (8 * n * c * c + n * feed_forward + 4 * n * n * c)
-    return 6 * patches * config.patch_size**2 * c + blocks + cls_attention
+    flops = 6 * patches * config.patch_size**2 * c
+    if attention:
+        flops += 2 * c * c + 2 * n * c * c + 2 * n * c
+    counts, others = dict(reduction), n - patches  # CLS and registers stay
+    for block in range(depth):
+        flops += 8 * n * c * c + 4 * n * n * c
+        if block in counts:  # attention of CLS, and the weighted sum
+            flops += 2 * c * c + 2 * n * c * c + 2 * n * c + 2 * (n - others) * c
+            n = counts[block] + others
+        flops += n * feed_forward
+    return flops
 
 
 def counted_tower(
@@ -222,13 +232,14 @@ def counted_tower(
     levels: tuple[int, ...],  # Hidden states that are read
     image_size: int,  # Side of the image, px
     attention: bool | str | None = False,  # Also the CLS attention, as for `attended_block`
+    reduction: TowerReduction = (),  # Blocks that reduce their tokens, and to how many
 ) -> int:
     "FLOPs of one image through the vision tower, counted by PyTorch."
     depth = tower_depth(levels, attention)
     with torch.device("meta"):
         tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
     pixels = meta_zeros(3, image_size, image_size)
-    return counted(lambda: vision_features(tower, pixels, levels, attention).levels)
+    return counted(lambda: vision_features(tower, pixels, levels, attention, reduction).levels)
 
 # %% ../nbs/26_flops.ipynb #f7997f94
 def _mlp_flops(m: int, c: int, d: int, depth: int = 2) -> int:
@@ -405,6 +416,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     random=_mlp_of_tokens,
     spaced=_mlp_of_tokens,
     fastervlm=_mlp_of_tokens,
+    evit=_mlp_of_tokens,
     meanpool=_mlp_of_tokens,
     pixelshuffle=_pixel_shuffle,
 )
@@ -436,6 +448,8 @@ def projector_forward(
     if "level_attention" in projector.requires:
         attention = dict(level_attention=meta_zeros(n))
     features = VisionFeatures(meta_zeros(n, c.d_levels), c.grid, **attention)
+    if reduction := tower_options(projector).get("reduction"):
+        features = VisionFeatures(meta_zeros(reduction[-1][1], c.d_levels), c.grid, on_grid=False)
     text = meta_zeros(1, c.d_llm) if "text" in projector.requires else None
     return lambda: projector(features, text=text)
 
@@ -630,10 +644,10 @@ def cost(
     if setup.question_tokens:  # no logits are needed
         question = prefill_flops(llm, ((llm.num_hidden_layers, setup.question_tokens),), causal)
         question -= 2 * llm.hidden_size * llm.vocab_size
-    attention = compressor_class(setup.compressor).tower_attention()
+    options = tower_options(compressor_class(setup.compressor), projector)
     ranks = compressor_class(setup.compressor).ranks_tokens
     return Cost(
-        tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, attention),
+        tower=tower_flops(config.vision_config, max(projector.levels), setup.image_side, **options),
         projector=sum(projector_terms(setup.compressor, projector, reference=reference).values()),
         question=question,
         prefill=prefill_flops(llm, setup.layer_tokens, causal, ranks),
@@ -656,11 +670,11 @@ def counted_cost(
         llm = _meta_llm(setup.llm, pretrained_config(setup.llm).num_hidden_layers).base_model
         embeds = meta_zeros(int(setup.question_tokens), projector.config.d_llm)
         question = counted(partial(llm, inputs_embeds=embeds, **{cache_argument(): DynamicCache()}))
-    attention = projector.tower_attention()
+    options = tower_options(projector)
     ranks = projector.ranks_tokens
     prefill, decode = counted_llm(setup.llm, setup.layer_tokens, int(setup.answer), ranks)
     return Cost(
-        tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, attention),
+        tower=counted_tower(config.vision_config, projector.config.levels, setup.image_side, **options),
         projector=counted(projector_forward(projector)),
         question=question,
         prefill=prefill,
@@ -818,6 +832,8 @@ def memory_traffic(
         features += n * c.d_vision + n
     if "level_attention" in compressor_class(setup.compressor).requires:
         features += n
+    if reduction := tower_options(compressor_class(setup.compressor), c).get("reduction"):
+        features = reduction[-1][1] * c.d_levels
     llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab * d)
     token_cache = 2 * attention_widths(llm)[1] * llm.num_hidden_layers  # numbers of one token in the cache
     prompt_cache = kv_cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache

@@ -94,6 +94,7 @@ class VisionFeatures:
     cls_attention: Tensor | None = None  # Attention of the CLS token after the query level, `[b, n]`
     keys: Tensor | None = None  # Keys of the same block, `[b, n, c]`
     level_attention: Tensor | None = None  # The CLS token's in the block that wrote the level, `[b, n]`
+    on_grid: bool = True  # `False`: the tower reduced the patches, and `n` is the number that is left
 
     def __post_init__(self):
         if isinstance(self.grid, tuple):
@@ -101,7 +102,7 @@ class VisionFeatures:
         shape = tuple(self.levels.shape)
         if len(shape) != 3:
             raise ValueError(f"levels has shape {shape}; it must be [batch, patches, levels·channels].")
-        if shape[1] != self.grid**2:
+        if self.on_grid and shape[1] != self.grid**2:
             raise ValueError(
                 f"grid={self.grid} means {self.grid**2} patches, but levels has {shape[1]}; "
                 "drop the CLS token and registers."
@@ -137,7 +138,7 @@ class VisionFeatures:
         for name in ("levels", "cls_attention", "keys", "level_attention"):
             missing = getattr(first, name) is None
             tensors[name] = None if missing else torch.cat([getattr(part, name) for part in parts])
-        return cls(grid=first.grid, **tensors)
+        return cls(grid=first.grid, on_grid=first.on_grid, **tensors)
 
     def to(
         self,
@@ -151,7 +152,7 @@ class VisionFeatures:
         for name in ("cls_attention", "level_attention"):
             value = getattr(self, name)
             attention[name] = None if value is None else value.to(levels.device)
-        return VisionFeatures(levels, self.grid, keys=keys, **attention)
+        return VisionFeatures(levels, self.grid, keys=keys, on_grid=self.on_grid, **attention)
 
 
 FeaturesLike = Tensor | Sequence[Tensor] | VisionFeatures  # What `VisionFeatures.of` and compressors accept

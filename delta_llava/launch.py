@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .adapter import layer_class_names
-from .compressors.base import Compressor
+from .compressors.base import Compressor, tower_options
 from .files import write_atomic
 from delta_llava.flops import (
     DEVICES,
@@ -170,7 +170,7 @@ def row_flops(
     "FLOPs of an average row with its image, forward and backward, through each part."
     projector = model.multi_modal_projector
     config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
-    tower = tower_flops(config, depth, image_side(stage), projector.tower_attention())
+    tower = tower_flops(config, depth, image_side(stage), **tower_options(projector))
     return dict(
         tower=tower,
         projector=projector_flops(projector),

@@ -36,7 +36,7 @@ from transformers import (
 
 from . import adapter
 from .assets import GRIDS, default_levels, load_llm, tower_config
-from .compressors.base import compressor_class, compressor_config
+from .compressors.base import compressor_class, compressor_config, tower_options
 from .config import ProjectorConfig
 from .tower import image_processor_for, load_tower, open_image
 from .vlm import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, add_image_token, build_vlm
@@ -934,7 +934,8 @@ def build_pretrained(
         placeholders=config.placeholders(tokens) if "decoder" in requires else None,
     )
     torch.manual_seed(seed)
-    vision_tower = load_tower(tower, sizes.levels, compressor_class(compressor).tower_attention())
+    attention = tower_options(compressor_class(compressor), config).get("attention")
+    vision_tower = load_tower(tower, config.levels, attention)
     model = build_vlm(vision_tower, language_model, tokenizer, config, compressor)
     model.multi_modal_projector.float()
     return model, processor

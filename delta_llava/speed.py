@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, CompileConfig, StaticCache, StoppingCriteria
 
 from .adapter import cache_argument
-from .compressors.base import Compressor, build_compressor, compressor_config
+from .compressors.base import Compressor, build_compressor, compressor_config, tower_options
 from .flops import Device, Setup, as_table, pretrained_config, roofline
 from .processor import build_pretrained
 from .runs import read_record
@@ -159,11 +159,11 @@ def timed_answer(
     if "text" in projector.requires:
         options["question_ids"] = text_ids
     levels = model.config.vision_feature_layer
-    attention = projector.tower_attention()
+    options_of_tower = tower_options(projector)
     timer = StageTimer(model.device)
     with stage_hooks(model, timer):
         timer.mark("start")
-        features = vision_features(model.vision_tower, pixel_values, levels, attention=attention)
+        features = vision_features(model.vision_tower, pixel_values, levels, **options_of_tower)
         timer.mark("tower")
         output = model.generate(
             input_ids=ids,

@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from .adapter import layer_class_names
 from .closed_form_init import answer_embeddings, closed_form_init
 from .collator import Collator, encode_row
-from .compressors.base import compressor_class
+from .compressors.base import compressor_class, tower_options
 from .config import CompressorConfig
 from .files import file_sha256, read_json
 from .passes import Passes
@@ -230,13 +230,12 @@ def read_features(
 ):  # `CachedFeatures`
     "Patch tokens of images, from the cache or from the vision tower."
     model.vision_tower.to(local_device())
-    attention = model.multi_modal_projector.tower_attention()
     return cache_features(
         paths,
         model.vision_tower,
         processor.image_processor,
         model.config.vision_feature_layer,
-        attention=attention,
+        **tower_options(model.multi_modal_projector),
     )
 
 

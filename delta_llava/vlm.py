@@ -48,6 +48,7 @@ from delta_llava.compressors.base import (
     compressor_class,
     compressor_name,
     config_from_dict,
+    tower_options,
 )
 from .compressors.fastv import end_of_prompt, last_visible
 from .config import CompressorConfig
@@ -283,11 +284,11 @@ def patch_tokens(
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
     tower, projector = model.vision_tower, model.multi_modal_projector
     if pixel_values is not None:
-        attention = projector.tower_attention()
+        options = tower_options(projector)
         learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
-            vision_features = tower_features(tower, pixel_values.to(tower.dtype), levels, attention=attention)
+            vision_features = tower_features(tower, pixel_values.to(tower.dtype), levels, **options)
     return VisionFeatures.of(vision_features).to(
         adapter.execution_device(projector), projector_dtype(projector)
     )
@@ -444,6 +445,9 @@ class VisualInputs(nn.Module):
             0, device=adapter.execution_device(projector), dtype=projector_dtype(projector)
         )  # only for its place and type
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
+        if reduction := tower_options(projector).get("reduction"):
+            left = weight.new_zeros(1, reduction[-1][1], config.d_levels)
+            features = replace(features, levels=left, on_grid=False)
         if "level_attention" in projector.requires:
             features = replace(features, level_attention=weight.new_full((1, n), 1 / n))
         if "attention" in projector.requires:

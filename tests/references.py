@@ -22,6 +22,7 @@ from delta_llava.compressors.base import (
 )
 from delta_llava.compressors.baselines import CellsConfig, PixelShuffleConfig, RandomPatchesConfig
 from delta_llava.compressors.cabstractor import CAbstractorConfig
+from delta_llava.compressors.evit import EViTConfig
 from delta_llava.compressors.fastervlm import FasterVLMConfig
 from delta_llava.compressors.m3 import M3Config
 from delta_llava.compressors.mlp import MLPConfig
@@ -479,6 +480,7 @@ SIZES = {
     ),
     "prumerge": Sizes(config=PruMergeConfig(**COMMON), variants={"plus": dict(plus=True)}),
     "fastervlm": Sizes(config=FasterVLMConfig(**COMMON)),
+    "evit": Sizes(config=EViTConfig(**COMMON), variants={"own blocks": dict(blocks=(1,))}),
     "random": Sizes(config=RandomPatchesConfig(**COMMON), variants={"other draw": dict(draw_seed=1)}),
     "spaced": Sizes(config=CellsConfig(**COMMON)),
     "meanpool": Sizes(config=CellsConfig(**COMMON)),
@@ -511,6 +513,9 @@ def small_inputs(name: str, config: CompressorConfig, batch=2, grid=None, seed=1
     if "level_attention" in requires:
         attention = torch.randn(batch, n, generator=generator).softmax(-1)
         levels = VisionFeatures(levels, grid, level_attention=attention)
+    if "reduction" in requires:
+        left = torch.randn(batch, config.tokens, config.d_levels, generator=generator)
+        levels = VisionFeatures(left, grid, on_grid=False)
     inputs = dict(features=levels)
     if "text" in requires:
         inputs["text"] = torch.randn(

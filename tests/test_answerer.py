@@ -7,6 +7,7 @@ from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, projector_config
 from delta_llava.adapter import CLIPImageProcessorPil
 from delta_llava.answerer import Answerer, AnswerScore, EncodedAnswer, Request, RequestEncoder, shared_prompt
 from delta_llava.compressors import base
+from delta_llava.compressors.base import tower_options
 from delta_llava.processor import build_processor
 from delta_llava.scenes import draw_scene, plan_scene
 from delta_llava.tower import vision_features
@@ -83,7 +84,7 @@ def test_answers_do_not_depend_on_the_batch(name):
 def test_the_budget_of_the_call_reaches_the_model(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)
-    if name in ("mlp", "quecc", "qwen", "pixelshuffle"):  # built for one budget
+    if name in ("mlp", "quecc", "qwen", "evit", "pixelshuffle"):  # built for one budget
         with pytest.raises(ValueError, match="tokens=4 .* use"):
             answerer.generate(requests(1), tokens=4)
         return
@@ -100,18 +101,18 @@ def test_the_budget_of_the_call_reaches_the_model(name):
     assert four != nine
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta", "prumerge", "fastervlm", "quecc"])
+@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta", "prumerge", "fastervlm", "evit", "quecc"])
 def test_images_features_and_visual_tokens_answer_alike(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)
     plain = requests(3)
-    attention = model.multi_modal_projector.tower_attention()
+    options = tower_options(model.multi_modal_projector)
     features, visual = [], []
     with torch.no_grad():
         for request in plain:
             inputs = answerer.encoder.image_inputs([request])
             levels, pixels = model.config.vision_feature_layer, inputs["pixel_values"]
-            features.append(vision_features(model.vision_tower, pixels, levels, attention=attention))
+            features.append(vision_features(model.vision_tower, pixels, levels, **options))
             visual.append(torch.stack(list(model.get_image_features(**inputs).pooler_output)))
     others = [
         [Request(r.question, vision_features=x) for r, x in zip(plain, features, strict=True)],

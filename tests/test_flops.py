@@ -243,7 +243,8 @@ def test_a_compressor_without_a_formula_is_counted_or_refused(registry):
 
 # ---- the real model, really run
 @pytest.mark.parametrize(
-    "name", [*("delta", "mlp", "mqt", "prumerge", "fastervlm", "quecc", "fastv", "llavolta", "cabstractor")]
+    "name",
+    [*("delta", "mlp", "mqt", "prumerge", "fastervlm", "evit", "quecc", "fastv", "llavolta", "cabstractor")],
 )
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-qwen2"])
 def test_generation_costs_what_the_equations_say(name, llm):
@@ -491,6 +492,8 @@ def test_what_has_no_equation_is_refused(monkeypatch):
         cost(Setup(tower=SIGLIP, compressor="prumerge", tokens=36))
     with pytest.raises(ValueError, match="has no CLS token"):
         cost(Setup(tower=SIGLIP, compressor="fastervlm", tokens=36))
+    with pytest.raises(ValueError, match="has no CLS token"):
+        cost(Setup(tower=SIGLIP, compressor="evit", tokens=36))
     with pytest.raises(ValueError, match="adaptive=True"):
         projector_terms("prumerge", compressor_config("prumerge", sizes(), tokens=36, adaptive=True))
     with pytest.raises(ValueError, match="must be whole"):

@@ -152,6 +152,7 @@ def batch(model, stage, length, answer, rows=1):
         ("cabstractor", 144),
         ("prumerge", 64),
         ("fastervlm", 64),
+        ("evit", 64),
         ("quecc", 36),
         ("fastv", 36),
         ("llavolta", 36),

@@ -37,6 +37,7 @@ from transformers import (
 
 from delta_llava import config as presets
 from delta_llava import tower as tower_module
+from delta_llava.adapter import vision_block_halves, vision_hidden_states
 from delta_llava.compressors.base import compressor_class
 from delta_llava.tower import (
     cache_features,
@@ -350,6 +351,78 @@ def test_attention_of_the_block_that_wrote_the_level(name, levels, size, tmp_pat
     assert_close(plain.levels, found.levels, rtol=0, atol=1e-5)
 
 
+def attention_and_rest(block, x):
+    "Two parts of a block, and the weights of its attention, written out for each make."
+    if hasattr(block, "layer_norm1"):
+        out, weights = block.self_attn(block.layer_norm1(x), attention_mask=None)
+        return x + out, weights, lambda y: y + block.mlp(block.layer_norm2(y))
+    out, weights = block.attention(block.norm1(x))
+    feed_forward = lambda y: y + block.layer_scale2(block.mlp(block.norm2(y)))  # noqa: E731
+    return x + block.layer_scale1(out), weights, feed_forward
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reduction", [((0, 9),), ((1, 12), (3, 2)), ((0, 15), (1, 8), (2, 7))])
+@pytest.mark.parametrize("name", WITH_CLS)
+def test_blocks_that_reduce_equal_a_loop_over_images_and_tokens(name, reduction, tmp_path):
+    cls, config, before = WITH_CLS[name]
+    tower = saved(cls, config, tmp_path)
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    pixels = torch.randn(2, 3, 32, 32)
+    found = vision_features(tower, pixels, (4,), reduction=reduction)
+    assert found.grid == 4 and not found.on_grid and found.levels.shape == (2, reduction[-1][1], 16)
+    tower.set_attn_implementation("eager")
+    for image, tokens in zip(pixels, found.levels, strict=True):
+        x = vision_hidden_states(tower, image[None], 0)[0]
+        for number, block in enumerate(blocks(tower)):
+            x, weights, feed_forward = attention_and_rest(block, x)
+            if number in dict(reduction):
+                received = [sum(weights[0, h, 0, j].item() for h in range(2)) / 2 for j in range(x.shape[1])]
+                ranked = sorted(range(before, x.shape[1]), key=lambda j: -received[j])
+                kept = sorted(ranked[: dict(reduction)[number] - 1])
+                fused = sum(received[j] * x[0, j] for j in range(before, x.shape[1]) if j not in kept)
+                x = torch.stack([*x[0, :before], *(x[0, j] for j in kept), fused])[None]
+            x = feed_forward(x)
+        assert_close(tokens, x[0, before:], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_CLS)
+def test_the_two_halves_are_the_block(name, tmp_path):
+    cls, config, _ = WITH_CLS[name]
+    tower = saved(cls, config, tmp_path)
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    states = vision_hidden_states(tower, torch.randn(2, 3, 32, 32), 4)
+    for block, x, y in zip(blocks(tower), states, states[1:], strict=False):
+        attend, feed_forward = vision_block_halves(block)
+        assert_close(feed_forward(attend(x)), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "levels,reduction,words",
+    [
+        ((1, 3), ((0, 9),), "is read at one level"),
+        ((3,), ((3, 9),), "must name rising blocks below level 3"),
+        ((3,), ((1, 9), (1, 5)), "must name rising blocks"),
+        ((3,), ((1, 16),), "ever fewer of the 16 patches"),
+        ((3,), ((0, 5), (1, 6)), "ever fewer of the 16 patches"),
+        ((3,), ((0, 1),), "at least 2"),
+    ],
+)
+def test_reductions_that_are_refused(small, levels, reduction, words):
+    with pytest.raises(ValueError, match=words):
+        vision_features(load_tower(small, levels), torch.zeros(1, 3, 32, 32), levels, reduction=reduction)
+
+
+def test_siglip_cannot_rank(tmp_path):
+    config = SiglipVisionConfig(**CLIP, num_hidden_layers=4, patch_size=8, image_size=32)
+    saved(SiglipVisionModel, config, tmp_path)
+    with pytest.raises(ValueError, match="ranks by the CLS token, and a siglip.* has none; use a CLIP"):
+        vision_features(load_tower(tmp_path, (3,)), torch.zeros(1, 3, 32, 32), (3,), reduction=((1, 9),))
+
+
 @pytest.mark.parametrize("name", WITH_CLS)
 def test_the_block_that_reads_the_query_level_is_loaded_but_not_run(name, tmp_path):
     cls, config, _ = WITH_CLS[name]
@@ -597,11 +670,11 @@ class Counted:
     def __init__(self, limit=10**9):
         self.n, self.limit = 0, limit
 
-    def __call__(self, model, pixels, levels, attention=False):
+    def __call__(self, model, pixels, levels, *options):
         self.n += len(pixels)
         if self.n > self.limit:
             raise KeyboardInterrupt
-        return vision_features(model, pixels, levels, attention)
+        return vision_features(model, pixels, levels, *options)
 
 
 @pytest.fixture
@@ -670,6 +743,21 @@ def test_each_attention_has_a_cache_of_its_own(images, small, tmp_path):
         assert found.cls_attention is None and found.keys is None
         assert_close(found.level_attention, exact.level_attention)
         assert load_file(cache.files[0])["level_attention"].dtype == torch.float32
+
+
+def test_a_reduction_has_a_cache_of_its_own(images, small, tmp_path):
+    tower, processor = load_tower(small, (3,)), image_processor_for(small, 32)
+    pixels = processor([open_image(p) for p in images], return_tensors="pt").pixel_values
+    exact = {v: vision_features(tower, pixels, (3,), reduction=((1, v),)).levels for v in (9, 4)}
+    for _ in range(2):  # computed, then read
+        assert cached(images, small, tmp_path / "c", (3,))[[0]].shape == (1, 16, 16)
+        for v in (9, 4):
+            options = dict(reduction=((1, v),), progress=False, dtype=torch.float32)
+            cache = cache_features(images, tower, processor, (3,), tmp_path / "c", **options)
+            found = cache[range(7)]
+            assert (found.grid, found.on_grid) == (4, False)
+            assert_close(found.levels, exact[v])
+            assert_close(cache[2].levels, exact[v][2:3])
 
 
 def test_a_batch_of_a_plain_cache(images, small, tmp_path):

@@ -191,7 +191,7 @@ SIZES: dict[str, Callable[[Shapes], dict]] = {  # kind -> config fields; `d_keys
 
 # %% ../../nbs/24b_checkpoint_inference.ipynb #27ad8bca
 LLAVA_MLP = [  # systems whose weights are those of LLaVA's MLP
-    *("mlp", "m3", "prumerge", "prumerge+", "fastervlm", "fastv", "llavolta"),
+    *("mlp", "m3", "prumerge", "prumerge+", "fastervlm", "evit", "fastv", "llavolta"),
     *("random", "spaced", "meanpool"),
 ]
 

@@ -781,11 +781,11 @@ def one_token_is_robust(runs: Path) -> Outcome:
     return kept >= KEPT, f"{kept:.0%} kept; least of {lost}"
 
 
-def _compare(ours: Sequence[float], theirs: Sequence[float]) -> bool | None:
-    "Whether all our seeds are above all of theirs; `None` if the seeds overlap."
-    if min(ours) > max(theirs):
+def _compare(ours: Sequence[float], others: Sequence[float]) -> bool | None:
+    "Whether all our seeds are above all of others; `None` if the seeds overlap."
+    if min(ours) > max(others):
         return True
-    return False if max(ours) < min(theirs) else None
+    return False if max(ours) < min(others) else None
 
 
 def _together(outcomes: Sequence[bool | None]) -> bool | None:
@@ -804,9 +804,9 @@ def better_than_tokenpacker(runs: Path) -> Outcome:
     accuracy = accuracy_by_system(read_record(runs / "compare-short.json"))
     outcomes, numbers = [], []
     for v in (36, 16, 4, 1):
-        ours, theirs = accuracy["delta", v], accuracy["tokenpacker", v]
-        outcomes.append(_compare(ours, theirs))
-        numbers.append(f"at {v}: {mean_and_range(ours)} and {mean_and_range(theirs)}")
+        ours, others = accuracy["delta", v], accuracy["tokenpacker", v]
+        outcomes.append(_compare(ours, others))
+        numbers.append(f"at {v}: {mean_and_range(ours)} and {mean_and_range(others)}")
     return _together(outcomes), "; ".join(numbers)
 
 
@@ -821,9 +821,9 @@ def better_captions_than_fastv(runs: Path) -> Outcome:
     scores = caption_scores_by_system(read_record(runs / "captions.json"), "cider")
     outcomes, numbers = [], []
     for v in (16, 4, 1):
-        ours, theirs = scores["delta", v], scores["fastv", v]
-        outcomes.append(_compare(ours, theirs))
-        numbers.append(f"at {v}: {mean_and_range(ours, '.0f')} and {mean_and_range(theirs, '.0f')}")
+        ours, others = scores["delta", v], scores["fastv", v]
+        outcomes.append(_compare(ours, others))
+        numbers.append(f"at {v}: {mean_and_range(ours, '.0f')} and {mean_and_range(others, '.0f')}")
     return _together(outcomes), "; ".join(numbers)
 
 

@@ -351,14 +351,20 @@ def test_attention_of_the_block_that_wrote_the_level(name, levels, size, tmp_pat
     assert_close(plain.levels, found.levels, rtol=0, atol=1e-5)
 
 
-def attention_and_rest(block, x):
-    "Two parts of a block, and the weights of its attention, written out for each make."
+def after_attention(block, x):
+    "The first part of a block, and the weights of its attention, written out for each make."
     if hasattr(block, "layer_norm1"):
         out, weights = block.self_attn(block.layer_norm1(x), attention_mask=None)
-        return x + out, weights, lambda y: y + block.mlp(block.layer_norm2(y))
+        return x + out, weights
     out, weights = block.attention(block.norm1(x))
-    feed_forward = lambda y: y + block.layer_scale2(block.mlp(block.norm2(y)))  # noqa: E731
-    return x + block.layer_scale1(out), weights, feed_forward
+    return x + block.layer_scale1(out), weights
+
+
+def after_feed_forward(block, x):
+    "The second part."
+    if hasattr(block, "layer_norm2"):
+        return x + block.mlp(block.layer_norm2(x))
+    return x + block.layer_scale2(block.mlp(block.norm2(x)))
 
 
 @torch.no_grad()
@@ -376,14 +382,14 @@ def test_blocks_that_reduce_equal_a_loop_over_images_and_tokens(name, reduction,
     for image, tokens in zip(pixels, found.levels, strict=True):
         x = vision_hidden_states(tower, image[None], 0)[0]
         for number, block in enumerate(blocks(tower)):
-            x, weights, feed_forward = attention_and_rest(block, x)
+            x, weights = after_attention(block, x)
             if number in dict(reduction):
                 received = [sum(weights[0, h, 0, j].item() for h in range(2)) / 2 for j in range(x.shape[1])]
                 ranked = sorted(range(before, x.shape[1]), key=lambda j: -received[j])
                 kept = sorted(ranked[: dict(reduction)[number] - 1])
                 fused = sum(received[j] * x[0, j] for j in range(before, x.shape[1]) if j not in kept)
                 x = torch.stack([*x[0, :before], *(x[0, j] for j in kept), fused])[None]
-            x = feed_forward(x)
+            x = after_feed_forward(block, x)
         assert_close(tokens, x[0, before:], rtol=1e-3, atol=1e-3)
 
 

@@ -782,7 +782,7 @@ def one_token_is_robust(runs: Path) -> Outcome:
 
 
 def _compare(ours: Sequence[float], others: Sequence[float]) -> bool | None:
-    "Whether all our seeds are above all of others; `None` if the seeds overlap."
+    "Whether all our seeds are above all of the others; `None` if the seeds overlap."
     if min(ours) > max(others):
         return True
     return False if max(ours) < min(others) else None

@@ -4,20 +4,7 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'SCOPES', 'WORDS', 'CLAIMS', 'OURS', 'NEIGHBORS', 'KEPT', 'LAUNCH', 'Claim', 'claim', 'numbered_claim',
-           'claim_rows', 'prefill_flops_of_the_paper', 'prefill_is_linear', 'decode_is_constant', 'tower_is_constant',
-           'projector_is_negligible', 'projector_is_linear', 'total_falls_by_81_percent', 'total_falls_by_70_percent',
-           'cache_is_smaller', 'tower_dominates_pretraining', 'number_of_queries', 'memory_is_compact',
-           'windows_are_cheaper', 'attention_is_reduced', 'update_is_small', 'b32_gives_64_tokens',
-           'throughput_of_the_paper', 'throughput_on_a_gpu', 'pretraining_4_to_5_times', 'finetuning_1_5_times',
-           'pretraining_on_a_gpu', 'finetuning_on_a_gpu', 'pretraining_13_times', 'finetuning_2_5_times', 'times_fall',
-           'most_gain_in_pretraining', 'best_gqa_and_sqa', 'surpasses_llava', 'first_or_second',
-           'first_or_second_on_four', 'top_on_four', 'others_collapse', 'vizwiz_is_maintained', 'larger_is_better',
-           'beats_qwen', 'points_over_qwen', 'deltaproj_lowers_all', 'deltaproj_matters_most', 'emhsa_and_pope',
-           'tb_and_mme', 'clip_336_is_better', 'siglip_trails', 'above_fastv_everywhere', 'up_to_5_points',
-           'keeps_85_percent', 'fastv_declines_more', 'four_tokens_are_robust', 'one_token_is_robust',
-           'better_than_tokenpacker', 'better_captions_than_fastv', 'gradcam_finds_the_object', 'scores_of_table_1',
-           'scores_of_table_2', 'scores_of_table_3', 'scores_of_table_5', 'scores_of_table_6', 'verdict_counts',
-           'claims_list', 'claim_report']
+           'claim_rows', 'verdict_counts', 'claims_list', 'claim_report']
 
 # %% ../nbs/48_claims.ipynb #3a8197bb
 import math
@@ -84,7 +71,7 @@ class Claim:
         return record["hardware"], record["command"]
 
 # %% ../nbs/48_claims.ipynb #68e17ee9
-CLAIMS: dict[str, Claim] = {}  # By the name of the checking function
+CLAIMS: dict[str, Claim] = {}  # By the name of the checking function, without its underscore
 
 
 def claim(
@@ -99,7 +86,7 @@ def claim(
         raise ValueError(f"scope={scope!r} must be one of {list(SCOPES)}.")
 
     def add(check: Callable[[Path], Outcome]) -> Callable[[Path], Outcome]:
-        CLAIMS[check.__name__] = Claim(
+        CLAIMS[check.__name__.removeprefix("_")] = Claim(
             section=section, text=text, shown_by=shown_by, scope=scope, check=check, record=record
         )
         return check
@@ -142,7 +129,7 @@ def _tflop(tokens: int, part: str, formula: Callable = authors_cost) -> float:
     "the authors' formula gives the same numbers",
     "recomputed",
 )
-def prefill_flops_of_the_paper(runs: Path) -> Outcome:
+def _prefill_flops_of_the_paper(runs: Path) -> Outcome:
     printed = {576: 6.72, 144: 2.16, 16: 0.85, 1: 0.70}  # paper: §5
     found = {v: _tflop(v, "prefill") for v in printed}
     exact = ", ".join(f"{_tflop(v, 'prefill', cost):.2f}" for v in printed)
@@ -156,7 +143,7 @@ def prefill_flops_of_the_paper(runs: Path) -> Outcome:
     "between 1 and 576 tokens, the exact count is within 5 % of a straight line",
     "recomputed",
 )
-def prefill_is_linear(runs: Path) -> Outcome:
+def _prefill_is_linear(runs: Path) -> Outcome:
     first, last = (_tflop(v, "prefill", cost) for v in (1, 576))
     errors = {}
     for v in (4, 16, 36, 64, 144):
@@ -172,7 +159,7 @@ def prefill_is_linear(runs: Path) -> Outcome:
     "the exact count at 1 token is within 15 % of that at 576",
     "recomputed",
 )
-def decode_is_constant(runs: Path) -> Outcome:
+def _decode_is_constant(runs: Path) -> Outcome:
     many, few = (_tflop(v, "decode", cost) for v in (576, 1))
     printed = ", ".join(f"{_tflop(v, 'decode'):.3f}" for v in (576, 16))
     numbers = f"exact {many:.3f} and {few:.3f} TFLOPs, {1 - few / many:.1%} fewer"
@@ -185,7 +172,7 @@ def decode_is_constant(runs: Path) -> Outcome:
     "the authors' formula gives this number at every budget",
     "recomputed",
 )
-def tower_is_constant(runs: Path) -> Outcome:
+def _tower_is_constant(runs: Path) -> Outcome:
     found = {round(_tflop(v, "tower"), 3) for v in (576, 144, 1)}
     exact = _tflop(144, "tower", cost)
     return found == {0.382}, f"authors' formula {', '.join(map(str, found))}; exact {exact:.3f}"
@@ -197,7 +184,7 @@ def tower_is_constant(runs: Path) -> Outcome:
     "the exact count of the authors' projector is not above it",
     "recomputed",
 )
-def projector_is_negligible(runs: Path) -> Outcome:
+def _projector_is_negligible(runs: Path) -> Outcome:
     formula = _tflop(144, "projector")
     exact = {
         v: sum(projector_terms("delta", ProjectorConfig(), v, reference=True).values()) / 1e12
@@ -217,7 +204,7 @@ def projector_is_negligible(runs: Path) -> Outcome:
     "from s = 2 to s = 4 (144 to 36 tokens) the exact count falls by 3.5 or more",
     "recomputed",
 )
-def projector_is_linear(runs: Path) -> Outcome:
+def _projector_is_linear(runs: Path) -> Outcome:
     ratio = _tflop(144, "projector", cost) / _tflop(36, "projector", cost)
     return ratio >= 3.5, f"a factor of {ratio:.2f}: keys and values are computed for all 576 patches"
 
@@ -228,7 +215,7 @@ def projector_is_linear(runs: Path) -> Outcome:
     "the exact count falls by 80 % or more",
     "recomputed",
 )
-def total_falls_by_81_percent(runs: Path) -> Outcome:
+def _total_falls_by_81_percent(runs: Path) -> Outcome:
     saved = {f: 1 - _tflop(1, "total", f) / _tflop(576, "total", f) for f in (authors_cost, cost)}
     numbers = f"authors' formula {saved[authors_cost]:.1%}; exact {saved[cost]:.1%}"
     return saved[cost] > 0.80, numbers
@@ -240,7 +227,7 @@ def total_falls_by_81_percent(runs: Path) -> Outcome:
     "the largest reduction rounds to 70 %",
     "recomputed",
 )
-def total_falls_by_70_percent(runs: Path) -> Outcome:
+def _total_falls_by_70_percent(runs: Path) -> Outcome:
     saved = 1 - _tflop(1, "total") / _tflop(576, "total")
     return round(saved, 1) == 0.7, f"{saved:.1%}, as §6.5 says; more is saved than this sentence claims"
 
@@ -251,7 +238,7 @@ def total_falls_by_70_percent(runs: Path) -> Outcome:
     "bytes of the cache after the prompt, 7B in 16 bits",
     "recomputed",
 )
-def cache_is_smaller(runs: Path) -> Outcome:
+def _cache_is_smaller(runs: Path) -> Outcome:
     many, few = (kv_cache_bytes(at_budget(v)) / 2**20 for v in (576, 144))
     return few < many, f"{many:.0f} MiB at 576 tokens, {few:.0f} at 144"
 
@@ -263,7 +250,7 @@ def cache_is_smaller(runs: Path) -> Outcome:
     "backward, the frozen LLM without gradients of its weights",
     "recomputed",
 )
-def tower_dominates_pretraining(runs: Path) -> Outcome:
+def _tower_dominates_pretraining(runs: Path) -> Outcome:
     shares = {}
     for v in (576, 144, 1):
         step = cost(at_budget(v, text=64))
@@ -283,7 +270,7 @@ def _delta_terms(config: ProjectorConfig, tokens: int = 144) -> dict[str, int]:
     "at 336 px and patches of 14 px, every whole s gives that many tokens",
     "recomputed",
 )
-def number_of_queries(runs: Path) -> Outcome:
+def _number_of_queries(runs: Path) -> Outcome:
     patches = (336 // 14) ** 2
     found = {s: ProjectorConfig(tokens=patches // s**2).scale for s in (1, 2, 3, 4, 6, 8, 12, 24)}
     return all(
@@ -297,7 +284,7 @@ def number_of_queries(runs: Path) -> Outcome:
     "fewer keys than queries at 144 tokens",
     "recomputed",
 )
-def memory_is_compact(runs: Path) -> Outcome:
+def _memory_is_compact(runs: Path) -> Outcome:
     config = ProjectorConfig(tokens=144)
     keys = config.grid**2
     return (
@@ -312,7 +299,7 @@ def memory_is_compact(runs: Path) -> Outcome:
     "FLOPs of scores and sums: each query with the patches of its window, and with all",
     "recomputed",
 )
-def windows_are_cheaper(runs: Path) -> Outcome:
+def _windows_are_cheaper(runs: Path) -> Outcome:
     config = ProjectorConfig(tokens=144)
     patches = config.grid**2
     local, everywhere = (
@@ -327,7 +314,7 @@ def windows_are_cheaper(runs: Path) -> Outcome:
     "the authors' default reduces them at 144 tokens (s = 2)",
     "recomputed",
 )
-def attention_is_reduced(runs: Path) -> Outcome:
+def _attention_is_reduced(runs: Path) -> Outcome:
     total = {r: sum(_delta_terms(ProjectorConfig(kv_reduction=r)).values()) for r in (1, "scale")}
     saved = 1 - total["scale"] / total[1]
     used = ProjectorConfig().kv_reduction
@@ -341,7 +328,7 @@ def attention_is_reduced(runs: Path) -> Outcome:
     "parameters of the update in the key projection, beside those of the base",
     "recomputed",
 )
-def update_is_small(runs: Path) -> Outcome:
+def _update_is_small(runs: Path) -> Outcome:
     config = ProjectorConfig()
     base, update = config.d_levels * config.d_vision, config.rank * (config.d_levels + config.d_vision)
     return update < base / 10, f"rank {config.rank}: {update:,} beside {base:,}, {update / base:.1%}"
@@ -353,7 +340,7 @@ def update_is_small(runs: Path) -> Outcome:
     "its grid of patches allows 64 tokens",
     "recomputed",
 )
-def b32_gives_64_tokens(runs: Path) -> Outcome:
+def _b32_gives_64_tokens(runs: Path) -> Outcome:
     budgets = clip_b32_224(tokens=49).budgets(7)
     return 64 in budgets, f"7×7 patches allow at most {max(budgets)} tokens; ViT-L/14 at 224 px has 16×16"
 
@@ -372,7 +359,7 @@ def _speedups(column: str) -> str:
 @claim(
     "abstract", "Inference throughput improves by up to 55 %.", "37.08 against 23.96 tokens per second (§6.5)"
 )
-def throughput_of_the_paper(runs: Path) -> Outcome:
+def _throughput_of_the_paper(runs: Path) -> Outcome:
     # paper: §6.5
     gain = 37.08 / 23.96 - 1
     return round(gain, 2) == 0.55, f"{gain:.1%}, at one token"
@@ -386,7 +373,7 @@ def throughput_of_the_paper(runs: Path) -> Outcome:
     "full size",
     "speed_full.json",
 )
-def throughput_on_a_gpu(runs: Path) -> Outcome:
+def _throughput_on_a_gpu(runs: Path) -> Outcome:
     rows = {}
     for row in read_record(runs / "speed_full.json")["result"]:
         if row["batch"] == 1 and row["cache"] == "dynamic":
@@ -403,14 +390,14 @@ def throughput_on_a_gpu(runs: Path) -> Outcome:
 @claim(
     "abstract", "Pretraining is nearly 4–5 times faster.", "Table 4 has a budget with a speed-up of 4 or more"
 )
-def pretraining_4_to_5_times(runs: Path) -> Outcome:
+def _pretraining_4_to_5_times(runs: Path) -> Outcome:
     return any(_speedup("Pretraining", v) >= 4 for v in (144, 64, 16, 4, 1)), _speedups("Pretraining")
 
 
 @claim(
     "abstract", "Finetuning is more than 1.5 times faster.", "Table 4 has a budget with a speed-up above 1.5"
 )
-def finetuning_1_5_times(runs: Path) -> Outcome:
+def _finetuning_1_5_times(runs: Path) -> Outcome:
     return any(_speedup("Finetuning", v) > 1.5 for v in (144, 64, 16, 4, 1)), _speedups("Finetuning")
 
 
@@ -430,7 +417,7 @@ def _step_ratios(runs: Path, stage: str) -> dict[int, float]:
     "full size",
     "steps_full.json",
 )
-def pretraining_on_a_gpu(runs: Path) -> Outcome:
+def _pretraining_on_a_gpu(runs: Path) -> Outcome:
     found = _step_ratios(runs, "pretrain")
     return max(found.values()) >= 4, ", ".join(f"{x:.1f}× at {v}" for v, x in found.items())
 
@@ -442,38 +429,38 @@ def pretraining_on_a_gpu(runs: Path) -> Outcome:
     "full size",
     "steps_full.json",
 )
-def finetuning_on_a_gpu(runs: Path) -> Outcome:
+def _finetuning_on_a_gpu(runs: Path) -> Outcome:
     found = _step_ratios(runs, "finetune")
     return max(found.values()) > 1.5, ", ".join(f"{x:.2f}× at {v}" for v, x in found.items())
 
 
 @claim("§6.3", "One token makes pretraining about 13 times faster.", "Table 4 at 576 and at 1 token")
-def pretraining_13_times(runs: Path) -> Outcome:
+def _pretraining_13_times(runs: Path) -> Outcome:
     ratio = _speedup("Pretraining", 1)
     return round(ratio) == 13, f"{ratio:.2f}×; the text divides 3.5 hours, which Table 4 does not have"
 
 
 @claim("§6.3", "One token makes finetuning more than 2.5 times faster.", "Table 4 at 576 and at 1 token")
-def finetuning_2_5_times(runs: Path) -> Outcome:
+def _finetuning_2_5_times(runs: Path) -> Outcome:
     ratio = _speedup("Finetuning", 1)
     return ratio > 2.5, f"{ratio:.2f}×; the text divides 7.5 hours, which Table 4 does not have"
 
 
 @claim("§6.3", "Fewer tokens always mean less training time.", "both columns of Table 4 fall from row to row")
-def times_fall(runs: Path) -> Outcome:
+def _times_fall(runs: Path) -> Outcome:
     columns: dict[str, list[float]] = {}
     for cell in paper_cells(4):
         columns.setdefault(cell["column"], []).append(cell["value"])
     falls = all(times == sorted(times, reverse=True) for times in columns.values())
     return falls, f"{len(columns)} columns of {len(columns['Pretraining'])} budgets"
 
-
+# %% ../nbs/48_claims.ipynb #397b2f63
 @claim(
     "§6.3",
     "Most of the gain is realized in pretraining.",
     "pretraining saves more seconds than finetuning from 576 tokens to 1 (Table 4)",
 )
-def most_gain_in_pretraining(runs: Path) -> Outcome:
+def _most_gain_in_pretraining(runs: Path) -> Outcome:
     saved, shares = {}, {}
     for column in ("Pretraining", "Finetuning"):
         seconds = {c["tokens"]: c["value"] for c in paper_cells(4) if c["column"] == column}
@@ -520,7 +507,7 @@ def _listed(ranks: dict[str, int]) -> str:
     "At 144 tokens GQA (62.34) and SQA (68.7) are better than TokenPacker's and Matryoshka Query's.",
     "Table 1, rank among the systems with 144 tokens",
 )
-def best_gqa_and_sqa(runs: Path) -> Outcome:
+def _best_gqa_and_sqa(runs: Path) -> Outcome:
     ranks = _ranks("144")
     return ranks["GQA"] == ranks["SQA"] == 1, f"ranks at 144 tokens: {_listed(ranks)}"
 
@@ -530,7 +517,7 @@ def best_gqa_and_sqa(runs: Path) -> Outcome:
     "Delta-LLaVA with 144 tokens surpasses LLaVA-1.5 with 576.",
     "higher on all eight benchmarks of Table 1",
 )
-def surpasses_llava(runs: Path) -> Outcome:
+def _surpasses_llava(runs: Path) -> Outcome:
     ours, llava = _scores(1, tokens="144")[OURS], _scores(1, tokens="576")["LLaVA-1.5"]
     lower = [column for column in ours if ours[column] <= llava[column]]
     return not lower, f"higher on {len(ours) - len(lower)} of {len(ours)}; not on {', '.join(lower)}"
@@ -541,7 +528,7 @@ def surpasses_llava(runs: Path) -> Outcome:
     "At 36 and 16 tokens Delta-LLaVA is best or second on most benchmarks.",
     "Table 1, rank 1 or 2 on more than half of the columns",
 )
-def first_or_second(runs: Path) -> Outcome:
+def _first_or_second(runs: Path) -> Outcome:
     counts = {v: sum(rank <= 2 for rank in _ranks(v).values()) for v in ("36", "16")}
     return min(counts.values()) > 4, ", ".join(f"{n} of 8 at {v}" for v, n in counts.items())
 
@@ -551,7 +538,7 @@ def first_or_second(runs: Path) -> Outcome:
     "At 36 and 16 tokens it is best or second on GQA, VizWiz, SQA and POPE.",
     "Table 1, rank 1 or 2 on each of the four",
 )
-def first_or_second_on_four(runs: Path) -> Outcome:
+def _first_or_second_on_four(runs: Path) -> Outcome:
     ranks = {v: {c: _ranks(v)[c] for c in ("GQA", "VizWiz", "SQA", "POPE")} for v in ("36", "16")}
     numbers = "; ".join(f"at {v}: {_listed(found)}" for v, found in ranks.items())
     return max(rank for found in ranks.values() for rank in found.values()) <= 2, f"ranks {numbers}"
@@ -562,7 +549,7 @@ def first_or_second_on_four(runs: Path) -> Outcome:
     "At 4 and 1 tokens it has the top scores on GQA, POPE, TextVQA and VizWiz.",
     "Table 1, rank 1 on each of the four",
 )
-def top_on_four(runs: Path) -> Outcome:
+def _top_on_four(runs: Path) -> Outcome:
     ranks = {v: _ranks(v) for v in ("4", "1")}
     four = [ranks[v][c] for v in ranks for c in ("GQA", "POPE", "TextVQA", "VizWiz")]
     return set(four) == {1}, "; ".join(f"ranks at {v}: {_listed(found)}" for v, found in ranks.items())
@@ -579,19 +566,19 @@ def _kept(system: str) -> dict[str, float]:
     "Under extreme compression prior methods collapse, Delta-LLaVA does not.",
     "from 16 tokens to 1 it keeps at least 5 points more of its scores than TokenPacker and QueCC (Table 1)",
 )
-def others_collapse(runs: Path) -> Outcome:
+def _others_collapse(runs: Path) -> Outcome:
     kept = {system: 100 * fmean(_kept(system).values()) for system in (OURS, "TokenPacker", "QueCC")}
     ours, *others = kept.values()
     numbers = ", ".join(f"{system} {share:.1f} %" for system, share in kept.items())
     return ours - max(others) >= 5, f"kept: {numbers}"
 
-
+# %% ../nbs/48_claims.ipynb #dcfc4f5c
 @claim(
     "§6.1",
     "VizWiz is maintained at 36 and 16 tokens (56.2, 55.2) where others degrade.",
     "from 144 tokens to 16, Delta-LLaVA loses fewer points than TokenPacker and Matryoshka Query",
 )
-def vizwiz_is_maintained(runs: Path) -> Outcome:
+def _vizwiz_is_maintained(runs: Path) -> Outcome:
     lost = {}
     for system in (OURS, "TokenPacker", "Matryoshka Query"):
         lost[system] = _scores(1, tokens="144")[system]["VizWiz"] - _scores(1, tokens="16")[system]["VizWiz"]
@@ -604,7 +591,7 @@ def vizwiz_is_maintained(runs: Path) -> Outcome:
     "A 13B LLM increases the accuracy.",
     "every column of Table 1 is higher for Delta-LLaVA-13B at 144 tokens",
 )
-def larger_is_better(runs: Path) -> Outcome:
+def _larger_is_better(runs: Path) -> Outcome:
     small, large = (_scores(1, tokens="144")[name] for name in (OURS, "Delta-LLaVA-13B (Ours)"))
     gains = {column: large[column] - small[column] for column in small}
     return min(gains.values()) > 0, ", ".join(f"{column} {gain:+.1f}" for column, gain in gains.items())
@@ -615,14 +602,14 @@ def larger_is_better(runs: Path) -> Outcome:
     "With Qwen-7B and 144 tokens it beats Qwen-VL-Chat on all six columns of Table 2.",
     "every printed number is higher",
 )
-def beats_qwen(runs: Path) -> Outcome:
+def _beats_qwen(runs: Path) -> Outcome:
     ours, qwen = _scores(2, tokens="144")["Delta-LLaVA Qwen"], _scores(2)["Qwen-VL-Chat"]
     lower = [f"{c} {ours[c]} < {qwen[c]}" for c in ours if ours[c] <= qwen[c]]
     return not lower, f"not higher: {', '.join(lower)}; three columns of that row are shifted"
 
 
 @claim("§6.1", "With Qwen-7B, GQA is more than 3 and MMB more than 11 points above Qwen-VL-Chat.", "Table 2")
-def points_over_qwen(runs: Path) -> Outcome:
+def _points_over_qwen(runs: Path) -> Outcome:
     ours, qwen = _scores(2, tokens="144")["Delta-LLaVA Qwen"], _scores(2)["Qwen-VL-Chat"]
     gains = {column: ours[column] - qwen[column] for column in ("GQA", "MMB")}
     return gains["GQA"] > 3 and gains["MMB"] > 11, f"GQA {gains['GQA']:+.2f}, MMB {gains['MMB']:+.1f}"
@@ -641,7 +628,7 @@ def _percents(changes: dict[str, float]) -> str:
 
 
 @claim("§6.2", "Removing DeltaProjection lowers all scores.", "Table 3, five columns")
-def deltaproj_lowers_all(runs: Path) -> Outcome:
+def _deltaproj_lowers_all(runs: Path) -> Outcome:
     changes = _changes("DeltaProj")
     return max(changes.values()) < 0, _percents(changes)
 
@@ -651,13 +638,13 @@ def deltaproj_lowers_all(runs: Path) -> Outcome:
     "DeltaProjection gives the largest part of the aggregate improvement.",
     "mean relative drop of the five scores of Table 3 without each part",
 )
-def deltaproj_matters_most(runs: Path) -> Outcome:
+def _deltaproj_matters_most(runs: Path) -> Outcome:
     means = {part: fmean(_changes(part).values()) for part in ("DeltaProj", "EMHSA", "TB")}
     return min(means, key=means.__getitem__) == "DeltaProj", _percents(means)
 
 
 @claim("§6.2", "Without EMHSA, MMB and MME fall, and POPE is the highest of all rows.", "Table 3")
-def emhsa_and_pope(runs: Path) -> Outcome:
+def _emhsa_and_pope(runs: Path) -> Outcome:
     changes, rows = _changes("EMHSA"), _scores(3)
     highest = max(rows, key=lambda name: rows[name]["POPE"])
     return changes["MMB"] < 0 and changes["MME"] < 0 and highest == "No EMHSA", _percents(changes)
@@ -666,13 +653,13 @@ def emhsa_and_pope(runs: Path) -> Outcome:
 @claim(
     "§6.2", "Without TB, MME decreases slightly.", "the drop is not the largest of the three rows of Table 3"
 )
-def tb_and_mme(runs: Path) -> Outcome:
+def _tb_and_mme(runs: Path) -> Outcome:
     drops = {part: _changes(part)["MME"] for part in ("EMHSA", "DeltaProj", "TB")}
     return min(drops, key=drops.__getitem__) != "TB", f"MME: {_percents(drops)}"
 
 
 @claim("§6.4", "CLIP at 336 px is better than CLIP at 224 px on most benchmarks.", "Table 5")
-def clip_336_is_better(runs: Path) -> Outcome:
+def _clip_336_is_better(runs: Path) -> Outcome:
     rows = _scores(5)
     higher = [c for c, score in rows["CLIP 336"].items() if score > rows["CLIP 224"][c]]
     return len(higher) > 3, f"higher on {len(higher)} of 6: {', '.join(higher)}"
@@ -681,7 +668,7 @@ def clip_336_is_better(runs: Path) -> Outcome:
 @claim(
     "§6.4", "SigLIP with 81 tokens trails CLIP with 64 on most benchmarks.", "lower than both rows of CLIP"
 )
-def siglip_trails(runs: Path) -> Outcome:
+def _siglip_trails(runs: Path) -> Outcome:
     rows = _scores(5)
     lowest = [c for c in rows["CLIP 336"] if min(rows, key=lambda name: rows[name][c]).startswith("SigLIP")]
     return len(lowest) > 3, f"lowest on {len(lowest)} of 6: {', '.join(lowest)}"
@@ -700,7 +687,7 @@ def _caption_gains(tokens: int) -> list[float]:
 
 
 @claim("§6.6", "Below 576 tokens its CIDEr is above FastV's at every level.", "24 comparisons of Table 6")
-def above_fastv_everywhere(runs: Path) -> Outcome:
+def _above_fastv_everywhere(runs: Path) -> Outcome:
     gains = [gain for v in (144, 64, 36, 16, 4, 1) for gain in _caption_gains(v)]
     counts = [sum(test) for test in zip(*[(g > 0, g == 0, g < 0) for g in gains], strict=True)]
     return counts[0] == len(gains), "{} higher, {} equal, {} lower".format(*counts)
@@ -711,7 +698,7 @@ def above_fastv_everywhere(runs: Path) -> Outcome:
     "At 144 and 64 tokens its CIDEr is up to 3–5 points higher.",
     "the largest gain of Table 6 lies between 3 and 5",
 )
-def up_to_5_points(runs: Path) -> Outcome:
+def _up_to_5_points(runs: Path) -> Outcome:
     gains = [gain for v in (144, 64) for gain in _caption_gains(v)]
     return 3 <= max(gains) <= 5, f"between {min(gains):+.1f} and {max(gains):+.1f}"
 
@@ -723,7 +710,7 @@ def _shares(tokens: int, system: str) -> list[float]:
 
 
 @claim("§6.6", "At 4 tokens and 1 it keeps at least 85 % of the CIDEr at 576.", "Table 6, four columns")
-def keeps_85_percent(runs: Path) -> Outcome:
+def _keeps_85_percent(runs: Path) -> Outcome:
     shares = {v: _shares(v, "Ours") for v in (4, 1)}
     numbers = "; ".join(f"at {v}: {', '.join(f'{x:.1%}' for x in found)}" for v, found in shares.items())
     return min(map(min, shares.values())) >= 0.85, numbers
@@ -734,7 +721,7 @@ def keeps_85_percent(runs: Path) -> Outcome:
     "FastV declines more sharply at 1 token.",
     "its share of the 576 tokens' CIDEr is lower in all columns",
 )
-def fastv_declines_more(runs: Path) -> Outcome:
+def _fastv_declines_more(runs: Path) -> Outcome:
     pairs = list(zip(_shares(1, "Ours"), _shares(1, "FastV"), strict=True))
     numbers = ", ".join(f"{ours:.1%} and {fastv:.1%}" for ours, fastv in pairs)
     return all(ours > fastv for ours, fastv in pairs), f"ours and FastV: {numbers}"
@@ -762,7 +749,7 @@ def _shares_above_chance(runs: Path, tokens: int) -> dict[str, float]:
     "small scale",
     "recipe.json",
 )
-def four_tokens_are_robust(runs: Path) -> Outcome:
+def _four_tokens_are_robust(runs: Path) -> Outcome:
     kept = fmean(_shares_above_chance(runs, 4).values())
     return kept >= KEPT, f"{kept:.0%} kept"
 
@@ -774,7 +761,7 @@ def four_tokens_are_robust(runs: Path) -> Outcome:
     "small scale",
     "recipe.json",
 )
-def one_token_is_robust(runs: Path) -> Outcome:
+def _one_token_is_robust(runs: Path) -> Outcome:
     shares = _shares_above_chance(runs, 1)
     kept = fmean(shares.values())
     lost = ", ".join(f"{task} {shares[task]:.0%}" for task in sorted(shares, key=shares.__getitem__)[:3])
@@ -800,7 +787,7 @@ def _together(outcomes: Sequence[bool | None]) -> bool | None:
     "small scale",
     "compare-short.json",
 )
-def better_than_tokenpacker(runs: Path) -> Outcome:
+def _better_than_tokenpacker(runs: Path) -> Outcome:
     accuracy = accuracy_by_system(read_record(runs / "compare-short.json"))
     outcomes, numbers = [], []
     for v in (36, 16, 4, 1):
@@ -817,7 +804,7 @@ def better_than_tokenpacker(runs: Path) -> Outcome:
     "small scale",
     "captions.json",
 )
-def better_captions_than_fastv(runs: Path) -> Outcome:
+def _better_captions_than_fastv(runs: Path) -> Outcome:
     scores = caption_scores_by_system(read_record(runs / "captions.json"), "cider")
     outcomes, numbers = [], []
     for v in (16, 4, 1):
@@ -835,7 +822,7 @@ def better_captions_than_fastv(runs: Path) -> Outcome:
     "small scale",
     "gradcam.json",
 )
-def gradcam_finds_the_object(runs: Path) -> Outcome:
+def _gradcam_finds_the_object(runs: Path) -> Outcome:
     rows = read_record(runs / "gradcam.json")["result"]
     (methods,) = (
         r["methods"] for r in rows if (r["compressor"], r["tokens"], r["set"]) == ("delta", 36, "several")
@@ -872,7 +859,7 @@ def _row(number: int, system: str, llm: str | None = None, **where: str) -> str:
     "a training of both stages, scored by lmms-eval, several seeds",
     "not run",
 )
-def scores_of_table_1(runs: Path) -> Outcome:
+def _scores_of_table_1(runs: Path) -> Outcome:
     return _full_size(1, 144)
 
 
@@ -882,7 +869,7 @@ def scores_of_table_1(runs: Path) -> Outcome:
     "a training of both stages, scored by lmms-eval",
     "not run",
 )
-def scores_of_table_2(runs: Path) -> Outcome:
+def _scores_of_table_2(runs: Path) -> Outcome:
     return _full_size(2, 144, " --llm hub:Qwen/Qwen-7B")
 
 
@@ -892,7 +879,7 @@ def scores_of_table_2(runs: Path) -> Outcome:
     "trainings without EMHSA, TB and DeltaProjection, several seeds each",
     "not run",
 )
-def scores_of_table_3(runs: Path) -> Outcome:
+def _scores_of_table_3(runs: Path) -> Outcome:
     return _full_size(3, 144, " --compressor delta-no-deltaproj (-no-emhsa, -no-tb)")
 
 
@@ -902,7 +889,7 @@ def scores_of_table_3(runs: Path) -> Outcome:
     "trainings with three vision towers",
     "not run",
 )
-def scores_of_table_5(runs: Path) -> Outcome:
+def _scores_of_table_5(runs: Path) -> Outcome:
     return _full_size(5, 64)
 
 
@@ -912,7 +899,7 @@ def scores_of_table_5(runs: Path) -> Outcome:
     "trainings at each budget, scored by lmms-eval",
     "not run",
 )
-def scores_of_table_6(runs: Path) -> Outcome:
+def _scores_of_table_6(runs: Path) -> Outcome:
     return _full_size(6, 144)
 
 # %% ../nbs/48_claims.ipynb #ad53bd80

@@ -28,7 +28,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
 from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device, unwrap_model, unwrap_part
-from .collator import Collator
+from .collator import Collator, split_batch
 from .files import write_json
 from delta_llava.lora import (
     LORA_FILE,
@@ -130,7 +130,7 @@ class ElasticCollator:
         budgets = self.budgets if self.nested else (draw_budget(self.budgets, self.seed, step),)
         if self.max_tokens is None:
             return self._at_budgets(batch, budgets)
-        parts = self.collator.split(batch["prepared"], max(budgets), self.max_tokens)
+        parts = split_batch(self.collator, batch["prepared"], max(budgets), self.max_tokens)
         passes = [self._at_budgets(dict(prepared=part), budgets) for part in parts]
         labels = torch.cat([one["labels"].flatten() for one in passes])
         return dict(passes=passes, labels=labels)  # `Trainer` counts supervised tokens there

@@ -416,9 +416,11 @@ class RequestRunner:
 
     def _image_sizes(self, requests, inputs) -> list[int | list[int] | None]:
         "For each request what the encoder needs: the budget, or the tokens of each image if they differ."
-        adaptive = self.model.multi_modal_projector.config.to_dict().get("adaptive")
-        if inputs["tokens"] is not None or not adaptive or "mm_encoder_outputs" not in inputs:
-            return [inputs["tokens"]] * len(requests)
+        budget = [inputs["tokens"]] * len(requests)
+        if inputs["tokens"] is not None or requests[0].source in (None, "visual_tokens"):
+            return budget
+        if not self.model.multi_modal_projector.config.to_dict().get("adaptive"):
+            return budget
         sizes = iter(inputs["mm_encoder_outputs"]["image"].pooler_output)
         return [[len(next(sizes)) for _ in range(request.n_images)] for request in requests]
 

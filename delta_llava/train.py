@@ -470,6 +470,7 @@ def trainer_arguments(
         gradient_accumulation_steps=passes,
         bf16=stage.bf16,
         use_cpu=not torch.accelerator.is_available(),
+        per_device_eval_batch_size=stage.rows_in_pass(processes, stage.max_length),
         dataloader_num_workers=stage.num_workers,
         logging_steps=min(stage.logging_steps, steps),
         report_to=stage.report_to,

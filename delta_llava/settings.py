@@ -108,13 +108,14 @@ def _check_numbers(
         raise ValueError(f"batch_size={stage.batch_size} must be a multiple of per_device_batch_size={size}.")
 
 
-def _prunes_in_decoder(
+def _requires(
     compressor: str,  # Its name
+    *names: str,  # Keys of `REQUIREMENTS`
 ) -> bool:
-    "Whether a compressor drops tokens inside the LLM."
+    "Whether a compressor reads any of these besides patch tokens."
     from delta_llava.compressors.base import compressor_class
 
-    return "decoder" in compressor_class(compressor).requires
+    return not set(names).isdisjoint(compressor_class(compressor).requires)
 
 
 def _check_combinations(
@@ -150,15 +151,20 @@ def _check_combinations(
             "and sharding='none': rows are divided into passes one by one, and sharded processes must make "
             "equally many passes. Take per_device_batch_size instead."
         )
-    if stage.packing and _prunes_in_decoder(stage.compressor):
+    if stage.packing and _requires(stage.compressor, "decoder"):
         raise ValueError(
             f"packing=True, but compressor={stage.compressor!r} drops tokens inside the LLM, "
             f"row by row; take packing=False."
         )
-    if stage.torch_compile and (stage.sharding != "none" or _prunes_in_decoder(stage.compressor)):
+    if stage.torch_compile and (stage.sharding != "none" or _requires(stage.compressor, "decoder")):
         raise ValueError(
             f"torch_compile=True with sharding={stage.sharding!r} and compressor={stage.compressor!r}: only "
             f"whole layers that keep all tokens are compiled; take torch_compile=False."
+        )
+    if stage.features_in_memory and _requires(stage.compressor, "attention", "level_attention", "reduction"):
+        raise ValueError(
+            f"features_in_memory=True keeps patch tokens alone, but compressor={stage.compressor!r} reads "
+            "more of the vision tower; train it with cache_features=True (delta-llava train, pretrain)."
         )
     if stage.projector is not None and stage.closed_form_init:
         raise ValueError(
@@ -449,6 +455,7 @@ class Recipe:
             _check_at_least(
                 name, getattr(self, name), 2, ": another image shows what is known without the own"
             )
+        self.stage1(), self.stage2()  # settings that exclude each other are an error here
 
     @property
     def work_folder(self) -> Path:

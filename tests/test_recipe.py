@@ -260,3 +260,9 @@ def test_intervals_hold_the_truth():
     assert binomial_interval(0, 50)[0] == pytest.approx(0, abs=1e-12)
     low, high = binomial_interval(40, 50)
     assert low < 0.8 < high and math.isclose(high - low, 0.22, abs_tol=0.02)
+
+
+@pytest.mark.parametrize("compressor", ["prumerge", "fastervlm", "evit"])
+def test_compressors_that_read_more_than_patch_tokens_are_refused_at_once(compressor):
+    with pytest.raises(ValueError, match=f"compressor='{compressor}' reads more of the vision tower"):
+        Recipe(compressor=compressor)

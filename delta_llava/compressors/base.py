@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUIREMENTS', 'CostFormula', 'COST_FORMULAS', 'feature_statistics', 'Compressor', 'tower_options',
-           'compressor_class', 'compressor_config', 'as_lists', 'config_from_dict', 'build_compressor',
-           'compressor_name', 'register_compressor', 'cost_formula', 'from_reference', 'to_reference',
-           'input_attribution', 'draw_input_attribution']
+           'compressor_class', 'compressor_config', 'config_from_dict', 'build_compressor', 'compressor_name',
+           'register_compressor', 'cost_formula', 'from_reference', 'to_reference', 'input_attribution',
+           'draw_input_attribution']
 
 # %% ../../nbs/05_compressor.ipynb #51eeac44
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import COMPRESSORS, VARIANTS, CompressorConfig, split_variant
+from ..config import COMPRESSORS, VARIANTS, CompressorConfig, as_tuples, split_variant
 from ..grid import FeaturesLike, VisionFeatures, batches
 
 # %% ../../nbs/05_compressor.ipynb #850960bd
@@ -225,20 +225,13 @@ def compressor_config(
     return Config(**shared | options)
 
 
-def as_lists(
-    value,  # A field of a config
-):  # The same, as JSON gives it back
-    "A value with lists in place of its tuples."
-    return [as_lists(part) for part in value] if isinstance(value, list | tuple) else value
-
-
 def config_from_dict(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
     d: dict,  # What the config's `to_dict` gave
 ) -> CompressorConfig:  # Of the compressor's own class
     "A config from a dict; one that contradicts the variant's name is an error."
     implied = split_variant(name)[1]
-    if wrong := {k: d[k] for k in implied if k in d and as_lists(d[k]) != as_lists(implied[k])}:
+    if wrong := {k: d[k] for k in implied if k in d and as_tuples(d[k]) != as_tuples(implied[k])}:
         raise ValueError(
             f"compressor={name!r} means {implied}, but its config says {wrong}; make the config with "
             f"compressor_config({name!r}, like=...)."

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .mlp import MLP, MLPConfig
-from ..config import CompressorConfig
 from ..grid import FeaturesLike
 
 # %% ../../nbs/17c_evit.ipynb #062b0d07
@@ -67,16 +66,6 @@ class EViTConfig(MLPConfig):
     ) -> list[int]:
         "The one it was built for."
         return [self.tokens] if self.tokens <= grid**2 else []
-
-    @classmethod
-    def from_dict(
-        cls,
-        d: dict,  # What `to_dict` gave
-    ) -> CompressorConfig:  # Of this class
-        "The config that `to_dict` wrote."
-        if isinstance(d.get("blocks"), list):  # JSON has no tuples
-            d = d | dict(blocks=tuple(d["blocks"]))
-        return super().from_dict(d)
 
 
 class EViT(MLP):

@@ -24,7 +24,6 @@ from delta_llava.compressors.fastv import (
     equal_rows,
     pruning_context,
 )
-from ..config import CompressorConfig
 
 # %% ../../nbs/18b_llavolta.ipynb #5b8efeaf
 def image_cells(
@@ -130,17 +129,6 @@ class LLaVoltaConfig(DecoderMLPConfig):
     def to_dict(self) -> dict:
         "Every field, ready for JSON."
         return super().to_dict() | dict(schedule=[list(part) for part in self.schedule])
-
-    @classmethod
-    def from_dict(
-        cls,
-        d: dict,  # What `to_dict` gave
-    ) -> CompressorConfig:  # Of this class
-        "The config that `to_dict` wrote."
-        schedule = d.get("schedule", ())
-        if isinstance(schedule, list | tuple):  # JSON has no tuples
-            d = d | dict(schedule=tuple(tuple(part) for part in schedule))
-        return super().from_dict(d)
 
 
 class LLaVolta(DecoderMLP):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from make_card import BACKGROUND
 from PIL import Image
 
@@ -18,6 +19,7 @@ from delta_llava.gradcam import (
     AnswerCams,
     draw_box,
     most_visual_word,
+    pointing_game,
     relative,
     upsample,
     visual_effects,
@@ -61,6 +63,17 @@ def maps_of(model, processor, image: Image.Image, question: str, answer: str) ->
             cams = word_cams(model, processor, image, question, [word], tokens=tokens, **options)
             maps[method, tokens] = cams
     return word, maps
+
+
+def budgets_on_the_object(maps: dict, box: tuple) -> dict[str, list[int]]:
+    "By method, the budgets above one token at which the map's maximum lies in the box."
+    found: dict[str, list[int]] = {method: [] for method in METHODS}
+    for (method, tokens), cams in maps.items():
+        size = (cams.image.height, cams.image.width)
+        game = pointing_game(cams.cams[:1].detach().cpu(), torch.tensor([box]).float(), size)
+        if tokens > 1 and game.hit.item() == 1:
+            found[method].append(tokens)
+    return found
 
 
 def draw_map(ax: plt.Axes, cams: AnswerCams, top: float):
@@ -130,6 +143,7 @@ def main(folder: Path = IMAGES, record: Path = RECORD) -> None:
     draw_hero(question, answers, word, maps, box).quantize(255).save(folder / "hero.png", optimize=True)
     names = [o.name for o in scene.objects]
     result = dict(scene=number, objects=names, question=question, truth=truth, answers=answers, word=word)
+    result["peak_on_object"] = budgets_on_the_object(maps, box)
     write_record(record, [SEED], result, split=SPLIT, task=TASK)
 
 

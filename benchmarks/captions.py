@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import tyro
+from delta_llava.captions import CaptionTraining, evaluate_run
 
 from delta_llava.compressors.fastv import FastVConfig
 from delta_llava.config import dinov2_s14
-from delta_llava.quickstart import Quickstart, evaluate_run
 from delta_llava.runs import add_results, commit, read_run, write_record
 from delta_llava.train import run_stage
 
@@ -59,7 +59,7 @@ class Captions:
         for seed in self.seeds:
             for compressor, budgets in (("delta", delta), ("fastv", fastv)):
                 run = dict(output_dir=self.folder / f"{compressor}-{seed}", seed=seed, compressor=compressor)
-                runs.append(Quickstart(**run, **budgets, **common))
+                runs.append(CaptionTraining(**run, **budgets, **common))
         return runs
 
     def train_and_evaluate(self, settings):

@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 
 import tyro
+from delta_llava.captions import CaptionTraining, extract_features, held_out_images
 from tqdm.auto import tqdm
 
 from delta_llava.evaluate import encode_images, forced_choice_accuracy, matched_mismatched_loss
-from delta_llava.quickstart import Quickstart, extract_features, held_out_images
 from delta_llava.runs import write_record
 from delta_llava.train import train_run
 
@@ -32,7 +32,7 @@ class Benchmark:
     def __call__(self):
         runs = list(product(self.seeds, ("delta", "m3"), ("authors", "closed_form")))
         results = [self.train(*run) for run in tqdm(runs, desc="runs")]
-        settings = Quickstart()
+        settings = CaptionTraining()
         write_record(
             self.record,
             self.seeds,
@@ -46,7 +46,7 @@ class Benchmark:
 
     def settings(self, seed, compressor, start, folder):
         "Settings of one run."
-        return Quickstart(
+        return CaptionTraining(
             output_dir=Path(folder),
             seed=seed,
             compressor=compressor,

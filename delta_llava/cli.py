@@ -25,7 +25,16 @@ import tyro
 
 from . import __version__
 from .files import read_json, shipped_folder
-from .settings import Cost, Finetune, LongRecipe, Pretrain, Quickstart, Recipe, SpeedSettings
+from delta_llava.settings import (
+    CaptionTraining,
+    Cost,
+    Finetune,
+    LongRecipe,
+    Pretrain,
+    Quickstart,
+    Recipe,
+    SpeedSettings,
+)
 
 # %% ../nbs/52_cli.ipynb #7398e823
 def program_name() -> str:  # Such as `delta-llava`
@@ -80,14 +89,16 @@ def print_training_scope(
 ) -> None:
     "Print to standard error what a model was trained on, if that was drawn scenes only."
     about = folder / "run.json"
-    if about.is_file() and read_json(about).get("kind") == "quickstart":
-        print("A quickstart's model was trained on one question: What is in the picture?", file=sys.stderr)
-    if folder != shipped_folder():
+    kind = read_json(about).get("kind") if about.is_file() else None
+    if kind in ("captions", "quickstart"):  # the second name is of earlier versions
+        print("This model was trained on one question: What is in the picture?", file=sys.stderr)
+    if kind != "recipe":
         return
     from delta_llava.scenes import concept_names
 
+    which_model = "The model in the package" if folder == shipped_folder() else "This model"
     print(
-        "The model that comes with the package was trained on drawn scenes of one to four of these "
+        f"{which_model} was trained on drawn scenes of one to four of these "
         f"objects only:\n  {', '.join(concept_names())}.\n"
         "It answers questions such as 'What do you see?', 'Is there a fox in the picture?',\n"
         "  'How many things are in the picture?', 'Is the fox left or right of the bus?',\n"
@@ -113,8 +124,8 @@ def check_budgets(
 
 # %% ../nbs/52_cli.ipynb #888dd5f1
 @dataclass(frozen=True, kw_only=True)
-class Train(Quickstart):
-    "Train any compressor on the quickstart's scenes, without the report."
+class Train(CaptionTraining):
+    "Train any compressor on captions of planted scenes, stage 1 alone."
 
     output_dir: Path | None = None  # Gets projector and run.json; without it runs/train-COMPRESSOR
     train_budgets: tuple[int, ...] = ()  # Budgets of the training steps; without them the main one alone
@@ -124,8 +135,8 @@ class Train(Quickstart):
         from delta_llava.train import train_run
 
         output_dir = self.output_dir or Path("runs") / f"train-{self.compressor}"
-        settings = {f.name: getattr(self, f.name) for f in fields(Quickstart)}
-        config = Quickstart(**settings | dict(output_dir=output_dir))
+        settings = {f.name: getattr(self, f.name) for f in fields(CaptionTraining)}
+        config = CaptionTraining(**settings | dict(output_dir=output_dir))
         *_, log = train_run(config)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         print(
@@ -169,7 +180,7 @@ class Compare:
         from delta_llava.runs import read_record
 
         shared = ("max_steps", "batch_size", "train_images", "test_images", "llm_dtype")
-        base = Quickstart(**{name: getattr(self, name) for name in shared})
+        base = CaptionTraining(**{name: getattr(self, name) for name in shared})
         runs = plan_runs(self.compressors, self.budgets, self.seeds, self.closed_form_init, base)
         path = compare(runs, self.output_dir, self.jobs)
         lines: dict = {}
@@ -234,7 +245,7 @@ class Gradcam:
     image: Path  # The image
     question: Annotated[str, QUESTION_ARG] = "What is in the picture?"  # The question
     word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the one that the image decides
-    tokens: tuple[int, ...] = ()  # Budgets, one column each; without it those of the evaluation, except 1
+    tokens: tuple[int, ...] = ()  # Budgets, one column each; without it those of the run, except 1
     method: Literal["gradcam", "hirescam", "saliency"] = "gradcam"  # How a map is made from the gradient
     out: Path = Path("gradcam.png")  # The figure
     output_dir: Path | None = None  # A trained model; without it runs/quickstart, else the package's
@@ -253,11 +264,15 @@ class Gradcam:
         check_budgets(self.tokens, folder)
         print_training_scope(folder)
         settings = read_run(folder)["settings"]
-        tested = settings.get("eval_budgets") or [settings["tokens"]]
-        budgets = self.tokens or tuple(t for t in tested if t > 1)
+        known = {
+            settings["tokens"],
+            *(settings.get("train_budgets") or ()),
+            *(settings.get("eval_budgets") or ()),
+        }
+        budgets = self.tokens or tuple(sorted((t for t in known if t > 1), reverse=True))
         if not budgets:
             raise ValueError(
-                f"{folder} was evaluated at one token only, and a map over a single token shows "
+                f"{folder} was trained and scored at one token only, and a map over a single token shows "
                 "nothing; name budgets: --tokens 4 16."
             )
         model, processor = load(folder)
@@ -425,8 +440,8 @@ class Evaluate:
         out: Path,  # Gets the record
     ):
         "Score the folders, write the record, print a table and what is missing."
+        from delta_llava.captions import evaluate_run
         from delta_llava.evaluate import score_rows_table, unavailable_benchmarks
-        from delta_llava.quickstart import evaluate_run
         from delta_llava.runs import write_record
 
         rows = [row for folder in self.folders for row in evaluate_run(folder, self.tokens, self.images)]

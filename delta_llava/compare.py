@@ -22,12 +22,12 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
+from .captions import CaptionTraining, evaluate_sets, extract_features, held_out_images
 from .collator import Collator
 from .compressors.base import compressor_class, compressor_config
 from .config import CompressorConfig
 from .files import read_json, write_json
 from .flops import counted, model_config
-from .quickstart import Quickstart, evaluate_sets, extract_features, held_out_images
 from .runs import RUN_FILE, add_results, read_run, write_record
 from .train import build_stage_model, train_run
 
@@ -83,7 +83,7 @@ def _no_runs(compressors, budgets, sizes: CompressorConfig) -> ValueError:
     return ValueError(f"compressors={list(compressors)} need more than one of budgets={list(budgets)}.")
 
 
-def _small_image(run: Quickstart, grid: int) -> Quickstart:
+def _small_image(run: CaptionTraining, grid: int) -> CaptionTraining:
     "The same run with images of as many patches as its budget, made from scenes of the same size."
     patch = run.image_size // grid
     return replace(run, image_size=patch * math.isqrt(run.tokens), scene_size=run.image_size)
@@ -94,15 +94,15 @@ def plan_runs(
     budgets: Sequence[int],  # Budgets $V$; a system is left out at budgets that it cannot have
     seeds: Sequence[int],  # Each sets the training images, the initialization and the order
     closed_form_init: Sequence[bool],  # Initialization in closed form, or as in the reference's own code
-    base: Quickstart | None = None,  # All other settings; `None` takes the quickstart's
-) -> list[Quickstart]:  # One for each run
+    base: CaptionTraining | None = None,  # All other settings; `None` takes the defaults
+) -> list[CaptionTraining]:  # One for each run
     "All runs of a comparison, seed by seed."
     given = dict(compressors=compressors, budgets=budgets, seeds=seeds, closed_form_init=closed_form_init)
     for argument, values in given.items():
         if not len(values):
             example = dict(compressors="delta", budgets="16", seeds="0", closed_form_init="True")[argument]
             raise ValueError(f"{argument} is empty; name at least one, such as {example}.")
-    base = base or Quickstart()
+    base = base or CaptionTraining()
     if base.scene_size is not None:
         raise ValueError(
             f"scene_size={base.scene_size} must be None: only the images of small-image are "
@@ -126,7 +126,7 @@ def plan_runs(
 
 # %% ../nbs/51_compare.ipynb #47cf297f
 def run_label(
-    config: Quickstart,  # One run
+    config: CaptionTraining,  # One run
 ) -> str:  # As in `plan_runs`
     "The name of a run's system in tables."
     if config.scene_size is not None:
@@ -136,7 +136,7 @@ def run_label(
 
 
 def run_name(
-    config: Quickstart,  # One run
+    config: CaptionTraining,  # One run
 ) -> str:
     "The name of a run's folder: system, budgets, seed and initialization."
     budgets = "-".join(map(str, config.eval_budgets))
@@ -159,7 +159,7 @@ def image_flops(
 
 
 def held_out_folder(
-    config: Quickstart,  # One run; names its scenes
+    config: CaptionTraining,  # One run; names its scenes
 ) -> Path:
     "Folder of the held-out images: one for each seed, since seeds are prepared in parallel."
     return config.scenes_folder.with_name(f"held-out-for-seed{config.seed}")
@@ -173,7 +173,7 @@ def finished(
 
 
 def train_and_evaluate(
-    config: Quickstart,  # One run; `scenes_dir` is shared by all runs of its seed
+    config: CaptionTraining,  # One run; `scenes_dir` is shared by all runs of its seed
 ):
     "Train and evaluate one run, unless that was done before. Its `run.json` has the results."
     if finished(config.output_dir):
@@ -214,7 +214,7 @@ OWN_SETTINGS = (*COMPARED_SETTINGS, "scene_size", "output_dir", "scenes_dir")  #
 
 
 def common_settings(
-    config: Quickstart,  # One run
+    config: CaptionTraining,  # One run
 ) -> dict:
     "The settings that all runs of a comparison share."
     shared = {k: v for k, v in asdict(config).items() if k not in OWN_SETTINGS}
@@ -222,7 +222,7 @@ def common_settings(
 
 
 def prepare_data(
-    runs: Sequence[Quickstart],  # All with one seed
+    runs: Sequence[CaptionTraining],  # All with one seed
 ):
     "Write the images and cache their features, so that the runs only read them."
     disable_progress_bar()
@@ -244,7 +244,7 @@ def _common_value(values: list):
 
 
 def collect_runs(
-    runs: Sequence[Quickstart],  # From `compare`
+    runs: Sequence[CaptionTraining],  # From `compare`
     output_dir: Path,  # Of the comparison
 ) -> Path | None:  # The record; `None` if no run is finished
     "One record of all finished runs in the folder, also of earlier calls; it names the missing runs."
@@ -293,7 +293,7 @@ def run_jobs(
                 raise
 
 # %% ../nbs/51_compare.ipynb #243cccc4
-def _check_settings(runs: Sequence[Quickstart], output_dir: Path):
+def _check_settings(runs: Sequence[CaptionTraining], output_dir: Path):
     "Error if the folder holds a comparison with other settings."
     if (output_dir / "cells").exists():
         raise ValueError(
@@ -309,14 +309,14 @@ def _check_settings(runs: Sequence[Quickstart], output_dir: Path):
     write_json(file, settings)
 
 
-def _with_paths(run: Quickstart, output_dir: Path) -> Quickstart:
+def _with_paths(run: CaptionTraining, output_dir: Path) -> CaptionTraining:
     "The run with its own folder, and the scenes that all runs of its seed share."
     scenes_dir = output_dir / f"scenes-seed{run.seed}"
     return replace(run, output_dir=output_dir / "runs" / run_name(run), scenes_dir=scenes_dir)
 
 
 def compare(
-    runs: Sequence[Quickstart],  # From `plan_runs`
+    runs: Sequence[CaptionTraining],  # From `plan_runs`
     output_dir: str | Path = "runs/compare",  # Gets a folder for each run, and the record
     jobs: int = 1,  # Runs in parallel, each in its own process
 ) -> Path:  # The record

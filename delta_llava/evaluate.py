@@ -387,7 +387,7 @@ def _seeds_cell(values: Sequence[float | None], form: str) -> str:
 
 
 def score_rows_table(
-    rows: Sequence[Mapping],  # From `quickstart.evaluate_run`, of one or several seeds
+    rows: Sequence[Mapping],  # From `captions.evaluate_run`, of one or several seeds
 ) -> str:  # Markdown
     "Scores of each held-out set and budget, with the range over the seeds."
     cells: dict = {}

@@ -381,7 +381,7 @@ def _card_facts(
     budgets = settings.get("train_budgets") or [settings["tokens"]]
     minutes = f"{run['seconds'] / 60:.0f} min"
     return {
-        "stage": "finetune" if run["kind"] == "finetune" else "pretrain",
+        "stage": {"finetune": "finetune", "recipe": "both"}.get(run["kind"], "pretrain"),
         "budgets in training": ", ".join(map(str, budgets)),
         "rows per step": settings["batch_size"],
         "seeds": ", ".join(map(str, run["seeds"])),
@@ -394,22 +394,20 @@ def _card_facts(
 
 def _card_scores(
     run: dict,  # From `read_run`
-) -> list[tuple[str, ...]]:  # Rows of the card's second table
+) -> list[dict[str, str]]:  # Rows of the card's second table
     "What was measured on held-out scenes."
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, budgets in run["result"].get("scores", {}).items():
         for tokens, s in budgets.items():
-            pointing = f"{s['pointing_accuracy']:.0%} ({s['pointing_chance']:.0%})"
-            rows.append(
-                (
-                    name,
-                    tokens,
-                    f"{s['matched_loss']:.2f}",
-                    f"{s['mismatched_loss']:.2f}",
-                    f"{s['forced_choice_accuracy']:.0%}",
-                    pointing,
-                )
-            )
+            row = {"images": name, "visual tokens": tokens}
+            if run["kind"] == "recipe":  # exact answers of each kind of question
+                row |= {task: f"{scores['accuracy']:.0%}" for task, scores in s.items()}
+            else:
+                row["loss, matched image"] = f"{s['matched_loss']:.2f}"
+                row["loss, mismatched image"] = f"{s['mismatched_loss']:.2f}"
+                row["forced choice (chance 6 %)"] = f"{s['forced_choice_accuracy']:.0%}"
+                row["pointing (chance)"] = f"{s['pointing_accuracy']:.0%} ({s['pointing_chance']:.0%})"
+            rows.append(row)
     return rows
 
 # %% ../nbs/29_runs.ipynb #0a7eed89

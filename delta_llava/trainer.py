@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device, unwrap_model, unwrap_part
@@ -596,15 +597,21 @@ def check_disk_space(
 def _interrupted(
     trainer: HookedTrainer,  # That was stopped
     number: int,  # Signal
+    seconds: float,  # Of this process in the training
+    steps: int,  # That it took in this time
 ) -> TrainingInterrupted:
-    "The exception for a stopped run."
-    done = last_checkpoint(trainer.args.output_dir)
+    "The exception for a stopped run: where it is, how to go on, and how long the rest will take."
+    args, step = trainer.args, trainer.state.global_step
+    done = last_checkpoint(args.output_dir)
     way_out = "Nothing was saved."
     if done is not None:
         way_out = f"{done} is complete: the same command goes on from there."
+    if steps:
+        left = args.max_steps - step
+        per_step = seconds / steps
+        way_out += f" At {per_step:.2g} s a step, {left} more take {tqdm.format_interval(left * per_step)}."
     return TrainingInterrupted(
-        f"Stopped by {signal.Signals(number).name} after step "
-        f"{trainer.state.global_step} of {trainer.args.max_steps}. {way_out}",
+        f"Stopped by {signal.Signals(number).name} after step {step} of {args.max_steps}. {way_out}",
         number,
     )
 
@@ -617,11 +624,14 @@ def _run_trainer(
     if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= trainer.args.max_steps > 0:
         trainer.load_weights(str(checkpoint))  # `Trainer.train` would take one step more
         return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
+        start = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received and trainer.state.global_step < trainer.args.max_steps:
-        raise _interrupted(trainer, stop.received)
+        steps = trainer.state.global_step - first_step
+        raise _interrupted(trainer, stop.received, time.monotonic() - start, steps)
     return trainer.state.log_history
 
 

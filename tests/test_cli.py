@@ -22,7 +22,7 @@ from delta_llava.config import dinov2_s14
 from delta_llava.files import shipped_folder
 from delta_llava.projector import DeltaProjector
 from delta_llava.scenes import concept_names
-from delta_llava.settings import Finetune, Pretrain, Quickstart
+from delta_llava.settings import CaptionTraining, Finetune, Pretrain, Quickstart
 from delta_llava.vlm import save_projector
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "datasets", "matplotlib", "scipy", "peft", "accelerate")
@@ -52,12 +52,12 @@ def image(tmp_path):
 def trained(tmp_path):
     "A folder as a run leaves it, with an untrained projector."
     folder = save_projector(DeltaProjector(dinov2_s14(d_llm=64)), tmp_path / "trained")
-    write_settings(folder, Quickstart())
+    write_settings(folder, CaptionTraining())
     return folder
 
 
 def write_settings(folder, config):
-    about = dict(kind="quickstart", settings=asdict(config), seeds=[config.seed], result={})
+    about = dict(kind="captions", settings=asdict(config), seeds=[config.seed], result={})
     (folder / "run.json").write_text(json.dumps(about, default=str))
 
 
@@ -86,7 +86,7 @@ def printed(*args, capsys):
     "args",
     ["--help", "--version", "trian", "pretrain --help", "quickstart --sed 1", "chat --image none.png",
      "pretrain --data none.json", "doctor none.json", "convert none out", "evaluate none",
-     "compare --compressors", "quickstart --max-steps 0", "launch --help", "speed --help", "flops --help"],
+     "compare --compressors", "quickstart --stage1-steps 0", "launch --help", "speed --help", "flops --help"],
 )  # fmt: skip
 def test_help_and_mistakes_load_nothing_heavy(args, tmp_path):
     "What `--help` imports, in a process of its own."
@@ -122,8 +122,8 @@ def test_help_names_the_commands(capsys):
 
 
 HELP = {
-    "quickstart": ["--max-steps", "Optimizer steps", "--train-budgets", "--output-dir",
-                   "--closed-form-init", "--no-closed-form-init"],
+    "quickstart": ["--stage1-steps", "Optimizer steps of stage 1", "--train-budgets", "--output-dir"],
+    "train": ["--max-steps", "Optimizer steps", "--closed-form-init", "--no-closed-form-init"],
     "pretrain": ["--learning-rate", "--eval-data", "--report-to", "--per-device-batch-size"],
     "finetune": ["--lora-rank", "--load-in-4bit", "--sharding"],
     "chat": ["--image", "The image", "--question", "One question", "--tokens", "Budget V, a square"],
@@ -270,7 +270,7 @@ def test_chat_ends_with_the_input(image, trained, monkeypatch, capsys):
 # --- trainings
 
 
-@pytest.mark.parametrize("args", [["--max-steps", "0"], ["--tokens", "4"], ["--test-images", "1"]])
+@pytest.mark.parametrize("args", [["--stage1-steps", "0"], ["--tokens", "4"], ["--test-images", "1"]])
 def test_settings_that_cannot_be(args, tmp_path, loaded, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["quickstart", *args, "--output-dir", str(tmp_path / "q")])
@@ -288,11 +288,9 @@ def quickstart_report(monkeypatch):
 
 
 def test_quickstart_passes_every_field(tmp_path, quickstart_report):
-    options = "--seed 7 --max-steps 3 --train-budgets 4 16 --no-closed-form-init".split()
+    options = "--seed 7 --stage1-steps 3 --train-budgets 4 16 --lora-rank 8".split()
     cli.main(["quickstart", *options, "--output-dir", str(tmp_path)])
-    expected = Quickstart(
-        seed=7, max_steps=3, train_budgets=(4, 16), closed_form_init=False, output_dir=tmp_path
-    )
+    expected = Quickstart(seed=7, stage1_steps=3, train_budgets=(4, 16), lora_rank=8, output_dir=tmp_path)
     assert quickstart_report.call_args.args == (expected,)
 
 
@@ -307,13 +305,13 @@ def test_a_stop_says_how_to_go_on(tmp_path, quickstart_report, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_train_is_the_quickstart_without_its_report(monkeypatch, capsys):
+def test_train_is_a_training_on_captions(monkeypatch, capsys):
     run = Mock(return_value=(None, None, [dict(loss=3.0), dict(lr=1), dict(loss=1.0)]))
     monkeypatch.setattr(importlib.import_module("delta_llava.train"), "train_run", run)
     cli.main(["train", "--compressor", "mqt", "--tokens", "9"])
     (config,) = run.call_args.args
-    assert type(config) is Quickstart
-    assert config == Quickstart(
+    assert type(config) is CaptionTraining
+    assert config == CaptionTraining(
         compressor="mqt", tokens=9, train_budgets=(), eval_budgets=(), output_dir=Path("runs/train-mqt")
     )
     assert "3.00 → 1.00" in capsys.readouterr().out
@@ -496,9 +494,9 @@ def scored(seed, tokens):
 def test_evaluate_scores_every_seed_and_says_what_is_missing(tmp_path, trained, monkeypatch, capsys):
     other = tmp_path / "seed1"
     shutil.copytree(trained, other)
-    write_settings(other, Quickstart(seed=1))
+    write_settings(other, CaptionTraining(seed=1))
     score = Mock(side_effect=lambda folder, tokens, images: [scored(int(folder == other), t) for t in tokens])
-    monkeypatch.setattr(importlib.import_module("delta_llava.quickstart"), "evaluate_run", score)
+    monkeypatch.setattr(importlib.import_module("delta_llava.captions"), "evaluate_run", score)
     cli.main(["evaluate", str(trained), str(other), "--tokens", "16", "4", "--images", "8"])
     assert [c.args for c in score.call_args_list] == [(trained, (16, 4), 8), (other, (16, 4), 8)]
     text = capsys.readouterr().out
@@ -524,7 +522,7 @@ def test_evaluate_refuses_before_it_loads(tmp_path, trained, loaded, monkeypatch
     assert "tokens=5" in refused("evaluate", trained, "--tokens", 5, capsys=capsys)
     other = tmp_path / "other"
     shutil.copytree(trained, other)
-    write_settings(other, Quickstart(max_steps=7))
+    write_settings(other, CaptionTraining(max_steps=7))
     assert "other settings" in refused("evaluate", trained, other, capsys=capsys)
     assert "not a folder" in refused("evaluate", "--tables", "--runs", tmp_path / "none", capsys=capsys)
     assert not loaded.called
@@ -538,7 +536,7 @@ def test_without_a_run_of_ones_own_the_model_in_the_package_is_taken(tmp_path, m
     assert cli.trained_folder(None) == shipped_folder()
     cli.print_training_scope(shipped_folder())
     note = capsys.readouterr().err
-    assert "comes with the package" in note and all(name in note for name in concept_names())
+    assert "The model in the package" in note and all(name in note for name in concept_names())
 
 
 def test_ones_own_run_comes_first_and_is_not_called_the_packages(tmp_path, monkeypatch, capsys):
@@ -550,8 +548,11 @@ def test_ones_own_run_comes_first_and_is_not_called_the_packages(tmp_path, monke
     shutil.copytree(shipped_folder(), own, dirs_exist_ok=True)  # a recipe's run
     assert cli.trained_folder(None) == own
     cli.print_training_scope(own)
-    assert capsys.readouterr().err == ""
+    note = capsys.readouterr().err
+    assert "This model was trained on drawn scenes" in note and "package" not in note
     run = json.loads((own / "run.json").read_text())
-    (own / "run.json").write_text(json.dumps(run | dict(kind="quickstart")))
-    cli.print_training_scope(own)
-    assert "was trained on one question" in capsys.readouterr().err
+    for kind in ("captions", "quickstart"):  # the second is of earlier versions
+        (own / "run.json").write_text(json.dumps(run | dict(kind=kind)))
+        cli.print_training_scope(own)
+        note = capsys.readouterr().err
+        assert "was trained on one question" in note and "drawn scenes" not in note

@@ -128,8 +128,12 @@ def test_make_has_the_target(command):
 
 # What a test runs: the command as it is printed, with these options after it.
 SMALL = "--max-steps 2 --train-images 4 --test-images 2 --batch-size 2"
+SMALL_RECIPE = (
+    "--stage1-steps 2 --stage2-steps 2 --train-images 4 --test-images 2 --stage1-batch-size 2 "
+    "--stage2-batch-size 2"
+)
 SHORT = {
-    "quickstart": f"{SMALL} --eval-budgets 16",
+    "quickstart": SMALL_RECIPE,
     "compare": "--max-steps 1 --train-images 4 --test-images 2 --batch-size 2",
     "train": SMALL,
     "speed": "--repeats 3 --warm-up 0 --answer 2",

@@ -5,16 +5,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from delta_llava.captions import HELD_OUT_SETS, CaptionTraining
 from tiny_stage import write_models
 
 from delta_llava import compare
 from delta_llava.compare import plan_runs, run_label, run_name, score_table
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS
-from delta_llava.quickstart import HELD_OUT_SETS, Quickstart
 from delta_llava.runs import read_record
 
 RUNS = Path(__file__).parent.parent / "runs"
-TINY = Quickstart(max_steps=2, batch_size=2, train_images=8, test_images=2)
+TINY = CaptionTraining(max_steps=2, batch_size=2, train_images=8, test_images=2)
 
 
 def test_each_system_is_trained_as_its_authors_do():
@@ -50,7 +50,7 @@ def test_plan_has_every_seed_and_initialization_and_every_name():
 
 def test_impossible_budgets_are_left_out():
     assert [run.tokens for run in plan_runs(["tokenpacker"], (36, 20, 4), (0,), (True,))] == [36, 4]
-    large = Quickstart(tower="hub:openai/clip-vit-large-patch14-336", image_size=336)  # a grid of 24×24
+    large = CaptionTraining(tower="hub:openai/clip-vit-large-patch14-336", image_size=336)  # a grid of 24×24
     runs = plan_runs(["tokenpacker", "mlp"], (64, 36), (0,), (True,), large)
     assert [run.tokens for run in runs] == [64, 36, 576]
     with pytest.raises(ValueError, match="'perceiver' is unknown"):

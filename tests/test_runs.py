@@ -142,8 +142,8 @@ def test_committed_records_are_read_with_todays_names(path):
 
 
 def test_old_scores_and_settings_keep_their_values():
-    record = read_record(ROOT / "runs" / "quickstart-seed0.json")
-    old = json.loads((ROOT / "runs" / "quickstart-seed0.json").read_text())
+    record = read_record(ROOT / "runs" / "captions-seed0.json")
+    old = json.loads((ROOT / "runs" / "captions-seed0.json").read_text())
     assert record["settings"]["learning_rate"] == old["recipe"]["lr"] == 5e-4
     assert record["settings"]["eval_budgets"] == old["recipe"]["test_budgets"]
     before = old["result"]["scores"]["heldout_scenes, one thing"]["16"]
@@ -263,7 +263,7 @@ def test_what_is_no_model_is_refused(parts, tmp_path):
 
 
 def test_a_card_says_what_the_run_says(tmp_path):
-    record = json.loads((ROOT / "runs" / "quickstart-seed0.json").read_text())
+    record = json.loads((ROOT / "runs" / "captions-seed0.json").read_text())
     record["recipe"] |= dict(tower="/elsewhere/towers/clip", llm="hub:someone/llm")
     save_projector(tiny_model(), tmp_path)
     (tmp_path / "record.json").write_text(json.dumps(record))  # as an earlier version left it

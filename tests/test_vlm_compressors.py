@@ -24,8 +24,6 @@ from delta_llava.compressors.base import (
 from delta_llava.gradcam import word_cams
 from delta_llava.grid import VisionFeatures
 from delta_llava.processor import build_processor
-from delta_llava.quickstart import run_quickstart
-from delta_llava.settings import Quickstart
 from delta_llava.tower import vision_features
 from delta_llava.vlm import (
     DeltaLlavaConfig,
@@ -383,8 +381,6 @@ def test_every_image_gets_its_own_question():
 def test_tokens_without_a_place_get_no_map(name):
     with pytest.raises(ValueError, match="have no position in the image"):
         word_cams(tiny(name), None, Image.new("RGB", (8, 8)), "What?")
-    with pytest.raises(ValueError, match="without a position in the image"):
-        run_quickstart(Quickstart(compressor=name))
 
 
 @every

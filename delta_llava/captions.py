@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT_SETS', 'HELD_OUT_SEED', 'QUESTION', 'CAPTION_TOKENS', 'POINTING_IMAGES', 'TARGETS', 'training_images',
-           'held_out_images', 'extract_features', 'pointing_game_accuracy', 'question_inputs', 'evaluate_set',
-           'evaluate_sets', 'read_caption_training', 'evaluate_run', 'draw_examples', 'meets_target']
+           'held_out_set', 'held_out_images', 'extract_features', 'pointing_game_accuracy', 'question_inputs',
+           'evaluate_set', 'evaluate_sets', 'read_caption_training', 'evaluate_run', 'draw_examples', 'meets_target']
 
 # %% ../nbs/49_captions.ipynb #011bdfdc
 import textwrap
@@ -67,19 +67,25 @@ def training_images(
     )
 
 
+def held_out_set(
+    name: str,  # A key of `HELD_OUT_SETS`
+    folder: str | Path,  # Gets images and conversations
+    n: int,  # Images
+    size: int,  # Side of an image, px
+) -> Dataset:  # Rows
+    "Write one held-out set as LLaVA conversations, and read it."
+    split, n_objects = HELD_OUT_SETS[name]
+    fewest, _ = n_objects
+    target = Path(folder) / f"{split}-{fewest}"
+    return _scene_rows(target, n, split, HELD_OUT_SEED + fewest, n_objects, size)
+
+
 def held_out_images(
     config: CaptionTraining,  # Number and size of the images
     folder: str | Path,  # Gets images and conversations
 ) -> dict[str, Dataset]:  # Rows of each set of `HELD_OUT_SETS`
     "Write the held-out scenes as LLaVA conversations, and read them."
-    sets = {}
-    for name, (split, n_objects) in HELD_OUT_SETS.items():
-        fewest, _ = n_objects
-        target = Path(folder) / f"{split}-{fewest}"
-        sets[name] = _scene_rows(
-            target, config.test_images, split, HELD_OUT_SEED + fewest, n_objects, config.drawn_size
-        )
-    return sets
+    return {name: held_out_set(name, folder, config.test_images, config.drawn_size) for name in HELD_OUT_SETS}
 
 
 def extract_features(

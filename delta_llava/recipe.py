@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from .adapter import selected_logits
 from .assets import resolve
@@ -301,8 +301,8 @@ class TaskCurves(TrainerCallback):
             self.after_scoring(model)
 
 
-class PrintLog(TrainerCallback):
-    "Prints each logged loss at once, for runs without a progress bar."
+class PrintLog(PrinterCallback):
+    "Prints each logged loss at once, with the time that is left, for runs without a progress bar."
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.perf_counter(), state.global_step

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .adapter import HookedTrainer, checkpoint_dir, inputs_on_device, unwrap_model, unwrap_part
 from .collator import Collator, split_batch
@@ -683,6 +683,10 @@ def train_stage(
         eval_dataset=eval_rows,
         callbacks=[KeepIntervals(), *callbacks],
     )
+    if any(isinstance(callback, PrinterCallback) for callback in callbacks):
+        trainer.remove_callback(
+            PrinterCallback
+        )  # transformers' own, which would print each log a second time
     trainer.eval_budgets = tuple(eval_budgets)
     trainer.follows_schedule = stage == "finetune"
     if max_minutes:

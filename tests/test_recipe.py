@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_stage import write_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_stage import chatml_tokenizer, write_models
 from torch import nn
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from delta_llava import recipe as recipe_module
 from delta_llava.answerer import Answerer, Request
@@ -22,16 +21,6 @@ from delta_llava.settings import LongRecipe, Recipe
 from delta_llava.shared_image import SharedImageCollator, TurnTokenizer, question_pairs
 from delta_llava.train import build_stage_model
 from delta_llava.trainer import StageTrainer, TimeLimit, stage_arguments
-
-
-def chatml_tokenizer():
-    "One token for each byte, and the marks of ChatML."
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
-    spelling = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spelling.decoder = decoders.ByteLevel()
-    marks = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
-    return PreTrainedTokenizerFast(tokenizer_object=spelling, **marks)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from delta_llava import load
 from delta_llava.answerer import Answerer
 from delta_llava.files import read_json, shipped_folder
 from delta_llava.questions import make_questions, plan_question_scene
-from delta_llava.runs import read_record
+from delta_llava.runs import read_record, rename_legacy
 from delta_llava.scenes import draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +30,7 @@ def test_its_run_names_commit_command_and_settings():
     assert run["kind"] == "recipe"
     for name in ("commit", "command", "hardware", "seeds", "settings"):
         assert run[name] == record[name]
+    assert rename_legacy(run)["result"]["scores"] == record["result"]["scores"]
 
 
 def test_its_matrices_are_bfloat16():

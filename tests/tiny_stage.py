@@ -11,14 +11,32 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tiny_vlm import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from delta_llava.train import Finetune, Pretrain, run_stage
 from delta_llava.trainer import COMPLETE, StageTrainer, TimeLimit, TrainingInterrupted
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (128, 128, 128)}
+
+
+def chatml_tokenizer():
+    "One token for each byte, and the marks of ChatML."
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    spelling = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    marks = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=spelling, **marks)
 
 
 def write_models(folder):

@@ -681,12 +681,12 @@ def train_stage(
         data_collator=collator,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        callbacks=[KeepIntervals(), *callbacks],
+        callbacks=[KeepIntervals()],
     )
     if any(isinstance(callback, PrinterCallback) for callback in callbacks):
-        trainer.remove_callback(
-            PrinterCallback
-        )  # transformers' own, which would print each log a second time
+        trainer.remove_callback(PrinterCallback)  # transformers' own would print each log a second time
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.eval_budgets = tuple(eval_budgets)
     trainer.follows_schedule = stage == "finetune"
     if max_minutes:

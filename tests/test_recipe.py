@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,15 @@ def test_a_run_leaves_scores_curves_and_small_weights(tiny):
     llm = load(tiny.work_folder / "stage1")[0].language_model.state_dict()
     assert any(not w.equal(llm[k]) for k, w in exact.language_model.state_dict().items())
     assert run_recipe(tiny)["result"]["scores"] == run["result"]["scores"]  # nothing is trained again
+
+
+def test_each_log_is_printed_once_with_the_time_that_is_left(tiny, capsys):
+    run_recipe(replace(tiny, curve_steps=0))
+    printed = capsys.readouterr().out
+    lines = re.findall(r"step (\d) of 4: loss [\d.]+, rate \S+, \d+ s, [\d.]+ steps/s, (\S+) left", printed)
+    assert [int(step) for step, _ in lines] == [1, 2, 3, 4] * 2  # both stages
+    assert lines[3][1] == lines[7][1] == "00:00"
+    assert "{'loss'" not in printed and "scored in" not in printed  # nothing of transformers, no curves
 
 
 def test_a_stopped_recipe_goes_on_to_the_same_weights(tiny, tmp_path, monkeypatch):

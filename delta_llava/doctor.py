@@ -135,7 +135,7 @@ def _image_warnings(
     name: str,  # As in the row
     opened: Image.Image,  # The file
 ) -> list[Problem]:
-    "What is unusual about a file that decodes."
+    "Warnings about a file that decodes."
     form, frames = opened.format, getattr(opened, "n_frames", 1)
     if form == "MPO":  # a camera's JPEG with a preview inside
         form, frames = "JPEG", 1
@@ -337,7 +337,7 @@ def repair_row(
 # %% ../nbs/33_doctor.ipynb #ef1b9fbd
 @dataclass
 class RowResult:
-    "What was found in one row of the file."
+    "Result of the check of one row."
 
     index: int  # In the file, from 0
     id: str | None  # As in the row
@@ -492,7 +492,7 @@ OUTCOMES = ("kept", "repaired", "left out")
 
 @dataclass
 class DatasetReport:
-    "What was found in a file."
+    "Result of the check of a file."
 
     file: str  # The data
     images: str  # Its image folder

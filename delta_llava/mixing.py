@@ -52,7 +52,7 @@ class EMHSA(nn.Module):
         r: int,  # Reduction per side, $r$
     ) -> Float[Tensor, "b _ {self.channels}"]:  # About $1/r^2$ as many tokens
         "Tokens for keys and values, pooled by `r` per side."
-        if self.pool == "square":  # cells of r×r; at an incomplete border, the mean of what is there
+        if self.pool == "square":  # cells of r×r; an incomplete cell at the border averages the tokens it has
             image = x.permute(0, 3, 1, 2)
             return F.avg_pool2d(image, r, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
         return F.avg_pool1d(x.flatten(1, 2).transpose(1, 2), r * r).transpose(1, 2)  # the tail is dropped

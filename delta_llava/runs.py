@@ -250,7 +250,7 @@ def add_results(
 def read_run(
     folder: str | Path,  # Folder of a run, of any version
 ) -> dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
-    "What is known about a run, with today's names."
+    "Settings, provenance and results of a run, with today's names."
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return rename_legacy(read_json(folder / RUN_FILE, dict, "Start the run again in another folder."))

@@ -69,7 +69,7 @@ class EViTConfig(MLPConfig):
 
 
 class EViT(MLP):
-    "LLaVA's MLP on the tokens that a tower with reducing blocks has left (@eq-fuse)."
+    "LLaVA's MLP on the tokens that remain after the tower's reducing blocks (@eq-fuse)."
 
     Config = EViTConfig
     config: EViTConfig

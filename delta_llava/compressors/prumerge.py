@@ -123,7 +123,7 @@ class PruMergeConfig(MLPConfig):
     @classmethod
     def from_dict(
         cls,
-        d: dict,  # What `to_dict` gave; earlier versions wrote `neighbours`
+        d: dict,  # Output of `to_dict`; earlier versions wrote `neighbours`
     ) -> CompressorConfig:  # Of this class
         "The config that `to_dict` wrote."
         return super().from_dict({"neighbors" if k == "neighbours" else k: v for k, v in d.items()})

@@ -233,9 +233,7 @@ class Gradcam:
 
     image: Path  # The image
     question: Annotated[str, QUESTION_ARG] = "What is in the picture?"  # The question
-    word: tuple[
-        str, ...
-    ] = ()  # Words of the answer, one row each; without it the one that depends most on the image
+    word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the most visual word
     tokens: tuple[int, ...] = ()  # Budgets, one column each; without it those of the evaluation, except 1
     method: Literal["gradcam", "hirescam", "saliency"] = "gradcam"  # How a map is made from the gradient
     out: Path = Path("gradcam.png")  # The figure
@@ -287,9 +285,7 @@ class Doctor:
     text_rows: bool = True  # Allow rows without an image
     follow_links: bool = False  # Symbolic links below the folder of the images may lead out of it
     llm: str | None = None  # Also measure lengths, with this model's tokenizer
-    template: Literal["plain", "v1", "chatml", "chat"] = (
-        "v1"  # Template of the training; chat is the LLM's own
-    )
+    template: Literal["plain", "v1", "chatml", "chat"] = "v1"  # Of the training; chat is the LLM's own
     tokens: int = 144  # Budget V: positions that the image occupies
     max_length: int = 2048  # Most tokens of a row, those of the image included
     num_workers: int | None = None  # Processes; without it one for each MiB of data, at most one per core
@@ -339,9 +335,7 @@ class Tasks:
 
     folder: tyro.conf.Positional[Path] = Path("runs/scenes")  # Gets questions, images and task files
     n: int = 50  # Scenes
-    split: Literal["heldout_scenes", "heldout_artist", "train"] = (
-        "heldout_scenes"  # Split of objects and artists
-    )
+    split: Literal["heldout_scenes", "heldout_artist", "train"] = "heldout_scenes"  # Objects and artists
     seed: int = 4_000_000  # Seed of the scenes
     size: int = 168  # Side of an image, px
     caption: str = "Provide a one-sentence caption for the provided image."  # Prompt of the captions
@@ -372,9 +366,7 @@ class Convert:
     heads: int | None = None  # Heads of the attention; without it the published number
     grid: int | None = None  # Patches per side; without it the tower's
     projector_only: bool = False  # Take the projector of a whole model alone
-    format: Literal["bin", "safetensors"] | None = (
-        None  # Format of the files; without it what the target reads
-    )
+    format: Literal["bin", "safetensors"] | None = None  # Of the files; without it what the target reads
 
     def __call__(self):
         if not self.source.exists():
@@ -469,9 +461,7 @@ def check_one_run(
 class Claims:
     "List the paper's claims with a verdict each, or check some and say how to repeat the work behind them."
 
-    numbers: tyro.conf.Positional[
-        tuple[int, ...]
-    ] = ()  # Numbers of the claims to check; without them all are listed
+    numbers: tyro.conf.Positional[tuple[int, ...]] = ()  # Claims to check; without them all are listed
     runs: Path = Path("runs")  # Records of the trainings and timings
 
     def __call__(self):

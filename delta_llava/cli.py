@@ -626,9 +626,7 @@ def run_command(
         if debug:
             raise
         sys.exit(f"delta-llava: {error}")
-    except (
-        KeyboardInterrupt
-    ) as stop:  # the message of a training says how to resume it, and which signal stopped it
+    except KeyboardInterrupt as stop:  # a training's message says how to resume it, and names the signal
         if debug:
             raise
         print(f"\n{stop}" if str(stop) else "\nStopped. The same command starts again.", file=sys.stderr)

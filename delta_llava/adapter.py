@@ -355,14 +355,14 @@ def _private(
 def attention_implementation(
     config,  # Config of a vision tower or of an LLM
 ) -> str:  # Such as `"sdpa"`
-    "How attention is computed."
+    "Name of the attention implementation."
     return _private(config, "_attn_implementation")
 
 
 def layer_class_names(
     decoder: nn.Module,  # The LLM without its head
 ) -> list[str]:  # Such as `["LlamaDecoderLayer"]`
-    "Class names of the layers that stay whole when a model is spread over processes."
+    "Class names of the layers that stay whole when a model is sharded."
     return sorted(_private(decoder, "_no_split_modules") or [])
 
 

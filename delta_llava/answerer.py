@@ -30,7 +30,7 @@ class Request:
     "A question with the images that it is about."
 
     question: str | Sequence[dict]  # Text or messages; images come first unless `<image>` places them
-    images: Sequence = ()  # Whatever `open_image` takes: paths, open files, PIL images
+    images: Sequence = ()  # Anything that `open_image` takes: paths, open files, PIL images
     vision_features: Tensor | VisionFeatures | None = None  # [i, n, l·c] Patch features, instead of `images`
     visual_tokens: Tensor | None = None  # [i, v, d] Projector output, instead of `images`
 
@@ -64,7 +64,7 @@ class Request:
 
     @property
     def n_images(self) -> int:
-        "How many images the question is about."
+        "Number of images that the question is about."
         if self.source is None:
             return 0
         if self.source == "vision_features":
@@ -463,7 +463,7 @@ class Answerer(RequestRunner):
 
     def answer(
         self,
-        images,  # One or several of whatever `open_image` takes, or `None`
+        images,  # One or several of anything that `open_image` takes, or `None`
         question: str | Sequence[dict],  # A text, or the messages before the answer
         *,
         tokens: int | None = None,  # Budget $V$; `None` takes the model's

@@ -29,7 +29,7 @@ from .settings import Cost, Finetune, LongRecipe, Pretrain, Quickstart, Recipe, 
 
 # %% ../nbs/52_cli.ipynb #7398e823
 def program_name() -> str:  # Such as `delta-llava`
-    "What to type for this program: its name, or its path if the environment is not activated."
+    "The command for this program: its name, or its path if the environment is not activated."
     if which("delta-llava"):
         return "delta-llava"
     return os.path.relpath(Path(sys.executable).with_name("delta-llava"))

@@ -158,7 +158,7 @@ def image_problems(
     folder: str | Path,  # Image folder
     follow_links: bool = False,  # Symbolic links below `folder` may lead out of it
 ) -> list[Problem]:
-    "Decode an image as training does, and look at its header."
+    "Problems of an image: it is decoded as in training, and its header is read."
     path = Path(folder) / image
     try:
         open_image(resolve_image_path(image, folder, follow_links))

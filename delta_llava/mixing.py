@@ -147,7 +147,7 @@ def split_channels(
     ratio: int | float,  # Fraction for EMHSA
     head_dim: int,  # Channels of one head; both parts are multiples of it
 ) -> tuple[int, int]:  # Channels of EMHSA and of MHCA
-    "How the block splits its channels: in steps of 32 as the authors do, or of `head_dim` where 32 fails."
+    "Channels of EMHSA and MHCA: in steps of 32 as the authors do, or of `head_dim` where 32 fails."
     for step in (32, head_dim):
         attn_channels = round_channels(int(channels * ratio), step)
         conv_channels = channels - attn_channels

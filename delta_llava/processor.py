@@ -316,7 +316,7 @@ def special_prefix(
 
 # %% ../nbs/23_processor.ipynb #a1c02301
 class PromptMixin:
-    "Conversations to prompts, and texts to token ids; for training and inference alike."
+    "Conversations to prompts, and texts to token ids, both in training and at inference."
 
     # What the processor below provides
     tokenizer: PreTrainedTokenizerBase
@@ -811,7 +811,7 @@ def answer_spans(
 ) -> tuple[
     list[int], list[tuple[int, int]]
 ]:  # Token ids of all messages; start and end of each answer in them
-    "Where the answers lie among the token ids of a conversation (@eq-span)."
+    "Token ids of a conversation, and the span of each answer in them (@eq-span)."
     eos = processor.tokenizer.eos_token_id
     whole = processor.build_prompt(messages, add_generation_prompt=False)
     ids = processor.encode_text(whole)

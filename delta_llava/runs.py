@@ -237,7 +237,7 @@ def write_run(
 
 def add_results(
     output_dir: str | Path,  # Folder of a finished run
-    **results,  # JSON-safe: scores and the like
+    **results,  # JSON-safe, such as scores
 ) -> dict:  # The whole run
     "Add results to a run that is finished."
     path = Path(output_dir) / RUN_FILE

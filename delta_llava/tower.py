@@ -500,7 +500,7 @@ def image_processor_for(
 def image_aspect(
     processor: BaseImageProcessor,  # Of the tower
 ) -> str:  # `"pad"` or `"original"`
-    "How an image is made square: padded, or as the tower's own processor does it."
+    "The way in which an image is made square: padding, or that of the tower's own processor."
     return "pad" if getattr(processor, "do_pad", False) else "original"
 
 

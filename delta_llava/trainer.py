@@ -321,7 +321,7 @@ def _is_complete(
 def last_checkpoint(
     output_dir: str | Path,  # Output folder of a run
 ) -> Path | None:  # Its newest complete checkpoint; `None` if there is none
-    "Where to resume. An incomplete checkpoint is ignored."
+    "The checkpoint from which to resume; incomplete ones are ignored."
     done = [m.parent for m in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}") if _is_complete(m.parent)]
     return max(done, key=lambda p: int(p.name.split("-")[1]), default=None)
 
@@ -579,7 +579,7 @@ def check_disk_space(
     model: DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
     output_dir: str | Path,  # Where checkpoints go
 ):
-    "An error if the disk has no room for the checkpoints and the result."
+    "An error if the disk has too little space for the checkpoints and the result."
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, result = checkpoint_bytes(model)

@@ -143,7 +143,7 @@ def tower_fingerprint(
 
 # %% ../nbs/22_vlm.ipynb #c172f5ed
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    "How weights are initialized, saved and loaded."
+    "Base class: weights are initialized, saved and loaded here."
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
@@ -417,7 +417,7 @@ class VisualInputs(nn.Module):
         pixel_values: Tensor,  # `[b, 3, h, w]` Images, normalized
         **kwargs,  # As for `get_image_features`
     ) -> list[int]:  # For the processor's `tokens`
-        "How many visual tokens each image gets; not the same for all with an adaptive compressor."
+        "Number of visual tokens of each image; adaptive compressors give images different numbers."
         with torch.no_grad():
             images = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         return [len(visual) for visual in images.pooler_output]
@@ -766,7 +766,7 @@ class DeltaLlavaForConditionalGeneration(
         past_key_values=None,  # Cache of earlier positions
         inputs_embeds: Tensor | None = None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
         labels: Tensor | None = None,  # `[b, t]` Token ids to predict, -100 where nothing is supervised
-        logits_to_keep: int | Tensor = 0,  # Logits of the last so many positions only; 0 is all
+        logits_to_keep: int | Tensor = 0,  # Logits of this many last positions only; 0: of all
         *,
         vision_features: Tensor
         | VisionFeatures
@@ -940,8 +940,7 @@ def tower_identity(
 def save_projector(
     model: nn.Module,  # The projector, or the model that holds it, perhaps in PEFT's wrappers
     folder: str | Path,  # Gets `projector.safetensors` and `projector.json`
-    state: dict[str, Tensor]
-    | None = None,  # The projector's weights, where the model's are spread over processes
+    state: dict[str, Tensor] | None = None,  # The projector's weights, if the model's are sharded
 ) -> Path:  # The folder
     "Save the projector alone."
     model = adapter.unwrap_model(model)

@@ -50,7 +50,7 @@ class EViTConfig(MLPConfig):
         return self.blocks or tuple(sorted(block for block in quarters if block < level))
 
     def tower_reduction(self) -> tuple[tuple[int, int], ...]:  # (block, tokens after its attention)
-        "Where the tower reduces its tokens, and to how many (@eq-counts)."
+        "Blocks in which the tower reduces its tokens, and the tokens after each (@eq-counts)."
         n, blocks = self.grid**2, self.reducing_blocks()
         reduction = []
         for j, block in enumerate(blocks, 1):

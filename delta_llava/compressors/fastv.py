@@ -466,7 +466,7 @@ def check_no_new_images(
     image_mask: Tensor | None,  # Positions of the image tokens
     x: Float[Tensor, "b t d"],  # Hidden states of a pass that continues a sequence
 ) -> None:
-    "Error if a pass that continues a cache brings images."
+    "Error if a pass that continues a cache contains images."
     if image_mask is None or x.shape[1] == 1 or image_mask.shape != x.shape[:2]:
         return
     if image_mask.any():

@@ -143,7 +143,7 @@ def tower_fingerprint(
 
 # %% ../nbs/22_vlm.ipynb #c172f5ed
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    "Base class: weights are initialized, saved and loaded here."
+    "Base class that initializes, saves and loads weights."
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig

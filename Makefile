@@ -10,43 +10,43 @@ EVAL   := .venv-eval/bin/python
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
 
-quickstart: $(READY)  ## train a Delta projector, look at it, write runs/quickstart/ (options: ARGS="...")
+quickstart: $(READY)  ## train a Delta projector and write its report to runs/quickstart/ (options: ARGS="...")
 	.venv/bin/delta-llava quickstart $(ARGS)
 
-test: $(READY)  ## clean and in sync, every notebook, every test
+test: $(READY)  ## all checks, every notebook, every test
 	@$(PY) tools/check.py
 
-sync: $(READY)  ## only: notebooks clean, modules and README in sync with them
+sync: $(READY)  ## check only that notebooks are clean, and modules and README in sync with them
 	@$(PY) tools/check.py --sync
 
 readme: $(READY)  ## run nbs/index.ipynb and write README.md from it
 	$(PY) tools/make_readme.py --run
 
-outputs: $(READY)  ## run the notebooks and compare what they print with what is committed (ARGS=nbs/26_flops.ipynb: one)
+outputs: $(READY)  ## run the notebooks and compare their outputs with the committed ones (one notebook: ARGS=nbs/26_flops.ipynb)
 	OMP_NUM_THREADS=1 $(PY) tools/check_outputs.py $(ARGS)
 
-slow: $(READY)  ## the slow notebook cells and tests as well; those of JupyterLab want a chromium
+slow: $(READY)  ## also the slow notebook cells and tests; those of JupyterLab need chromium
 	$(PY) -m uv pip install --quiet --python $(PY) --group slow -c requirements.lock
 	@$(PY) tools/check.py --flag slow
 
-net: $(READY)  ## the cells and tests that download as well
+net: $(READY)  ## also the cells and tests that download
 	@$(PY) tools/check.py --flag net
 
-gpu: $(READY)  ## on a machine with a GPU: its tests and all benchmarks, records in runs/ (ARGS="--minutes 9")
+gpu: $(READY)  ## on a machine with a GPU: GPU tests and all benchmarks, with records in runs/ (ARGS="--minutes 9")
 	$(PY) benchmarks/gpu.py $(ARGS)
 
-lab: $(READY)  ## JupyterLab on the notebooks
+lab: $(READY)  ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs $(ARGS)
 
-eval: .venv-eval/.installed  ## an environment with lmms-eval, .venv-eval; `make slow` uses it where it is
+eval: .venv-eval/.installed  ## create .venv-eval, an environment with lmms-eval; `make slow` uses it if it exists
 
-docs: $(READY)  ## the site, in _docs/: by Quarto where there is one, else the same pages checked and a plain preview
+docs: $(READY)  ## build the site in _docs/ with Quarto; without Quarto, check the pages and write a plain preview
 	@! command -v quarto >/dev/null || .venv/bin/nbdev_proc_nbs
 	@$(PY) tools/check_docs.py
 	@command -v quarto >/dev/null || { echo "No Quarto here (https://quarto.org/docs/get-started): _docs/ is the plain preview."; exit 0; }; \
 	cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs
 
-lock: $(READY)  ## both locks anew from pyproject.toml; keeps what need not move (ARGS=--upgrade moves all)
+lock: $(READY)  ## write both lock files from pyproject.toml with few changes (ARGS=--upgrade updates all)
 	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra notebooks --group dev --universal --python-version 3.11 \
 	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" --quiet $(ARGS) -o requirements.lock
 	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra eval --group dev --universal --python-version 3.11 \

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, with one command, in order of worth:
+"""All measurements that need a GPU, with one command, the most important first:
 
     make gpu                                         # = python benchmarks/gpu.py --minutes 9
     python benchmarks/gpu.py --minutes 5 --out DIR   # records into another folder

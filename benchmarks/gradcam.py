@@ -367,7 +367,7 @@ class GradcamBenchmark:
                 rows += [about | dict(set=name, tokens=tokens) | row for row in part["rows"]]
 
     def score_set(self, model, processor, rows: Sequence[dict], name, tokens, settings):
-        "Scores of one set at one budget; kept in `output_dir`, so that a stopped benchmark goes on."
+        "Scores of one set at one budget; kept in `output_dir`, so that a stopped run can continue."
         label = f"{settings['compressor']}-{settings['seed']}-{name}-{tokens}"
         path = self.output_dir / f"{label}-{self.images}-{self.curve_images}-{self.steps}.json"
         if path.exists():

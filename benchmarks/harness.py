@@ -3,7 +3,7 @@ images of the questions and with those of other scenes:
 
     .venv-eval/bin/python benchmarks/harness.py     # the model of the package; writes runs/harness.json
 
-The record is written after every run of lmms-eval. The same command goes on where one was stopped.
+The record is written after every run of lmms-eval. The same command continues a run that was stopped.
 """
 
 import os

@@ -132,7 +132,7 @@ def timed_step(
 
 
 def free_memory(device: torch.device):
-    "Return what no object holds any more to the GPU."
+    "Release memory that no object uses any more to the GPU."
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -168,7 +168,7 @@ class StepTimes:
     # ------------------------------------------------------------ which cells
 
     def cells(self) -> list[Cell]:
-        "The cells of the plan, in order of worth."
+        "The cells of the plan, the most important first."
         return dict(switches=self.switches, budgets=self.table, finetune=self.finetune)[self.plan]()
 
     def switches(self) -> list[Cell]:

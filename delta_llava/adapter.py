@@ -183,7 +183,7 @@ def causal_mask(
 def is_packed(
     position_ids: Tensor | None,  # `[b, t]` Positions of a pass; `None` counts
 ) -> bool:
-    "Whether a row holds several sequences, which position ids that start again say."
+    "Whether a row holds several sequences, as position ids that start again show."
     return position_ids is not None and moving_part("find_packed_sequence_indices")(position_ids) is not None
 
 
@@ -199,8 +199,8 @@ RECURRENT_TYPES = {"rwkv", "xlstm", "mamba", "mamba2", "falcon_mamba"}  # of mod
 
 def mixes_rows(
     llm: nn.Module,  # Causal LM
-) -> str | None:  # What does; `None` for attention alone
-    "The layers through which rows that share a sequence would reach each other: convolutions, recurrences."
+) -> str | None:  # Name of such a layer; `None` if there is none
+    "Layers through which packed rows would influence each other: convolutions and recurrences."
     config = llm.config
     if config.model_type in RECURRENT_TYPES:
         return config.model_type
@@ -239,7 +239,7 @@ PIL_PROCESSORS = tuple(name for name in PARTS if name.endswith("ImageProcessorPi
 
 
 def keep_pil_backend() -> None:
-    "From now on, a saved image processor that is named by its PIL class is loaded as that."
+    "Register the PIL classes, so that a saved image processor with a PIL class is loaded as that class."
     from transformers import AutoImageProcessor, PreTrainedConfig
 
     for name in PIL_PROCESSORS:
@@ -253,7 +253,7 @@ def open_images_of_pipelines(
     processor: type,  # Class of the processors that this is for
     open_images: Callable,  # Images of a call in any form -> the same, opened
 ) -> None:
-    "From now on, `image-text-to-text` pipelines with such a processor get images that are open."
+    "Make `image-text-to-text` pipelines pass opened images to such a processor."
     pipeline = moving_part("ImageTextToTextPipeline")
     preprocess = pipeline.preprocess
 
@@ -271,7 +271,7 @@ def changed_hidden_states(
     llm: nn.Module,  # Causal LM
     change: Callable,  # `[b, t, d]` hidden states in, those that the head reads out
 ) -> Iterator[SimpleNamespace]:  # `calls`: how often the decoder ran
-    "While it lasts, the LLM's head reads `change(hidden)` in place of the decoder's last hidden states."
+    "Context in which the LLM's head reads `change(hidden)` in place of the decoder's last hidden states."
     state = SimpleNamespace(calls=0)
 
     def hook(decoder, args, output):
@@ -355,14 +355,14 @@ def _private(
 def attention_implementation(
     config,  # Config of a vision tower or of an LLM
 ) -> str:  # Such as `"sdpa"`
-    "How attention is computed."
+    "Name of the attention implementation."
     return _private(config, "_attn_implementation")
 
 
 def layer_class_names(
     decoder: nn.Module,  # The LLM without its head
 ) -> list[str]:  # Such as `["LlamaDecoderLayer"]`
-    "Class names of the layers that stay whole when a model is spread over processes."
+    "Class names of the layers that stay whole when a model is sharded."
     return sorted(_private(decoder, "_no_split_modules") or [])
 
 
@@ -377,7 +377,7 @@ def _first_part(
     owner: nn.Module,  # Vision tower, or one of its blocks
     names: tuple[str, ...],  # Names that the part has had
 ) -> nn.Module:
-    "The part under whichever name it has here."
+    "The part by the name that it has in the installed version."
     for name in names:
         found = owner
         for step in name.split("."):
@@ -403,7 +403,7 @@ def vision_hidden_states(
     | None = None,  # Block -> function of the block, what it reads, and that after its attention
     **resize,  # For the position embeddings
 ) -> list[Tensor]:  # $h_0$ to $h_{depth}$, `[b, t, c]`, CLS first
-    "Those of `output_hidden_states`, block by block, without computing the blocks above `depth`."
+    "Hidden states as with `output_hidden_states`, without computing the blocks above `depth`."
     x = model.embeddings(pixel_values, **resize)
     if hasattr(model, "pre_layrnorm"):  # CLIP normalizes once more
         x = model.pre_layrnorm(x)
@@ -442,7 +442,7 @@ def vision_block_halves(
 def vision_projections(
     block: nn.Module,  # Block of a vision tower
 ) -> tuple[nn.Module, nn.Module, nn.Module]:  # Norm before the attention, and projections to queries and keys
-    "What the attention of one block is computed with."
+    "The layers that compute queries and keys of one block."
     norm = _first_part(block, ("layer_norm1", "norm1"))
     q_proj = _first_part(block, ("self_attn.q_proj", "attention.q_proj", "attention.attention.query"))
     k_proj = _first_part(block, ("self_attn.k_proj", "attention.k_proj", "attention.attention.key"))
@@ -452,7 +452,7 @@ def vision_projections(
 def execution_device(
     module: nn.Module,  # Perhaps with weights that accelerate keeps elsewhere
 ) -> torch.device:
-    "Where a module computes: where accelerate moves its weights for a call, or where they are."
+    "Device on which a module computes: where accelerate moves its weights for a call, or where they are."
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for single in getattr(hook, "hooks", [hook]):
@@ -465,7 +465,7 @@ def execution_device(
 def positions_in_memory(
     model: nn.Module,  # CLIP or SigLIP vision model, perhaps with weights that accelerate keeps elsewhere
 ) -> Iterator[None]:
-    "While it lasts, the weight of the position embedding can be read without a call of its layer."
+    "Context in which the weight of the position embedding can be read without a call of its layer."
     layer = getattr(getattr(model, "embeddings", None), "position_embedding", None)
     if not isinstance(layer, nn.Module) or not next(layer.parameters()).is_meta:
         yield
@@ -478,7 +478,7 @@ def add_adapters(
     model: nn.Module,  # A transformers model
     config,  # `LoraConfig` of PEFT
 ) -> None:
-    "Put low-rank updates on layers of a model; only they learn then."
+    "Add low-rank updates to layers of a model; only these are trained then."
     model._hf_peft_config_loaded = True
     moving_part("inject_adapter_in_model")(config, model, "default")
 
@@ -545,7 +545,7 @@ def merged_linear(
 def forget_adapters(
     model: nn.Module,  # A transformers model whose LoRA layers were merged and replaced
 ) -> None:
-    "Take away the marks of PEFT, so that the model is saved and loaded as an ordinary one."
+    "Remove PEFT's attributes, so that the model is saved and loaded as an ordinary one."
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
         del model.peft_config
@@ -633,7 +633,7 @@ def checkpoint_dir(
     trainer,  # `Trainer` at any step
     trial=None,  # Of a search for hyperparameters
 ) -> Path:
-    "Folder of the checkpoint of the present step."
+    "Folder of the checkpoint of the current step."
     return Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
 
 
@@ -641,7 +641,7 @@ def inputs_on_device(
     trainer,  # `Trainer` that takes them
     inputs: dict,  # A batch
 ) -> dict:
-    "The batch where the model is."
+    "The batch on the model's device."
     return trainer._prepare_inputs(inputs)
 
 
@@ -690,7 +690,7 @@ class TaskRequest:
 def task_request(
     request,  # `Instance` of lmms-eval
 ) -> TaskRequest:
-    "A request of lmms-eval, read."
+    "The values of a request of lmms-eval, by name."
     values = request.args
     if len(values) != 6:
         raise adapter_error("lmms-eval", "Instance.args", "the plug-in reads its six values")

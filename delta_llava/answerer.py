@@ -30,7 +30,7 @@ class Request:
     "A question with the images that it is about."
 
     question: str | Sequence[dict]  # Text or messages; images come first unless `<image>` places them
-    images: Sequence = ()  # Whatever `open_image` takes: paths, open files, PIL images
+    images: Sequence = ()  # Anything that `open_image` takes: paths, open files, PIL images
     vision_features: Tensor | VisionFeatures | None = None  # [i, n, l·c] Patch features, instead of `images`
     visual_tokens: Tensor | None = None  # [i, v, d] Projector output, instead of `images`
 
@@ -64,7 +64,7 @@ class Request:
 
     @property
     def n_images(self) -> int:
-        "How many images the question is about."
+        "Number of images that the question is about."
         if self.source is None:
             return 0
         if self.source == "vision_features":
@@ -106,7 +106,7 @@ class RequestEncoder:
     def __init__(
         self,
         processor: DeltaLlavaProcessor,  # Tokenizer, chat template and image processor
-        system_prompt: str = "",  # Placed before each question, where the template has room for it
+        system_prompt: str = "",  # Placed before each question; the chat template must support it
     ):
         if not hasattr(processor, "build_prompt"):
             raise ValueError(
@@ -119,7 +119,7 @@ class RequestEncoder:
             self._check_system_prompt()
 
     def _check_system_prompt(self) -> None:
-        "An error if the chat template has no place for a system prompt."
+        "An error if the chat template does not support a system prompt."
         reason = ""
         try:
             if self.system_prompt in self.prompt(Request("?")):
@@ -127,7 +127,7 @@ class RequestEncoder:
         except ValueError as e:
             reason = f" ({e.__cause__ or e})"
         raise ValueError(
-            f"system_prompt={self.system_prompt!r} has no place in this model's chat template{reason}; "
+            f"system_prompt={self.system_prompt!r} is not supported by this model's chat template{reason}; "
             "leave it out, or take another template."
         )
 
@@ -230,7 +230,7 @@ class RequestEncoder:
 
 # %% ../nbs/27_answerer.ipynb #b8a1506c
 class AnswerScore(NamedTuple):
-    "How likely a model finds one answer."
+    "Likelihood of one answer."
 
     log_likelihood: float  # Sum over the scored tokens, nats (@eq-likelihood)
     is_greedy: bool  # Whether greedy decoding would generate it
@@ -380,7 +380,7 @@ class RequestRunner:
         self,
         model: DeltaLlavaForConditionalGeneration,  # In evaluation mode, on its device
         processor: DeltaLlavaProcessor,  # Its processor
-        system_prompt: str = "",  # Placed before each question, where the template has room for it
+        system_prompt: str = "",  # Placed before each question; the chat template must support it
     ):
         self.model = unwrap_model(model)
         self.processor = processor
@@ -463,7 +463,7 @@ class Answerer(RequestRunner):
 
     def answer(
         self,
-        images,  # One or several of whatever `open_image` takes, or `None`
+        images,  # One or several of anything that `open_image` takes, or `None`
         question: str | Sequence[dict],  # A text, or the messages before the answer
         *,
         tokens: int | None = None,  # Budget $V$; `None` takes the model's
@@ -545,7 +545,7 @@ class Answerer(RequestRunner):
         end_of_turn: bool = False,  # Also score the tokens that end the turn, as the training loss does
         progress: bool = False,  # Show a progress bar
     ) -> list[AnswerScore]:
-        "How likely each answer is (@eq-likelihood)."
+        "Likelihood of each answer (@eq-likelihood)."
         check_requests(requests)
         if isinstance(answers, str):
             raise ValueError(f"answers={answers!r} must be a list with one answer for each request.")
@@ -573,7 +573,7 @@ class Answerer(RequestRunner):
         end_of_turn: bool = False,  # Also score the tokens that end the turn
         progress: bool = False,  # Show a progress bar
     ) -> list[list[AnswerScore]]:
-        "How likely each of several answers to the same request is, with one pass over the prompt."
+        "Likelihood of each of several answers to the same request, with one pass over the prompt."
         if len(requests) != len(choices):
             raise ValueError(f"{len(choices)} lists of choices for {len(requests)} questions; give one each.")
         check_requests(requests)

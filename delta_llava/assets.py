@@ -342,7 +342,7 @@ def _from_folder(
     packages = [f"pypi:{p}" for p in PACKAGES]
     if not (path / "config.json").exists():
         raise ValueError(
-            f"{name!r} is no folder with a config.json; use 'hub:{name}' for the hub, "
+            f"{name!r} is not a folder with a config.json; use 'hub:{name}' for the hub, "
             f"one of {packages}, or a folder written by save_pretrained."
         )
     if not weight_files(path):
@@ -390,7 +390,7 @@ def _quiet():
 
 def leftover_weights(
     model: PreTrainedModel,  # Was loaded
-    unexpected: Iterable[str],  # Names in its file for which it has no place
+    unexpected: Iterable[str],  # Names in its file that it does not use
 ) -> list[str]:
     "Weights that a model did not take, without constants that it computes itself."
     computed = {name for name, _ in model.named_buffers()}
@@ -426,7 +426,7 @@ def _load_complete(
         )
     if exact and (extra := leftover_weights(model, info["unexpected_keys"])):
         raise ValueError(
-            f"{asset.name!r} has {len(extra)} weights for which {type(model).__name__} has no place, e.g. "
+            f"{asset.name!r} has {len(extra)} weights that {type(model).__name__} does not use, e.g. "
             f"{extra[:3]}: without them it would compute something else. Take the config.json that belongs "
             "to these weights."
         )
@@ -434,7 +434,7 @@ def _load_complete(
 
 # %% ../nbs/20_assets.ipynb #21f2ace2
 GRIDS = (
-    "Supported are towers that turn a square image into a square grid: CLIP, SigLIP and DINOv2. "
+    "Supported towers turn a square image into a square grid: CLIP, SigLIP and DINOv2. "
     "NaFlex (SigLIP 2) and Qwen-VL towers make grids of other shapes, which the windows cannot divide."
 )
 
@@ -450,7 +450,7 @@ def _resolve_kind(
     example = default_tower() if kind == "tower" else default_llm()
     hint = f" {GRIDS}" if kind == "tower" else ""
     raise ValueError(
-        f"{asset.name!r} is no {kind} but: {asset.source}. Use e.g. {example!r}; "
+        f"{asset.name!r} is not usable as {kind}; it is: {asset.source}. Use e.g. {example!r}; "
         f"towers are models of type {', '.join(TOWERS)}.{hint}"
     )
 

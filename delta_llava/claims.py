@@ -38,9 +38,9 @@ VERDICTS = (
 class Claim:
     "A claim of the paper, and how it is checked."
 
-    section: str  # Where the paper makes it
-    text: str  # What it says
-    shown_by: str  # What would show it
+    section: str  # Section of the paper
+    text: str  # The claim
+    shown_by: str  # Evidence that would show it
     scope: str  # A key of `SCOPES`
     check: Callable[[Path], Outcome]  # Gets the folder of the records
     record: str | None = None  # File in that folder which the check reads
@@ -79,9 +79,9 @@ CLAIMS: dict[str, Claim] = {}  # By the name of the checking function, without i
 
 
 def claim(
-    section: str,  # Where the paper makes it
-    text: str,  # What it says
-    shown_by: str,  # What would show it
+    section: str,  # Section of the paper
+    text: str,  # The claim
+    shown_by: str,  # Evidence that would show it
     scope: str = "own tables",  # A key of `SCOPES`
     record: str | None = None,  # File in the folder of the records which the check reads
 ) -> Callable:  # A decorator

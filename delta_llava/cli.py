@@ -38,7 +38,7 @@ from delta_llava.settings import (
 
 # %% ../nbs/52_cli.ipynb #7398e823
 def program_name() -> str:  # Such as `delta-llava`
-    "What to type for this program: its name, or its path if the environment is not activated."
+    "The command for this program: its name, or its path if the environment is not activated."
     if which("delta-llava"):
         return "delta-llava"
     return os.path.relpath(Path(sys.executable).with_name("delta-llava"))
@@ -157,15 +157,15 @@ ALL_COMPRESSORS = (
 class Compare:
     "Train and score several compressors under equal conditions; a stopped comparison resumes."
 
-    compressors: tuple[str, ...] = ALL_COMPRESSORS  # In the registry; delta-elastic has one set of weights
+    compressors: tuple[str, ...] = ALL_COMPRESSORS  # Names; delta-elastic is one Delta for all budgets
     budgets: tuple[int, ...] = (36, 16, 4, 1)  # Visual tokens
     seeds: tuple[int, ...] = (0, 1, 2)  # Each is one set of images, one initialization and one order
-    closed_form_init: tuple[bool, ...] = (True, False)  # In closed form, and as in the reference
+    closed_form_init: tuple[bool, ...] = (True, False)  # True: in closed form; False: as in the reference
     max_steps: int = 240  # Optimizer steps of each training
     batch_size: int = 8  # Images in a step
     train_images: int = 1600  # Half with one object, half with two or three
     test_images: int = 64  # In each of the four held-out sets
-    llm_dtype: Literal["float32", "bfloat16"] = "float32"  # Of the frozen LLM
+    llm_dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the frozen LLM
     jobs: int = 1  # Trainings in parallel
     output_dir: Path = Path("runs/compare")  # Gets a folder for each training, and the record
 
@@ -240,11 +240,11 @@ def read_question() -> str:  # Empty at the end
 # %% ../nbs/52_cli.ipynb #7f78cbac
 @dataclass(frozen=True, kw_only=True)
 class Gradcam:
-    "Draw which visual tokens a word of the answer used (Fig. 1)."
+    "Draw the visual tokens on which a word of the answer depends (Fig. 1)."
 
     image: Path  # The image
     question: Annotated[str, QUESTION_ARG] = "What is in the picture?"  # The question
-    word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the one that the image decides
+    word: tuple[str, ...] = ()  # Words of the answer, one row each; without it the most visual word
     tokens: tuple[int, ...] = ()  # Budgets, one column each; without it those of the run, except 1
     method: Literal["gradcam", "hirescam", "saliency"] = "gradcam"  # How a map is made from the gradient
     out: Path = Path("gradcam.png")  # The figure
@@ -300,7 +300,7 @@ class Doctor:
     text_rows: bool = True  # Allow rows without an image
     follow_links: bool = False  # Symbolic links below the folder of the images may lead out of it
     llm: str | None = None  # Also measure lengths, with this model's tokenizer
-    template: Literal["plain", "v1", "chatml", "chat"] = "v1"  # Of the training; chat is the model's own
+    template: Literal["plain", "v1", "chatml", "chat"] = "v1"  # Of the training; chat is the LLM's own
     tokens: int = 144  # Budget V: positions that the image occupies
     max_length: int = 2048  # Most tokens of a row, those of the image included
     num_workers: int | None = None  # Processes; without it one for each MiB of data, at most one per core
@@ -351,7 +351,7 @@ class Tasks:
     folder: tyro.conf.Positional[Path] = Path("runs/scenes")  # Gets questions, images and task files
     n: int = 50  # Scenes
     split: Literal["heldout_scenes", "heldout_artist", "train"] = "heldout_scenes"  # Objects and artists
-    seed: int = 4_000_000  # Of the scenes
+    seed: int = 4_000_000  # Seed of the scenes
     size: int = 168  # Side of an image, px
     caption: str = "Provide a one-sentence caption for the provided image."  # Prompt of the captions
 
@@ -376,7 +376,7 @@ class Convert:
     to: Literal["ours", "authors", "llava-hf"] = "ours"  # Layout of the target
     compressor: str | None = None  # Which system; needed for LLaVA's MLP, which several systems share
     tower: str | None = None  # Vision tower, a folder or hub:NAME, if the source lacks it
-    tokens: int | None = None  # Budget V; without it what the config says, or the published one
+    tokens: int | None = None  # Budget V; without it that of the config, or the published one
     levels: tuple[int, ...] | None = None  # Hidden states of the tower; without it the published ones
     heads: int | None = None  # Heads of the attention; without it the published number
     grid: int | None = None  # Patches per side; without it the tower's
@@ -398,7 +398,7 @@ class Convert:
 class Evaluate:
     "Score trained folders on every held-out set: losses, forced choice, captions."
 
-    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # What was trained; several are seeds of one run
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # Trained folders; several are seeds of one run
     tokens: tuple[int, ...] = ()  # Budgets V; without them those of the run
     images: int | None = None  # In each of the four held-out sets; without it as in the run
     out: Path | None = None  # The record; without it evaluation.json in the first folder
@@ -476,7 +476,7 @@ def check_one_run(
 class Claims:
     "List the paper's claims with a verdict each, or check some and say how to repeat the work behind them."
 
-    numbers: tyro.conf.Positional[tuple[int, ...]] = ()  # Of the claims to check; without them all are listed
+    numbers: tyro.conf.Positional[tuple[int, ...]] = ()  # Claims to check; without them all are listed
     runs: Path = Path("runs")  # Records of the trainings and timings
 
     def __call__(self):
@@ -490,9 +490,9 @@ class Claims:
 # %% ../nbs/52_cli.ipynb #5279e920
 @dataclass(frozen=True, kw_only=True)
 class Flops(Cost):
-    "Print FLOPs and bytes of tower, projector, prefill and decode, and what bounds each on a device."
+    "Print FLOPs and bytes of each stage of an answer, and whether it is compute-bound or memory-bound."
 
-    device: Literal["h100", "h200"] = "h100"  # Whose peaks are taken, from the data sheet
+    device: Literal["h100", "h200"] = "h100"  # The device whose peaks are taken, from its data sheet
     batch: int = 1  # Rows with an image each, for the bytes
 
     def __call__(self):
@@ -524,8 +524,8 @@ class Launch:
     stage: tyro.conf.Positional[Literal["pretrain", "finetune"]]  # Stage 1 or stage 2
     data: Path | None = None  # Conversations; without it the paper's file, in this folder
     images: Path | None = None  # Folder of the images; without it the folder of the conversations
-    output_dir: Path | None = None  # Gets checkpoints and what was trained; without it the stage's own
-    projector: Path | None = None  # What stage 1 trained; without it the stage's own
+    output_dir: Path | None = None  # Gets checkpoints and the result; without it the stage's own
+    projector: Path | None = None  # Folder of stage 1's projector; without it the stage's own
     tower: str | None = None  # Vision tower; without it the paper's
     llm: str | None = None  # LLM; without it the paper's
     compressor: str | None = None  # Which projector; without it delta
@@ -534,12 +534,12 @@ class Launch:
     max_tokens_per_device: int | None = None  # Instead: most tokens of a pass, rows × the longest of them
     sharding: Literal["none", "fsdp2", "zero3"] | None = None  # Of weights; without it the stage's own
     lora_rank: int | None = None  # Rank of low-rank updates of the LLM; without it the LLM itself
-    checkpoint_above: int | None = None  # Recompute activations above so many tokens; without it, what fits
+    checkpoint_above: int | None = None  # Recompute activations in passes of more tokens; without it computed
     torch_compile: bool | None = None  # Compile the LLM's layers; without it they are eager
-    gpus: int = 8  # In one node
+    gpus: int = 8  # GPUs in one node
     nodes: int = 1  # Machines
-    memory: float = 80.0  # Of one GPU, GB
-    text: int | None = None  # Text tokens of a mean row; without it an assumption
+    memory: float = 80.0  # Memory of one GPU, GB
+    text: int | None = None  # Text tokens of an average row; without it an assumed number
     out: Path | None = None  # Gets the files for accelerate, DeepSpeed and Slurm
 
     def __call__(self):
@@ -641,7 +641,7 @@ def run_command(
         if debug:
             raise
         sys.exit(f"delta-llava: {error}")
-    except KeyboardInterrupt as stop:  # a training says itself how to go on, and which signal stopped it
+    except KeyboardInterrupt as stop:  # a training's message says how to resume it, and names the signal
         if debug:
             raise
         print(f"\n{stop}" if str(stop) else "\nStopped. The same command starts again.", file=sys.stderr)

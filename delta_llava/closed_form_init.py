@@ -211,7 +211,7 @@ def _init_output_layer(
 def _evaluation_mode(
     projector: Compressor,  # Any mode
 ) -> Iterator[None]:
-    "Evaluation mode inside; afterwards the former modes. The weights are restored after an error."
+    "Context in evaluation mode; former modes are restored afterwards, and weights after an error."
     modes = {module: module.training for module in projector.modules()}
     weights = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     projector.eval()
@@ -273,7 +273,7 @@ def _budget_of_each_layer(
 def closed_form_init(
     projector: nn.Module,  # A `Compressor`, changed in place; perhaps in `modules_to_save` of PEFT
     features: Tensor | Sequence | Dataset,  # Patch tokens `[b, n, c]` of training images, or a data set
-    embeddings: Float[Tensor, "images d"],  # Where each image's visual tokens should lie: `answer_embeddings`
+    embeddings: Float[Tensor, "images d"],  # Target of each image's visual tokens: `answer_embeddings`
     *,
     tokens: Sequence[int] = (),  # Budgets to initialize for; empty takes the projector's own
     text: Float[Tensor, "1 1 d"]

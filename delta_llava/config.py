@@ -42,9 +42,9 @@ def upgrade_config(
 
 
 def as_tuples(
-    value,  # A field of a config, as JSON gives it back
-):  # The same, as the config holds it
-    "A value with tuples in place of its lists, which JSON has instead."
+    value,  # Field of a config, read from JSON
+):  # The value with tuples
+    "A value with its lists replaced by tuples, because JSON has lists only."
     return tuple(as_tuples(part) for part in value) if isinstance(value, list | tuple) else value
 
 # %% ../nbs/01_config.ipynb #b475641c
@@ -100,8 +100,8 @@ class CompressorConfig:
     def budgets(
         self,
         grid: int,  # Patches per side
-    ) -> list[int]:  # In rising order
-        "Budgets that a call may ask for: the squares, unless a compressor says otherwise."
+    ) -> list[int]:  # In ascending order
+        "Budgets that a call may ask for: all squares up to the grid, unless a compressor overrides this."
         return [g * g for g in range(1, grid + 1)]
 
     def check_budget(
@@ -139,7 +139,7 @@ class CompressorConfig:
     @classmethod
     def from_dict(
         cls,
-        d: dict,  # What `to_dict` gave, in this version or an older one
+        d: dict,  # Output of `to_dict`, of this version or an older one
     ) -> "CompressorConfig":  # Of this class
         "The config that `to_dict` wrote; an unknown key is an error and not ignored."
         known = [f.name for f in fields(cls)]
@@ -235,8 +235,8 @@ class ProjectorConfig(CompressorConfig):
 # %% ../nbs/01_config.ipynb #11c70ebf
 def relative_levels(
     depth: int,  # Blocks of the tower
-) -> tuple[int, ...]:  # Four indices into `hidden_states`, rising; the last one is the query level
-    "The authors' choice of levels, carried over to a tower of `depth` blocks."
+) -> tuple[int, ...]:  # Four indices into `hidden_states`, ascending; the last one is the query level
+    "The authors' choice of levels, scaled to a tower of `depth` blocks."
     if depth < 4:
         raise ValueError(
             f"depth={depth} is too shallow for four distinct levels; name them yourself with levels=(...)."
@@ -308,7 +308,7 @@ def dinov2_s14(
 
 # %% ../nbs/01_config.ipynb #5dec964a
 def paper_text_config(
-    config: ProjectorConfig | None = None,  # Where the sizes come from; `None` takes the default config
+    config: ProjectorConfig | None = None,  # Config with the sizes; `None` takes the default config
 ) -> ProjectorConfig:
     "`config` with every switch set to the paper's text instead of the authors' code (§4, Eq. 3–11)."
     config = ProjectorConfig() if config is None else config

@@ -49,7 +49,7 @@ def row_name(
     row: object,  # One entry of the JSON list, or a row of the table
     index: int | None = None,  # Its index in the file, if that is known
 ) -> str:
-    "How an error names a row: by index and id as far as they are known, else by its image."
+    "Name of a row in an error: index and id as far as they are known, else its image."
     fields = row if isinstance(row, dict) else {}
     if index is not None:
         return f"row {index} (id {fields.get('id')!r})"
@@ -389,7 +389,7 @@ def _rows_of_lines(
 # %% ../nbs/30b_conversations.ipynb #52f84f12
 def read_rows(
     file: str | Path,  # A JSON list, or JSON lines if its name ends in `.jsonl`
-) -> Iterator[tuple[Any, str]]:  # As `json.loads` gives it, and as it is written
+) -> Iterator[tuple[Any, str]]:  # The decoded row, and its text in the file
     "The rows of a file one by one; the file is never held as a whole."
     file = Path(file)
     if not file.is_file():
@@ -496,7 +496,7 @@ def _table_path(
     options: list,  # The options that decide which rows are allowed
     cache: Path,  # Folder of the tables
 ) -> Path:
-    "Where the table of a file is kept: its name is a hash of all that the table depends on."
+    "Path of the table of a file: its name is a hash of all that the table depends on."
     with file.open("rb") as opened:
         content = hashlib.file_digest(opened, "sha256").hexdigest()
     key = json.dumps([_TABLE_VERSION, content, str(folder.resolve()), *options])

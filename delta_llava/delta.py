@@ -25,7 +25,7 @@ def gelu_layer_norm(
 
 # %% ../nbs/03_delta.ipynb #8c87a84b
 class _GELULayerNorm(torch.autograd.Function):
-    "`gelu_layer_norm` that keeps only its input and computes the rest again in the backward pass."
+    "`gelu_layer_norm` that keeps only its input and recomputes the rest in the backward pass."
 
     generate_vmap_rule = True  # `torch.func.vmap` works through it
 
@@ -54,7 +54,7 @@ class _GELULayerNorm(torch.autograd.Function):
 def is_plain_layer(
     layer: nn.Module,  # `nn.Linear` or `nn.LayerNorm`, or what another library put in its place
 ) -> bool:
-    "Whether a layer does nothing but what its class does, with weights that can be read."
+    "Whether a layer is unmodified (no adapter, quantization or offloading), so its weight can be read."
     parts = vars(layer)
     hooked = parts["_forward_hooks"] or parts["_forward_pre_hooks"] or parts["_backward_hooks"]
     if type(layer) not in (nn.Linear, nn.LayerNorm) or hooked or "forward" in parts:
@@ -64,7 +64,7 @@ def is_plain_layer(
 
 
 def on_tokens(
-    layer: nn.Module,  # Linear layers, of which some kinds take rows of tokens only
+    layer: nn.Module,  # Linear layers; some kinds accept only `[tokens, channels]`
     x: Float[Tensor, "b row col c"],  # Map of tokens
 ) -> Float[Tensor, "b row col d"]:
     "A layer applied to each token of a map."
@@ -114,7 +114,7 @@ class DeltaProjection(nn.Module):
         if base is None:
             self.base = nn.Linear(d_in, d_out, bias=False)  # W_s
         else:
-            self.shared = (base,)  # in a tuple it is not registered here: its owner trains and saves it, once
+            self.shared = (base,)  # a tuple, so that it is not registered here: its owner trains and saves it
         if rank:
             self.U = nn.Parameter(torch.empty(d_in, rank))
             self.V = nn.Parameter(torch.empty(rank, d_out))

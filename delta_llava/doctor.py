@@ -135,7 +135,7 @@ def _image_warnings(
     name: str,  # As in the row
     opened: Image.Image,  # The file
 ) -> list[Problem]:
-    "What is unusual about a file that decodes."
+    "Warnings about a file that decodes."
     form, frames = opened.format, getattr(opened, "n_frames", 1)
     if form == "MPO":  # a camera's JPEG with a preview inside
         form, frames = "JPEG", 1
@@ -158,7 +158,7 @@ def image_problems(
     folder: str | Path,  # Image folder
     follow_links: bool = False,  # Symbolic links below `folder` may lead out of it
 ) -> list[Problem]:
-    "Decode an image as training does, and look at its header."
+    "Problems of an image: it is decoded as in training, and its header is read."
     path = Path(folder) / image
     try:
         open_image(resolve_image_path(image, folder, follow_links))
@@ -337,7 +337,7 @@ def repair_row(
 # %% ../nbs/33_doctor.ipynb #ef1b9fbd
 @dataclass
 class RowResult:
-    "What was found in one row of the file."
+    "Result of the check of one row."
 
     index: int  # In the file, from 0
     id: str | None  # As in the row
@@ -492,7 +492,7 @@ OUTCOMES = ("kept", "repaired", "left out")
 
 @dataclass
 class DatasetReport:
-    "What was found in a file."
+    "Result of the check of a file."
 
     file: str  # The data
     images: str  # Its image folder

@@ -85,7 +85,7 @@ def answer_losses(
     tokens: int | None = None,  # Budget $V$, where the LLM itself drops visual tokens
     batch_size: int = 16,  # Answers in one pass
 ) -> Float[Tensor, "b"]:  # Nats per token of each row's answers (@eq-shuffle)
-    "How unlikely the answers of each row are, given the visual tokens."
+    "Negative log-likelihood of the answers of each row, given the visual tokens (@eq-shuffle)."
     _check_paired(rows, visual)
     requests, answers, row_numbers = [], [], []
     for i, row in enumerate(rows):
@@ -219,7 +219,7 @@ def object_scores(
     captions: Sequence[str],  # One for each image
     rows: Sequence[dict],  # Planted scenes, with `objects`
 ) -> dict[str, float]:  # `precision`, `recall`, `f1` over all names, and `exact_match` over the images
-    "Which of the planted objects the captions name."
+    "How completely and how correctly captions name the planted objects."
     _check_paired(rows, captions, "captions")
     hits, mentioned, shown, exact = 0, 0, 0, 0
     for caption, row in zip(captions, rows, strict=True):
@@ -542,7 +542,7 @@ def unavailable_benchmarks(
     folder: str | Path,  # A trained model
     tokens: Sequence[int],  # Budgets $V$
 ) -> str:
-    "Which of the paper's benchmarks cannot run offline, and the commands that would run them."
+    "The paper's benchmarks that cannot run offline, and the commands that would run them."
     benchmarks = paper_tables()["benchmarks"]
     tasks = ",".join(benchmark["task"] for benchmark in benchmarks.values())
     lines = ["Not run: the paper's benchmarks, whose images and questions come from a model hub."]
@@ -583,7 +583,7 @@ def _draw_panel(
 
 
 def draw_captions(
-    record: dict,  # What `benchmarks/captions.py` wrote
+    record: dict,  # Record of `benchmarks/captions.py`
     scores: Mapping[str, str]
     | None = None,  # Score -> label, one row of panels each; `None` takes CIDEr and F1
 ):  # A matplotlib figure

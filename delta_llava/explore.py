@@ -58,7 +58,7 @@ class Explorer:
     def budgets(
         self,
         compressor: str,  # Name of a model
-    ) -> list[int]:  # Rising; without 1, whose map is uniform
+    ) -> list[int]:  # Ascending; without 1, whose map is uniform
         "The budgets of a compressor that have more than one token."
         config = self.models[compressor][0].multi_modal_projector.config
         return [tokens for tokens in config.budgets(config.grid) if tokens > 1]

@@ -49,9 +49,9 @@ def write_atomic(
 
 def write_json(
     path: str | Path,  # File to write
-    value,  # What JSON can hold
+    value,  # Any value that JSON can represent
     indent: int | None = 1,  # Spaces per level
-    default=None,  # Converts what JSON cannot hold, as in `json.dumps`
+    default=None,  # Converts other values, as in `json.dumps`
 ) -> Path:  # The file
     "Write JSON as a whole or not at all."
     return write_atomic(path, json.dumps(value, indent=indent, default=default) + "\n")
@@ -90,7 +90,7 @@ def shipped_folder() -> Path:
 # %% ../nbs/08_files.ipynb #5bfab504
 def read_json(
     path: str | Path,  # File to read
-    kind: type | None = None,  # `dict` or `list`, if only that is useful
+    kind: type | None = None,  # `dict` or `list`, if the content must be one
     hint: str = "Write or fetch it again.",  # The way out, for the message
 ):  # Its content
     "Content of a JSON file, or a `ValueError` of one sentence that names the file."
@@ -158,9 +158,9 @@ def write_safetensors(
 def _sha256(
     path: Path,  # File to read
     size: int,  # Its size in bytes; with `mtime_ns` the reason to read it again
-    mtime_ns: int,  # Its time of change, ns
+    mtime_ns: int,  # Its modification time, ns
 ) -> str:  # 64 hex digits
-    "SHA-256 of a file, computed once per size and time of change."
+    "SHA-256 of a file, computed once per size and modification time."
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

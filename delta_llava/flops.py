@@ -581,7 +581,7 @@ class Cost:
 # %% ../nbs/26_flops.ipynb #afc74f74
 @dataclass(frozen=True, kw_only=True)
 class Setup(CostSettings):
-    "What is run; a part or a budget that does not exist is an error."
+    "Model, budget and lengths to be counted; a part or a budget that does not exist is an error."
 
     def __post_init__(self):
         super().__post_init__()
@@ -631,7 +631,7 @@ def _check_llm(name: str):
 
 
 def cost(
-    setup: Setup,  # What is run
+    setup: Setup,  # Model, budget and lengths
     causal: bool = False,  # Count scores of earlier tokens only
     reference: bool = False,  # The projector as its reference's code runs it
 ) -> Cost:  # FLOPs
@@ -656,7 +656,7 @@ def cost(
 
 # %% ../nbs/26_flops.ipynb #2b769500
 def counted_cost(
-    setup: Setup,  # What is run, with integer numbers of tokens
+    setup: Setup,  # Model, budget and lengths, with integer numbers of tokens
 ) -> Cost:  # FLOPs
     "FLOPs of each stage, counted over the real modules on the meta device, with full attention."
     for name in ("text", "answer", "question"):
@@ -793,7 +793,7 @@ def paper_numbers(
 
 # %% ../nbs/26_flops.ipynb #24903ffb
 def kv_cache_bytes(
-    setup: Setup,  # What is run
+    setup: Setup,  # Model, budget and lengths
     new_tokens: int | float = 0,  # Tokens of the answer that are in the cache too
     batch: int = 1,  # Rows
     element_size: int = 2,  # Bytes of one number, $e$
@@ -815,7 +815,7 @@ def _num_weights(setup: Setup) -> tuple[int, int]:
 
 
 def memory_traffic(
-    setup: Setup,  # What is run
+    setup: Setup,  # Model, budget and lengths
     batch: int = 1,  # Rows with an image each
     element_size: int = 2,  # Bytes of one number, $e$
 ) -> Cost:  # Bytes
@@ -879,7 +879,7 @@ DEVICES = {
 
 
 def roofline(
-    setup: Setup,  # What is run
+    setup: Setup,  # Model, budget and lengths
     device: Device = DEVICES["h100"],  # On what
     batch: int = 1,  # Rows with an image each
     element_size: int = 2,  # Bytes of one number
@@ -922,7 +922,7 @@ def _flops_table(setup: Setup) -> str:
 
 
 def cost_report(
-    setup: Setup,  # What is run
+    setup: Setup,  # Model, budget and lengths
     device: Device = DEVICES["h100"],  # On what
     batch: int = 1,  # Rows with an image each
 ) -> str:

@@ -108,7 +108,7 @@ def relative(
 def leaf_output(
     module: nn.Module,  # The module whose output is wanted, e.g. the projector
 ) -> Iterator[list[Tensor]]:  # Outputs in the order of the calls; gradients can be taken with respect to each
-    "Inside, the output of `module` is a leaf of the graph; afterwards no hook is left."
+    "Context in which the output of `module` is a leaf of the graph; the hook is removed afterwards."
     outputs = []
 
     def cut(module, args, output):
@@ -126,7 +126,7 @@ def leaf_output(
 def frozen_eval(
     model: nn.Module,  # Any model
 ) -> Iterator[None]:
-    "Inside, evaluation mode and frozen parameters; afterwards every module and parameter has its flags back."
+    "Context with evaluation mode and frozen parameters; all flags are restored afterwards."
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -218,7 +218,7 @@ WORD = r"\w+(?:['’-]\w+)*"
 class Word:
     "A word of an answer and its tokens."
 
-    text: str  # As it reads, without punctuation
+    text: str  # The word without punctuation
     start: int  # First token of the answer that belongs to it
     stop: int  # One past the last
 
@@ -524,7 +524,7 @@ def deletion_insertion(
 def eager_attention(
     model: nn.Module,  # Ours, or a LLaVA of transformers
 ) -> Iterator[None]:
-    "Inside, the LLM computes attention weights, which fused kernels do not keep; afterwards as before."
+    "Context in which the LLM computes attention weights, which fused kernels do not keep."
     kind = attention_implementation(model.config.text_config)
     model.set_attn_implementation({"text_config": "eager"})
     try:
@@ -561,7 +561,7 @@ def shuffled_weights(
     module: nn.Module,  # Part of a model, e.g. its projector
     seed: int = 0,  # Of the new order
 ) -> Iterator[None]:
-    "Inside, each parameter has its own values in a random order (Adebayo et al. 2018); afterwards as before."
+    "Context in which each parameter has its values in a random order (Adebayo et al. 2018)."
     generator = torch.Generator().manual_seed(seed)
     original = [p.detach().clone() for p in module.parameters()]
     try:
@@ -594,7 +594,7 @@ def denormalize_pixels(
 class AnswerCams:
     "An answer and the maps of its words: `result['dog']` is the map of *dog*."
 
-    answer: str  # As it reads
+    answer: str  # Text of the answer
     words: tuple[Word, ...]  # The words or phrases that have maps
     cams: Float[Tensor, "w v"]  # One map for each
     image: Image.Image  # As the vision tower received it
@@ -708,7 +708,7 @@ def visual_effects(
     tokens: int | None = None,  # As in `word_cams`
     max_new_tokens: int = 40,  # As in `word_cams`
 ) -> dict[str, float]:  # Word of the answer to nats; of a word that occurs twice the larger value
-    "How much the image raises the log-probability of each word, against a blank image."
+    "How much the image raises the log-probability of each word, compared with a blank image."
     model = unwrap_model(model)
     _, words, inputs, start = _word_inputs(model, processor, image, question, answer, tokens, max_new_tokens)
     marks = _mark_words(words, inputs["input_ids"], start)
@@ -726,7 +726,7 @@ def visual_effects(
 def most_visual_word(
     effects: Mapping[str, float],  # From `visual_effects`
 ) -> str:  # One of its words
-    "The content word that the image raises most; of function words alone, the one of these."
+    "The content word with the largest effect; a function word only if there is no content word."
     content = [word for word in effects if word.casefold() not in FUNCTION_WORDS]
     return max(content or effects, key=lambda word: effects[word])
 

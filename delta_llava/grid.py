@@ -87,13 +87,13 @@ def concat_levels(
 # %% ../nbs/02_grid.ipynb #4cdc2382
 @dataclass(frozen=True)
 class VisionFeatures:
-    "What a vision tower gives to a projector."
+    "Output of a vision tower and input of a projector."
 
     levels: Tensor  # Patch tokens `[b, n, l·c]`: levels joined on channels, query level last, no CLS token
     grid: int  # Patches per side; `n = grid²`
     cls_attention: Tensor | None = None  # Attention of the CLS token after the query level, `[b, n]`
     keys: Tensor | None = None  # Keys of the same block, `[b, n, c]`
-    level_attention: Tensor | None = None  # The CLS token's in the block that wrote the level, `[b, n]`
+    level_attention: Tensor | None = None  # CLS attention of the block that computed the level, `[b, n]`
     on_grid: bool = True  # `False`: the tower reduced the patches, and `n` is the number that is left
 
     def __post_init__(self):
@@ -114,7 +114,7 @@ class VisionFeatures:
         x: "Tensor|Sequence[Tensor]|VisionFeatures",  # Features, `levels`, or one hidden state per level
         grid: int | tuple[int, int] | None = None,  # Patches per side, or (rows, columns); `None`: from `n`
     ) -> "VisionFeatures":
-        "`x` itself if it is features already; else the features made of it."
+        "`x` if it is a `VisionFeatures`, otherwise the `VisionFeatures` made from it."
         if isinstance(x, cls):
             return x
         if isinstance(x, list | tuple):
@@ -160,7 +160,7 @@ FeaturesLike = Tensor | Sequence[Tensor] | VisionFeatures  # What `VisionFeature
 # %% ../nbs/02_grid.ipynb #68770758
 def index_batch(
     features: Tensor | Sequence | Dataset,  # `[b, n, c]`, or a data set of `[n, c]` or `VisionFeatures`
-    indices: Sequence[int],  # Which images
+    indices: Sequence[int],  # Indices of images
 ) -> Tensor | VisionFeatures:  # A batch of them
     "Patch tokens of some images."
     if isinstance(features, Tensor):

@@ -34,9 +34,9 @@ from .vlm import DeltaLlavaForConditionalGeneration
 # %% ../nbs/46_harness.ipynb #49644a85
 def checkpoint_origin(
     pretrained: str | Path,  # As for `runs.load`
-    model: DeltaLlavaForConditionalGeneration,  # What was loaded
+    model: DeltaLlavaForConditionalGeneration,  # The loaded model
 ) -> dict:  # JSON-safe: checksums, names, the hub's commit
-    "What identifies the weights of a model."
+    "Checksums and names that identify the weights of a model."
     folder = Path(pretrained)
     checksums = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     origin = dict(pretrained=str(pretrained), sha256=checksums)
@@ -224,7 +224,7 @@ class HarnessModel(TaskRequests):
 
     @property
     def device(self) -> torch.device:
-        "Where the model is."
+        "Device of the model."
         return self._device
 
     def settings(self) -> dict:  # JSON-safe
@@ -253,7 +253,7 @@ class HarnessModel(TaskRequests):
         self,
         requests,  # Of lmms-eval: context, continuation or its function, function for images, document
     ) -> list[tuple[float, bool]]:  # Negative log-likelihood in nats
-        "How unlikely each continuation is (lmms-eval chooses the smallest), and whether it is greedy."
+        "Loss of each continuation (lmms-eval chooses the smallest), and whether it is the greedy answer."
         self._write_settings(requests)
         answers = []
         for request in requests:
@@ -316,7 +316,7 @@ def _check_lmms_eval() -> None:
 
 
 def manifest():
-    "What the entry point `delta_llava` of the group `lmms_eval.models` returns to lmms-eval."
+    "The manifest that the entry point `delta_llava` of the group `lmms_eval.models` returns."
     _check_lmms_eval()
     return moving_part("ModelManifest")(model_id="delta_llava", simple_class_path=f"{__name__}.DeltaLlava")
 
@@ -348,7 +348,7 @@ def harness_cmd(
     include: str | Path,  # Folder of `write_tasks`
     tasks: str | Sequence[str] = TASK_NAMES,  # Names of tasks, lmms-eval's own too
     batch_size: int = 1,  # Requests in one pass
-    limit: int | None = None,  # Only the first so many questions of each task
+    limit: int | None = None,  # Most questions of each task; `None` takes all
     python: str = "python",  # Of an environment that has lmms-eval
     **model_args,  # More arguments of `HarnessModel`, such as `tokens=36`
 ) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
@@ -380,7 +380,7 @@ def harness_cmd(
 
 
 def read_result(
-    out: str | Path,  # What `harness_cmd` was given
+    out: str | Path,  # Folder that was given to `harness_cmd`
 ) -> tuple[dict, dict]:  # Task -> metric -> score; all settings of model and tasks
     "The newest result below a folder."
     paths = sorted(Path(out).rglob("*_results.json"), key=lambda path: path.name)  # begins with the time

@@ -72,7 +72,7 @@ def decoder_linears(
 
 
 def parameter_counts(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> dict[str, tuple[int, int]]:  # Part -> trained, all
     "Parameters of each part of the model."
@@ -120,7 +120,7 @@ def llm_flops(
 
 # %% ../nbs/32_launch.ipynb #23116c1a
 def recomputes(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     tokens: int,  # Of a pass, rows × length
 ) -> bool:
     "Whether a pass recomputes the LLM's activations."
@@ -128,7 +128,7 @@ def recomputes(
 
 
 def llm_row_flops(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     rows: RowLengths,  # Lengths
 ) -> int:
@@ -163,7 +163,7 @@ def projector_flops(
 
 
 def row_flops(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     rows: RowLengths,  # Lengths
 ) -> dict[str, int]:  # Part -> FLOPs
@@ -236,7 +236,7 @@ STEPS_RECORD = Path("runs/steps_full.json")  # Written by `benchmarks/gpu.py`
 
 
 def similar_steps(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     record: str | Path = STEPS_RECORD,  # Steps on one GPU; the file need not exist
 ) -> tuple[str, list[dict]]:  # The GPU, and its steps; an empty list if there are none
     """Measured steps of the same model and stage, at the nearest budget and number of rows, but not with four
@@ -265,7 +265,7 @@ def similar_steps(
 
 
 def measured_utilization(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     record: str | Path = STEPS_RECORD,  # Steps on one GPU; the file need not exist
 ) -> tuple[str, tuple[float, float]] | None:  # The GPU; lowest and highest fraction; `None` if not measured
     "Fraction of an H100's peak that similar steps reached, recomputation counted."
@@ -355,7 +355,7 @@ NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: four bits, and two s
 
 
 def state_bytes(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     gpus: int,  # Processes
 ) -> dict[str, int]:  # Bytes
@@ -384,7 +384,7 @@ def state_bytes(
 
 
 def activation_bytes(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> int:  # For each token
     "Bytes that one block keeps for the backward pass in this stage, for each token."
@@ -395,7 +395,7 @@ def activation_bytes(
 
 
 def memory_bytes(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     gpus: int,  # Processes
     length: int,  # Tokens of each row in the batch, visual tokens included
@@ -419,7 +419,7 @@ USABLE = 0.85  # Part of a GPU's memory; the rest is left to CUDA and to what th
 
 
 def fitting_tokens(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     gpus: int,  # Processes
     gpu_memory: int | float = 80e9,  # Bytes of one GPU
@@ -437,7 +437,7 @@ def fitting_tokens(
 
 
 def plan_checkpointing(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     gpu_memory: int | float = 80e9,  # Bytes of one GPU
@@ -449,7 +449,7 @@ def plan_checkpointing(
 
 # %% ../nbs/32_launch.ipynb #3ce042de
 def disk_bytes(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
 ) -> dict[str, int]:  # Bytes
     "Disk space that a stage needs, beside its data."
@@ -475,7 +475,7 @@ def _option(
 
 
 def stage_cmd(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
 ) -> list[str]:  # `delta_llava STAGE …`, to be started with `python -m`
     "The package's own command for a stage, for one process."
     command = ["delta_llava", stage.stage]
@@ -488,7 +488,7 @@ def stage_cmd(
 
 
 def torchrun_cmd(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     rendezvous: str = "HOST:29500",  # Address of the first node, if there are several
@@ -566,7 +566,7 @@ def accelerate_config(
 
 
 def accelerate_cmd(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     file: str | Path,  # `accelerate_config` as YAML
 ) -> list[str]:  # Ready for `subprocess.run(cmd, check=True)`
     "The command for the same training with `accelerate launch`."
@@ -575,7 +575,7 @@ def accelerate_cmd(
 
 # %% ../nbs/32_launch.ipynb #6216377e
 def slurm_script(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     gpus: int = 8,  # In one node
     nodes: int = 2,  # Machines
     hours: int = 4,  # Time limit after which the job is requeued
@@ -599,7 +599,7 @@ def slurm_script(
 
 # %% ../nbs/32_launch.ipynb #4880be7d
 def utilization_of(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     utilization: tuple[float, float] | None,  # Given; `None` looks for a measurement
     record: str | Path,  # Measured steps; the file need not exist
 ) -> tuple[
@@ -612,7 +612,7 @@ def utilization_of(
 
 
 def estimate(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     rows: RowLengths | None = None,  # Lengths of the rows; `None` takes `ROWS`
@@ -777,13 +777,13 @@ def estimate_report(
 
 # %% ../nbs/32_launch.ipynb #9038a49a
 def write_launch(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     folder: str | Path,  # Gets the files
     gpus: int = 8,  # In one node
     nodes: int = 1,  # Machines
     estimated: dict | None = None,  # From `estimate`; `None` estimates
     root: str | Path | None = None,  # Where the stage's relative paths begin; `None` is here
-) -> list[Path]:  # What was written
+) -> list[Path]:  # Files that were written
     "The command, the files for accelerate and DeepSpeed, a Slurm script and the estimate, in a folder."
     model = meta_model(stage)
     folder, root = Path(folder), Path(root or Path.cwd()).absolute()

@@ -22,7 +22,7 @@ from .vlm import DeltaLlavaForConditionalGeneration
 def add_lora(
     model: DeltaLlavaForConditionalGeneration,  # Gets low-rank updates
     rank: int,  # Of each update
-    dropout: float = 0.05,  # Part of an update's inputs that is dropped in training
+    dropout: float = 0.05,  # Fraction of an update's inputs that is dropped in training
 ):
     "Add low-rank updates to every linear layer of the LLM but its head, with LLaVA's settings."
     linears = {m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)}
@@ -38,7 +38,7 @@ def uncast_lora(
     model: DeltaLlavaForConditionalGeneration,  # With low-rank updates, or without
     active: bool,  # Whether autocast is on
 ):  # A context manager
-    "Inside, PEFT does not copy bfloat16 inputs to float32, which autocast makes unnecessary."
+    "Context in which PEFT does not copy bfloat16 inputs to float32, which autocast makes unnecessary."
     if not (active and lora_parameters(model)):
         return nullcontext()
     return moving_part("disable_input_dtype_casting")(model)

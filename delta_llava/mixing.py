@@ -52,7 +52,7 @@ class EMHSA(nn.Module):
         r: int,  # Reduction per side, $r$
     ) -> Float[Tensor, "b _ {self.channels}"]:  # About $1/r^2$ as many tokens
         "Tokens for keys and values, pooled by `r` per side."
-        if self.pool == "square":  # cells of r×r; at an incomplete border, the mean of what is there
+        if self.pool == "square":  # cells of r×r; an incomplete cell at the border averages the tokens it has
             image = x.permute(0, 3, 1, 2)
             return F.avg_pool2d(image, r, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
         return F.avg_pool1d(x.flatten(1, 2).transpose(1, 2), r * r).transpose(1, 2)  # the tail is dropped
@@ -147,7 +147,7 @@ def split_channels(
     ratio: int | float,  # Fraction for EMHSA
     head_dim: int,  # Channels of one head; both parts are multiples of it
 ) -> tuple[int, int]:  # Channels of EMHSA and of MHCA
-    "How the block splits its channels: in steps of 32 as the authors do, or of `head_dim` where 32 fails."
+    "Channels of EMHSA and MHCA: in steps of 32 as the authors do, or of `head_dim` where 32 fails."
     for step in (32, head_dim):
         attn_channels = round_channels(int(channels * ratio), step)
         conv_channels = channels - attn_channels

@@ -102,7 +102,7 @@ class Passes:
         return args, inputs
 
     def remove(self):
-        "Eager layers, and batches as they are."
+        "Restore eager layers and unpadded batches."
         self.handle.remove()
         for layer in self.model.get_decoder().layers if self.compiled else ():
             layer._compiled_call_impl = None  # `nn.Module.compile` has no inverse

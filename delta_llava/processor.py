@@ -183,7 +183,7 @@ def repetitions(
     image_token_id: int,  # Id of `<image>`
     tokens: int | list[int],  # Budget $V$, or the visual tokens of each image
 ) -> list[int]:  # For each id; 1 for text
-    "How often each token stands in the sequence."
+    "How often each token occurs in the sequence."
     images = ids.count(image_token_id)
     sizes = [*tokens] if isinstance(tokens, (list, tuple)) else [tokens] * max(images, 1)
     for size in sizes:
@@ -223,7 +223,7 @@ def expand_images(
 def image_source(
     text: str,  # A path, a URL, or an image in base64, with `data:image/…;base64,` before it or without
 ) -> str | IOBase:  # For `open_image`
-    "Where the bytes of an image are that a chat message names by a text."
+    "Path or open file of an image that a chat message gives as a text."
     if text.startswith(("http://", "https://")):
         import httpx  # what transformers fetches images with
 
@@ -303,7 +303,7 @@ _PREFIXES: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> settings -> `
 def special_prefix(
     tokenizer: PreTrainedTokenizerBase,  # Any
 ) -> list[int]:  # Mostly BOS, or nothing
-    "Token ids that a tokenizer puts before every text; what it puts after it has no place in a prompt."
+    "Token ids that a tokenizer adds before every text; those added after it do not belong in a prompt."
     names = ("bos_token", "eos_token", "add_bos_token", "add_eos_token")
     settings = tuple(str(getattr(tokenizer, name, None)) for name in names)  # which may change later
     known = _PREFIXES.setdefault(tokenizer, {})
@@ -316,7 +316,7 @@ def special_prefix(
 
 # %% ../nbs/23_processor.ipynb #a1c02301
 class PromptMixin:
-    "Conversations to prompts, and texts to token ids; for training and inference alike."
+    "Conversations to prompts, and texts to token ids, both in training and at inference."
 
     # What the processor below provides
     tokenizer: PreTrainedTokenizerBase
@@ -342,7 +342,7 @@ class PromptMixin:
             roles = [message["role"] for message in messages]
             raise ValueError(
                 f"the chat template refuses a conversation with the roles {roles}: {e}. "
-                "Write the conversation without what it refuses, or take another template, such as 'v1'."
+                "Change the conversation, or take another template, such as 'v1'."
             ) from e
         self._check_system(messages, text)
         return text
@@ -352,20 +352,20 @@ class PromptMixin:
         system = "".join(text_of_content(m["content"]) for m in messages if m["role"] == "system").strip()
         if system and system not in text and self.chat_template != JOIN_PARTS + TEMPLATES["plain"]:
             raise ValueError(
-                f"the system prompt {system[:60]!r} has no place in this chat template; leave it out, or "
+                f"the system prompt {system[:60]!r} is not supported by this chat template; leave it out, or "
                 "take another template, such as 'v1'."
             )
 
     def encode_text(
         self,
-        text: str,  # What `build_prompt` gave, or any other text
+        text: str,  # Output of `build_prompt`, or any other text
         add_special_tokens: bool = True,  # BOS, if the tokenizer adds one and the text does not begin with it
     ) -> list[int]:  # With one image token for each image
-        "Token ids of a text, with BOS once and with no EOS that the text does not write."
+        "Token ids of a text, with BOS once, and with EOS only where the text contains it."
         return self._encode(text, add_special_tokens)["input_ids"]
 
     def _encode(self, text: str, add_special_tokens: bool = True, **options) -> dict[str, list]:
-        "Token ids, and what else the tokenizer is asked for; offsets of what it puts before are (0, 0)."
+        "Token ids and other outputs of the tokenizer; the offsets of tokens that it adds before are (0, 0)."
         found = dict(self.tokenizer(text, add_special_tokens=False, **options))
         ids, bos = found["input_ids"], self.tokenizer.bos_token
         prefix = special_prefix(self.tokenizer) if add_special_tokens else []
@@ -385,7 +385,7 @@ class PromptMixin:
         return self.tokens if tokens is None else tokens
 
     def question_marks(self) -> tuple[str, str]:  # Empty if the template does not write questions
-        "What the chat template writes before a question of the user, and after it."
+        "The text that the chat template writes before and after a question of the user."
         texts = ["delta-first", "delta-answer", "delta-last"]
         roles = ["user", "assistant", "user"]
         messages = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
@@ -414,7 +414,7 @@ class PromptMixin:
         return None if None in found else [question for question in found if question is not None]
 
     def _check_texts(self, texts: list, text) -> None:
-        "An error for texts that are no prompts."
+        "An error for texts that are not prompts."
         if not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(
                 f"text={text!r} must be a prompt or a list of prompts, with one '<image>' for each image; "
@@ -503,7 +503,7 @@ class PlacesOfImages:
         return [list(islice(remaining, count)) for count in counts]
 
     def _pad(self, rows, padding, max_length, padding_side, pad_to_multiple_of, return_tensors) -> dict:
-        "Rows of one length; a tokenizer may bring defaults of its own along, as in transformers."
+        "Rows of one length; a tokenizer may have its own defaults, as in transformers."
         own = self.tokenizer.init_kwargs
         padding = own.get("padding", True) if padding is None else padding
         to_length = padding == "max_length"
@@ -539,7 +539,7 @@ class PlacesOfImages:
     def _offsets(
         self, texts: list, add_special_tokens: bool, sizes: list, rows: list, expanded: bool
     ) -> list[list]:
-        "Where each token stands in its text, all tokens of an image at `<image>`, or in the expanded one."
+        "Offsets of each token in its text, with those of an image at `<image>`, or in the expanded text."
         found = []
         for text, size, row in zip(texts, sizes, rows, strict=True):
             encoded = self._encode(text, add_special_tokens, return_offsets_mapping=True)
@@ -599,7 +599,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
     @_flat_arguments
     def __call__(
         self,
-        images: Any = None,  # What `open_image` takes, one or several, in the order of the texts
+        images: Any = None,  # Anything that `open_image` takes, one or several, in the order of the texts
         text: str | list[str] | None = None,  # Prompts with one `<image>` for each image
         tokens: int
         | list[int]
@@ -612,7 +612,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
         padding: bool
         | str
         | None = None,  # `True` is the longest row; `"max_length"`; `False` pads nothing; `None`: `True`
-        padding_side: str | None = None,  # `None` is the left, from which generation can go on
+        padding_side: str | None = None,  # `None`: left, as generation needs it
         pad_to_multiple_of: int | None = None,  # Round the length up
         truncation: bool | None = None,  # `False` ignores `max_length`
         return_mm_token_type_ids: bool = False,  # Also 1 for each image token, 0 for text
@@ -664,13 +664,13 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
         return BatchFeature(batch)
 
     def _image_options(self, others: dict) -> dict:
-        "Arguments of the image processor; an error for arguments that nobody has."
+        "Arguments of the image processor; an error for arguments that no part of the processor has."
         own = set(self.image_processor.valid_kwargs.__annotations__)
-        # transformers' `apply_chat_template` names these; they say nothing here
+        # transformers' `apply_chat_template` passes these; they have no effect here
         without_effect = {
             "return_token_type_ids",
             "return_special_tokens_mask",
-            *("num_frames", "fps", "do_sample_frames"),  # of videos, which no argument here brings
+            *("num_frames", "fps", "do_sample_frames"),  # of videos, which are not supported
         }
         unknown = [k for k, v in others.items() if v is not None and k not in own | without_effect]
         if unknown:
@@ -682,11 +682,11 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
 
     def replace_image_token(
         self,
-        image_inputs=None,  # What the image processor gave
+        image_inputs=None,  # Output of the image processor
         image_idx: int = 0,  # Number of the image
         **kwargs,  # `tokens` as in a call
     ) -> str:
-        "What stands for an image in the expanded text; serving engines ask for it."
+        "The text that replaces `<image>` in the expanded text; serving engines ask for it."
         tokens = kwargs.get("tokens")
         if isinstance(tokens, (list, tuple)) and not self.placeholders:
             return self.image_token * tokens[image_idx]
@@ -724,7 +724,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
 
     @property
     def model_input_names(self) -> list[str]:
-        "What a call returns for the model."
+        "Names of the model's inputs that a call returns."
         return super().model_input_names + ["question_ids", "question_mask"] * self.questions
 
     def to_dict(self, **kwargs) -> dict:
@@ -759,7 +759,7 @@ def template_text(
 ) -> str:  # Jinja text
     "A chat template by its name, if it suits the tokenizer."
     names = [*TEMPLATES, "chat"]
-    if template == "hermes_43":  # of the authors' 36B model: what the tokenizer of Hermes-4.3 brings along
+    if template == "hermes_43":  # of the authors' 36B model: the template in the tokenizer of Hermes-4.3
         template = "chat"
     if template not in names:
         raise ValueError(f"template={template!r}; use one of {names}.")
@@ -811,7 +811,7 @@ def answer_spans(
 ) -> tuple[
     list[int], list[tuple[int, int]]
 ]:  # Token ids of all messages; start and end of each answer in them
-    "Where the answers lie among the token ids of a conversation (@eq-span)."
+    "Token ids of a conversation, and the span of each answer in them (@eq-span)."
     eos = processor.tokenizer.eos_token_id
     whole = processor.build_prompt(messages, add_generation_prompt=False)
     ids = processor.encode_text(whole)
@@ -876,7 +876,7 @@ def encode_conversation(
     conversation: list[dict],  # LLaVA's `from`/`value` turns, or `role`/`content` messages
     tokens: int | list[int] | None = None,  # Budget $V$, or that of each image; `None`: the processor's
     max_length: int | None = None,  # Most tokens; the end is cut, never an image
-) -> dict[str, list[int]]:  # `input_ids`, and `labels` with -100 wherever nothing is to be learned
+) -> dict[str, list[int]]:  # `input_ids`, and `labels` with -100 at unsupervised positions
     "Token ids of a whole conversation with its visual tokens, and labels on its answers."
     row = tokenize_conversation(processor, conversation)
     sizes = tokens if isinstance(tokens, list) else processor.num_image_tokens(tokens)

@@ -292,7 +292,7 @@ class DeltaProjector(Compressor):
         level: Float[Tensor, "b n {self.config.d_vision}"],  # The query level
         g: int,  # Visual tokens per side
     ) -> Float[Tensor, "b {g**2} {self.config.d_llm}"]:  # Visual tokens
-        "The projector proper, after the features have been checked and standardized (§4)."
+        "Visual tokens from features that are checked and standardized already (§4)."
         self._share_base()
         if g * g < level.shape[1]:
             return self.mlp(self.attend(self.queries(level, g), self.k(levels), self.v(levels)))
@@ -522,7 +522,7 @@ def _layers_after_first(mlp: nn.Module) -> nn.Module:
 def check_readable(
     projector: nn.Module,  # To be folded
 ) -> None:
-    "An error if another library has replaced a layer, so that its weight alone is not what it computes."
+    "An error if another library has replaced a layer, so that its output does not follow from its weight."
     for name, layer in projector.named_modules():
         weight = getattr(layer, "weight", None)
         replaced = hasattr(layer, "base_layer") or "modules_to_save" in dict(layer.named_children())
@@ -539,7 +539,7 @@ def check_readable(
 
 
 class FoldedProjector(nn.Module):
-    "What `DeltaProjector.fold()` returns: the same function with fewer products, for inference only."
+    "Output of `DeltaProjector.fold()`: the same function with fewer products, for inference only."
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ def order_on_axis(
     b: PlantedObject,  # Another
     axis: int,  # 0 is horizontal, 1 vertical
 ) -> int:  # -1 if `a` ends before `b` begins, 1 if `b` ends before `a` begins, 0 if they overlap
-    "On which side of `b` the object `a` is."
+    "Side of `b` on which the object `a` lies."
     if a.box[axis + 2] < b.box[axis]:
         return -1
     return 1 if b.box[axis + 2] < a.box[axis] else 0
@@ -106,7 +106,7 @@ def neighbor_facts(
 def half_facts(
     scene: Scene,  # The plan
 ) -> Iterator[tuple[str, str, str, str]]:  # Object, both halves, and the one in which it is
-    "In which half an object is, where its box does not cross the middle."
+    "The half in which an object lies, if its box does not cross the middle."
     middle = scene.size // 2
     for o in scene.objects:
         for axis, (low, high) in enumerate(_HALVES):
@@ -119,7 +119,7 @@ def half_facts(
 def place_facts(
     scene: Scene,  # The plan
 ) -> Iterator[tuple[str, str]]:  # Object, and the quarter in which its center is
-    "In which quarter an object is, where its center is not near a border of the quarters."
+    "The quarter in which an object lies, if its center is not near a border of the quarters."
     middle, margin = scene.size / 2, scene.size / 14
     for o in scene.objects:
         center = [(o.box[axis] + o.box[axis + 2]) / 2 - middle for axis in (0, 1)]

@@ -237,7 +237,7 @@ def write_run(
 
 def add_results(
     output_dir: str | Path,  # Folder of a finished run
-    **results,  # JSON-safe: scores and the like
+    **results,  # JSON-safe, such as scores
 ) -> dict:  # The whole run
     "Add results to a run that is finished."
     path = Path(output_dir) / RUN_FILE
@@ -250,7 +250,7 @@ def add_results(
 def read_run(
     folder: str | Path,  # Folder of a run, of any version
 ) -> dict:  # `kind`, `settings`, `result` (`None` if not finished), `fingerprints`, and the provenance
-    "What is known about a run, with today's names."
+    "Settings, provenance and results of a run, with today's names."
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return rename_legacy(read_json(folder / RUN_FILE, dict, "Start the run again in another folder."))

@@ -131,7 +131,7 @@ class SharedImageCollator(Collator):
             )
         if systems := [row_name(row) for row in rows if row["conversations"][0]["from"] == "system"]:
             raise ValueError(
-                f"{systems[0]}: separate_turns=True has no place for a system prompt; "
+                f"{systems[0]}: separate_turns=True does not support a system prompt; "
                 "use separate_turns=False."
             )
         pairs = [question_pairs(row["conversations"]) for row in rows]

@@ -195,7 +195,7 @@ Case = tuple[str, int]  # Type of cache, and budget
 
 @dataclass
 class Timings:
-    "What was measured of one case."
+    "Measurements of one case."
 
     rounds: list[dict[str, float]] = field(default_factory=list)  # Seconds of each stage in each round
     peak_bytes: int = 0  # Peak GPU memory; 0 on a CPU
@@ -272,7 +272,7 @@ def _fastest_product(
 
 
 def measured_device(
-    device: torch.device,  # Which one
+    device: torch.device,  # Device to measure
     dtype: torch.dtype,  # Of the numbers
     sides: tuple[int, int] | None = None,  # Sides of both matrices; `None` goes by the device
 ) -> Device:
@@ -288,8 +288,8 @@ def measured_device(
 
 # %% ../nbs/42_speed.ipynb #1d158f15
 def roofline_seconds(
-    setup: Setup,  # What is run
-    device: Device,  # On what
+    setup: Setup,  # Model, budget and lengths
+    device: Device,  # Peak rates
     batch: int = 1,  # Rows
     element_size: int = 2,  # Bytes of one number
 ) -> dict[str, float]:
@@ -300,7 +300,7 @@ def roofline_seconds(
 
 # %% ../nbs/42_speed.ipynb #c8b7f548
 def cost_setup(
-    settings: SpeedSettings,  # What is timed
+    settings: SpeedSettings,  # Settings of the measurement
     tokens: int,  # Budget $V$
 ) -> Setup:
     "The same model, prompt and answer for the cost model. A budget that does not exist is an error."
@@ -328,7 +328,7 @@ def resolve_device(
 
 # %% ../nbs/42_speed.ipynb #d510e614
 def _build_model(
-    settings: SpeedSettings,  # What is timed
+    settings: SpeedSettings,  # Settings of the measurement
     setup: Setup,  # The model at its smallest budget
     device: torch.device,  # Where
     dtype: torch.dtype,  # Of all weights
@@ -355,7 +355,7 @@ def _build_model(
 
 
 def build_models(
-    settings: SpeedSettings,  # What is timed
+    settings: SpeedSettings,  # Settings of the measurement
     device: torch.device,  # Where
 ) -> tuple[DeltaLlavaForConditionalGeneration, dict[int, Compressor]]:  # And the projector of each budget
     "The model, and a projector for each budget."
@@ -385,7 +385,7 @@ def _throughput(
 
 
 def summarize_case(
-    settings: SpeedSettings,  # What was timed
+    settings: SpeedSettings,  # Settings of the measurement
     case: Case,  # Type of cache, and budget
     batch: int,  # Rows at a time
     timings: dict[Case, Timings],  # From `time_cases`
@@ -418,7 +418,7 @@ def summarize_case(
 
 # %% ../nbs/42_speed.ipynb #d044d8f4
 def run_sweep(
-    settings: SpeedSettings,  # What is timed
+    settings: SpeedSettings,  # Settings of the measurement
 ) -> tuple[Device, list[dict]]:  # Peak rates of the device; one row for each batch, cache and budget
     "Time vision tower, projector, prefill and decode for several budgets."
     setups = [cost_setup(settings, tokens) for tokens in settings.tokens]  # errors before a model is built

@@ -108,7 +108,7 @@ def name_shares(
     words: Sequence[Sequence[Sequence[str]]],  # For each image and each of its visual tokens its words
     names: Sequence[str],  # All names that objects can have: chance is measured with the absent ones
 ) -> NameShares:
-    "How often the words of visual tokens hold the names of objects, with chance."
+    "Share of visual tokens whose words hold the name of an object, with chance."
     inside_hits: list[bool] = []
     outside_hits: list[bool] = []
     chance_hits: list[bool] = []
@@ -131,7 +131,7 @@ def name_shares(
 def llm_outputs(
     model: nn.Module,  # A `DeltaLlavaForConditionalGeneration`
     processor,  # Its `DeltaLlavaProcessor`
-    images: Sequence,  # Whatever `open_image` takes
+    images: Sequence,  # Anything that `open_image` takes
     question: str,  # The same about each image
     tokens: int | None = None,  # Budget $V$; `None`: the model's
     attentions: bool = False,  # Also the attention weights of each layer

@@ -70,12 +70,12 @@ def attended_block(
         return None
     if attention not in (True, "before", "after"):
         raise ValueError(
-            f"attention={attention!r}; use 'before' for the block that wrote the query level, 'after' (or "
+            f"attention={attention!r}; use 'before' for the block that computed the query level, 'after' (or "
             "True) for the one that reads it, or False."
         )
     if attention == "before" and levels[-1] == 0:
         raise ValueError(
-            "attention='before' needs a block that wrote the query level, and level 0 is the embedded "
+            "attention='before' needs a block that computed the query level, and level 0 is the embedded "
             "patches; use a higher query level."
         )
     return levels[-1] - (attention == "before")
@@ -214,7 +214,7 @@ def _attention_fields(
     n: int,  # Patches
     attention: bool | str,  # As for `attended_block`
 ) -> dict[str, Tensor]:  # Fields of `VisionFeatures`
-    "What a compressor that reads attention gets."
+    "Fields of `VisionFeatures` for a compressor that reads attention."
     heads = model.config.num_attention_heads if attention == "before" else 1
     received, keys = cls_attention(vision_blocks(model)[block], states[block], n, heads)
     if attention == "before":
@@ -266,7 +266,7 @@ def _check_reduction(
     levels: Sequence[int],  # Hidden states to read
     n: int,  # Patches
 ) -> None:
-    "An error if the tower cannot reduce its tokens so."
+    "An error if the tower cannot reduce its tokens in this way."
     if config.model_type.startswith("siglip"):
         raise ValueError(
             f"a reduction inside the tower ranks by the CLS token, and a {config.model_type} has none; "
@@ -289,7 +289,7 @@ def reduced_features(
     reduction: TowerReduction,  # Where tokens are reduced, and to how many
     **resize,  # For the position embeddings
 ) -> VisionFeatures:  # `levels` of shape `[b, V, c]`
-    "The tokens that are left where blocks of the tower reduce them."
+    "The tokens that remain where blocks of the tower reduce them."
     grid = _check_pixels(model.config, pixel_values)
     _check_reduction(model.config, reduction, levels, grid**2)
     heads, left = model.config.num_attention_heads, [grid**2]
@@ -500,7 +500,7 @@ def image_processor_for(
 def image_aspect(
     processor: BaseImageProcessor,  # Of the tower
 ) -> str:  # `"pad"` or `"original"`
-    "How an image is made square: padded, or as the tower's own processor does it."
+    "The way in which an image is made square: padding, or that of the tower's own processor."
     return "pad" if getattr(processor, "do_pad", False) else "original"
 
 
@@ -636,7 +636,7 @@ def _entries(
     features: VisionFeatures,  # A batch from the tower
     dtype: torch.dtype,  # Precision on disk
 ) -> list[dict[str, Tensor]]:  # One for each image
-    "What is stored of each image; the attention stays in float32, because patches are ranked by it."
+    "Tensors to store for each image; the attention stays in float32, because patches are ranked by it."
     stored = dict(levels=features.levels.to(dtype))
     if features.cls_attention is not None and features.keys is not None:  # both or neither
         stored["cls_attention"] = features.cls_attention.float()

@@ -94,7 +94,7 @@ def stage_collator(
     features=None,  # Patch tokens of all images, if they are cached
     paths: Sequence[str] | None = None,  # The images that they belong to
 ) -> ElasticCollator:
-    "How rows become batches in this stage."
+    "The collator of a stage."
     kind = SharedImageCollator if stage.separate_turns else Collator
     collator = kind(
         processor=processor,
@@ -170,7 +170,7 @@ def check_installed(
 
 
 def build_stage_model(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
 ) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:  # Ready for `train_stage`
     "Load the pretrained parts and the projector of the stage before, each in the precision of the stage."
     check_installed(stage)
@@ -349,14 +349,14 @@ CHANGEABLE_SETTINGS = {  # paths, and how fast a run is: they do not change what
 
 
 def stage_settings(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
 ) -> dict:  # JSON-safe
     "All fields of a stage."
     return json.loads(json.dumps(asdict(stage) | dict(stage=stage.stage), default=str))
 
 
 def stage_fingerprints(
-    stage: Stage,  # What is trained
+    stage: Stage,  # Settings of the stage
     rows,  # Its training rows
 ) -> dict:  # JSON-safe
     "Fingerprints of everything that a stage reads."
@@ -509,7 +509,7 @@ def _log_parameter_counts(
 
 
 def _train(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     rows,  # Training rows
     callbacks: Sequence,  # transformers' callbacks
     more: dict,  # Fields of `TrainingArguments`
@@ -559,7 +559,7 @@ def _train(
 
 # %% ../nbs/31b_train.ipynb #7e8d1d17
 def train_run(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     callbacks: Sequence = (),  # transformers' callbacks
     features: tuple[list[str], torch.Tensor] | None = None,  # Paths of all images and their patch tokens
     **trainer_fields,  # Any field of transformers' `TrainingArguments`
@@ -601,7 +601,7 @@ def train_run(
 
 
 def run_stage(
-    stage: Stage,  # What to train
+    stage: Stage,  # Settings of the stage
     callbacks: Sequence = (),  # transformers' callbacks
     **trainer_fields,  # Any field of transformers' `TrainingArguments`
 ) -> Path:  # `run.json` in the output folder

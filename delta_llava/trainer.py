@@ -55,7 +55,7 @@ def freeze(
     model: DeltaLlavaForConditionalGeneration,  # Vision tower, projector, LLM
     stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
     lora_rank: int = 0,  # Rank of low-rank updates of the LLM's matrices; 0 trains the LLM itself
-    lora_dropout: float = 0.05,  # Part of an update's inputs that is dropped in training
+    lora_dropout: float = 0.05,  # Fraction of an update's inputs that is dropped in training
 ) -> dict[str, tuple[int, int]]:  # Part -> trained and all parameters
     "Set which parameters are trained in a stage (§6)."
     if lora_rank < 0 or lora_rank and stage == "pretrain":
@@ -111,7 +111,7 @@ class ElasticCollator:
         self,
         rows: Sequence[dict],  # As `Collator` takes them
     ) -> dict:  # For `at_step`
-        "What does not depend on the budget: tokens of the text and opened images."
+        "The part of a batch that does not depend on the budget: text tokens and opened images."
         return dict(prepared=self.collator.prepare(rows))
 
     def at_budget(
@@ -179,7 +179,7 @@ class BudgetTrainer(HookedTrainer):
     "One budget for each optimizer step, or the mean loss over several; a validation loss for each budget."
 
     eval_budgets: tuple[int, ...] = ()  # Without them the first training budget
-    follows_schedule = False  # Whether the projector is told how much of the training is done
+    follows_schedule = False  # Whether the projector's `set_progress` is called before each step
 
     def __init__(
         self,
@@ -322,7 +322,7 @@ def _is_complete(
 def last_checkpoint(
     output_dir: str | Path,  # Output folder of a run
 ) -> Path | None:  # Its newest complete checkpoint; `None` if there is none
-    "Where to resume. An incomplete checkpoint is ignored."
+    "The checkpoint from which to resume; incomplete ones are ignored."
     done = [m.parent for m in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}") if _is_complete(m.parent)]
     return max(done, key=lambda p: int(p.name.split("-")[1]), default=None)
 
@@ -487,7 +487,7 @@ class TimeLimit(TrainerCallback):
         return self.before_resumption + time.monotonic() - self.start
 
     def fraction(self) -> float:
-        "Part of the time that had passed after the last step: the same in all processes."
+        "Fraction of the time that had passed after the last step: the same in all processes."
         return self.at_last_step / self.seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -524,7 +524,7 @@ def stage_arguments(
     max_steps: int,  # Optimizer steps
     batch_size: int = 16,  # Rows in a pass, on one device
     learning_rate: float = 1e-3,  # Highest learning rate; the authors' of stage 1
-    warmup_ratio: float = 0.03,  # Part of the steps in which it rises
+    warmup_ratio: float = 0.03,  # Fraction of the steps in which it rises
     seed: int = 0,  # Of the order of the rows and of DropPath
     save_steps: int = 50,  # Steps between checkpoints
     **more,  # Any field of transformers' `TrainingArguments`
@@ -580,7 +580,7 @@ def check_disk_space(
     model: DeltaLlavaForConditionalGeneration,  # Frozen as it will be trained
     output_dir: str | Path,  # Where checkpoints go
 ):
-    "An error if the disk has no room for the checkpoints and the result."
+    "An error if the disk has too little space for the checkpoints and the result."
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, result = checkpoint_bytes(model)
@@ -659,7 +659,7 @@ def train_stage(
     *,
     stage: Literal["pretrain", "finetune"] = "pretrain",  # The projector alone, or the projector and the LLM
     lora_rank: int = 0,  # Rank of low-rank updates in place of the LLM's own weights
-    resume: bool = True,  # Go on from the last complete checkpoint in the folder, if there is one
+    resume: bool = True,  # Continue from the last complete checkpoint in the folder, if there is one
     callbacks: Sequence = (),  # transformers' callbacks
     result_dir: str | Path | None = None,  # Gets the projector, or after stage 2 the full model
     eval_rows=None,  # Validation rows; their loss is computed every `args.eval_steps`

@@ -143,13 +143,13 @@ def tower_fingerprint(
 
 # %% ../nbs/22_vlm.ipynb #c172f5ed
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    "How weights are initialized, saved and loaded."
+    "Base class that initializes, saves and loads weights."
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _supports_flash_attn = True  # which parts really do, the tower and the LLM say
+    _supports_flash_attn = True  # the tower and the LLM check it for themselves
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -208,7 +208,7 @@ PROJECTOR = "multi_modal_projector."  # prefix of the projector's weights
 def llm_part(
     info: dict,  # transformers' report: `missing_keys` and `unexpected_keys`
 ) -> dict:  # The same for the LLM
-    "What matters in a folder with another projector, and with a tower that may have more blocks."
+    "The LLM's part of the report, for a folder with another projector and perhaps a deeper tower."
     kinds = ("missing_keys", "unexpected_keys")
     return {kind: {name for name in info[kind] if name.startswith("language_model.")} for kind in kinds}
 
@@ -277,8 +277,8 @@ def patch_tokens(
     model: nn.Module,  # `DeltaLlavaForConditionalGeneration`
     pixel_values: Tensor | None = None,  # `[b, 3, h, w]` Images, normalized by the tower's processor
     vision_features: Tensor | VisionFeatures | None = None,  # `[b, n, l·c]` Patch tokens, not `pixel_values`
-) -> VisionFeatures:  # Where the projector is, in its precision
-    "What the projector reads: the tower's output, or what was computed before."
+) -> VisionFeatures:  # On the projector's device, in its precision
+    "Input of the projector: the tower's output, or features that were computed before."
     if (pixel_values is None) == (vision_features is None):
         given = "neither was" if pixel_values is None else "both were"
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
@@ -353,9 +353,9 @@ def place_visual_tokens(
 
 # %% ../nbs/22_vlm.ipynb #9cf50095
 def shared_prefix_mask(
-    segments: Int[Tensor, "b t"],  # 0 for what all see, 1, 2, … for what only its own segment sees
-) -> Bool[Tensor, "b 1 t t"]:  # `True` where the second position is seen by the first
-    "Causal attention to the first segment and to the own one (@eq-segments)."
+    segments: Int[Tensor, "b t"],  # 0: all attend to it; 1, 2, …: its own segment only
+) -> Bool[Tensor, "b 1 t t"]:  # `True` where the first position attends to the second
+    "Causal attention to segment 0 and to a position's own segment (@eq-segments)."
     t = segments.shape[1]
     shared = (segments == 0)[:, None]
     own = segments[:, None] == segments[:, :, None]
@@ -417,7 +417,7 @@ class VisualInputs(nn.Module):
         pixel_values: Tensor,  # `[b, 3, h, w]` Images, normalized
         **kwargs,  # As for `get_image_features`
     ) -> list[int]:  # For the processor's `tokens`
-        "How many visual tokens each image gets; not the same for all with an adaptive compressor."
+        "Number of visual tokens of each image; adaptive compressors give images different numbers."
         with torch.no_grad():
             images = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         return [len(visual) for visual in images.pooler_output]
@@ -437,7 +437,7 @@ class VisualInputs(nn.Module):
         self,
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
     ) -> Float[Tensor, "1 v d"]:
-        "Visual tokens of patch tokens that are 0, to be added times 0 where a batch has no image (for DDP)."
+        "Visual tokens of zero patch tokens, added with factor 0 where a batch has no image (for DDP)."
         projector = self.multi_modal_projector
         config = projector.config
         n = config.grid**2
@@ -550,13 +550,13 @@ def supervised_loss(
 def check_packing(
     llm: nn.Module,  # Causal LM
 ) -> None:
-    "An error if rows of one sequence would reach each other."
+    "An error if packed rows would influence each other."
     mixing = adapter.mixes_rows(llm)
     if mixing:
         raise ValueError(
             "packing=True (or separate_turns=True) puts several rows into one sequence, but this LLM, "
-            f"{llm.config.model_type!r}, is not attention alone: through {mixing} they would reach each "
-            "other. Use packing=False and separate_turns=False."
+            f"{llm.config.model_type!r}, has layers other than attention: through {mixing} the rows would "
+            "influence each other. Use packing=False and separate_turns=False."
         )
 
 
@@ -630,7 +630,7 @@ class VisualGeneration(nn.Module):
             return self.language_model.generate(generation_config=generation_config, **prompt, **kwargs)
 
     def _passes_that_need_positions(self, generation_config, kwargs: dict) -> str:
-        "What makes `generate` read parts of the prompt by their token ids; empty if nothing does."
+        "The setting that makes `generate` read the prompt in parts, by token ids; empty if there is none."
         settings = generation_config or self.generation_config
 
         def setting(name):
@@ -658,7 +658,7 @@ class VisualGeneration(nn.Module):
         input_ids: Tensor,  # `[b, t]` Prompt of the model that this one proposes tokens to
         **visual,  # Its images, as for `generate`
     ) -> Iterator[None]:
-        "While it lasts, this model's LLM reads the prompt with visual tokens of this model."
+        "Context in which this model's LLM reads the prompt with this model's visual tokens."
         if visual["vision_features"] is not None:
             raise ValueError("an assistant_model with a vision tower of its own needs pixel_values.")
         images = self._image_outputs(**visual, mm_encoder_outputs=None)
@@ -679,7 +679,7 @@ def embeddings_of_prompt(
     llm: nn.Module,  # Causal LM
     embeds: Float[Tensor, "b t d"],  # Embeddings of a prompt, visual tokens included
 ) -> Iterator[None]:
-    "While it lasts, the LLM reads these embeddings at the positions of the prompt, in whatever parts."
+    "Context in which the LLM reads these embeddings at the prompt's positions, in one or more passes."
     rows, length, _ = embeds.shape
 
     def hook(module, args, kwargs):
@@ -754,7 +754,7 @@ class DeltaLlavaForConditionalGeneration(
         self.vision_tower.requires_grad_(False)
         self.multi_modal_projector = build_compressor(config.compressor, config.projector_config())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
-        self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are there
+        self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are loaded
         self.post_init()
 
     def forward(
@@ -766,7 +766,7 @@ class DeltaLlavaForConditionalGeneration(
         past_key_values=None,  # Cache of earlier positions
         inputs_embeds: Tensor | None = None,  # `[b, t, d]` Embeddings of `input_ids`, if they are known
         labels: Tensor | None = None,  # `[b, t]` Token ids to predict, -100 where nothing is supervised
-        logits_to_keep: int | Tensor = 0,  # Logits of the last so many positions only; 0 is all
+        logits_to_keep: int | Tensor = 0,  # Logits of this many last positions only; 0: of all
         *,
         vision_features: Tensor
         | VisionFeatures
@@ -777,8 +777,7 @@ class DeltaLlavaForConditionalGeneration(
         question_ids: Tensor | None = None,  # `[b, q]` Each question alone, for projectors that read it
         question_mask: Tensor | None = None,  # `[b, q]` 0 on padding
         prompt_end: Tensor | None = None,  # `[b]` Last position of the prompt, for FastV; else from `labels`
-        segments: Tensor
-        | None = None,  # `[b, t]` 0 is seen by all, others by their own; for `attention_mask`
+        segments: Tensor | None = None,  # `[b, t]` As for `shared_prefix_mask`, in place of `attention_mask`
         **kwargs,  # To the LLM
     ) -> DeltaLlavaOutput | tuple:
         "Logits of the next token, and with `labels` the loss (@eq-loss); in training mode the loss alone."
@@ -811,8 +810,8 @@ class DeltaLlavaForConditionalGeneration(
         return out.to_tuple() if return_dict is False else out
 
     def _check_arguments(self, kwargs: dict) -> None:
-        "An error for arguments that nobody has, such as `token`; the LLM would ignore them."
-        kwargs.pop("mm_token_type_ids", None)  # from the processor; `input_ids` say the same
+        "An error for arguments that neither model nor LLM has, such as `token`; the LLM would ignore them."
+        kwargs.pop("mm_token_type_ids", None)  # from the processor; `input_ids` contain the same information
         if torch.compiler.is_compiling() or kwargs.keys() <= {"use_cache", "num_items_in_batch"}:
             return
         known = adapter.forward_arguments(self.language_model)
@@ -866,7 +865,7 @@ class DeltaLlavaForConditionalGeneration(
         return dict(out) | dict(loss=loss_function(logits=out.logits, **targets))
 
     def remember_tower(self) -> None:
-        "Note the tower's fingerprint while its weights are whole; sharded training spreads them out."
+        "Store the tower's fingerprint before sharded training distributes its weights."
         self.known_fingerprint = tower_fingerprint(self.vision_tower)
 
 # %% ../nbs/22_vlm.ipynb #c590e26a
@@ -932,7 +931,7 @@ def tower_identity(
     model: DeltaLlavaForConditionalGeneration,  # Holds the tower
     fingerprint: dict[str, float] | None = None,  # `None` computes it
 ) -> dict:  # JSON-safe
-    "What must agree for a projector to read a tower."
+    "Properties of a vision tower that a projector trained on it requires."
     vision = model.config.vision_config
     sizes = {name: getattr(vision, name) for name in ("model_type", "hidden_size", "patch_size")}
     return sizes | dict(fingerprint=fingerprint or tower_fingerprint(model.vision_tower))
@@ -941,8 +940,7 @@ def tower_identity(
 def save_projector(
     model: nn.Module,  # The projector, or the model that holds it, perhaps in PEFT's wrappers
     folder: str | Path,  # Gets `projector.safetensors` and `projector.json`
-    state: dict[str, Tensor]
-    | None = None,  # The projector's weights, where the model's are spread over processes
+    state: dict[str, Tensor] | None = None,  # The projector's weights, if the model's are sharded
 ) -> Path:  # The folder
     "Save the projector alone."
     model = adapter.unwrap_model(model)
@@ -951,7 +949,7 @@ def save_projector(
     if state is None:
         projector = adapter.merged_copy(projector)
     tower = None
-    if whole_model:  # a tower that is spread over processes was noted when it was whole
+    if whole_model:  # if the tower is sharded, its fingerprint was stored before
         tower = tower_identity(model, model.known_fingerprint if state is not None else None)
     weights = projector.state_dict() if state is None else state
     folder = Path(folder)
@@ -1014,7 +1012,7 @@ def check_projector_fits(
     trained_on: dict,  # `tower_identity` of the tower that it was trained on; empty if unknown
     force: bool,  # Accept a tower with other weights
 ) -> None:
-    "Error unless a projector reads this model's tower and writes for its LLM."
+    "Error unless a projector fits this model's vision tower and LLM."
     own, here = model.config.projector_config(), tower_identity(model)
     pairs = {k: (getattr(config, k), getattr(own, k)) for k in ("d_vision", "levels", "grid", "d_llm")}
     pairs |= {k: (v, here[k]) for k, v in trained_on.items() if k != "fingerprint"}

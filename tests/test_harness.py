@@ -143,7 +143,7 @@ def test_aspect_by_argument_and_by_task(whole):
         (dict(batch_size=0), "batch_size=0"),
         (dict(dtype="int8"), "dtype='int8'"),
         (dict(template="v2"), "template='v2'"),
-        (dict(template="plain", system_prompt="Be brief."), "no place"),
+        (dict(template="plain", system_prompt="Be brief."), "is not supported by"),
     ],
 )
 def test_wrong_arguments_are_named(whole, args, words):

@@ -133,7 +133,7 @@ def test_packed_rows_do_not_reach_each_other(kind):
 def test_packing_is_refused_where_it_would_leak(kind):
     model = make_model(make_llm(kind))
     rows = packed([[65, 66, 67], [80, 81, 82, 83]])
-    with pytest.raises(ValueError, match=rf"'{kind}', is not attention alone.*packing=False"):
+    with pytest.raises(ValueError, match=rf"'{kind}', has layers other than attention.*packing=False"):
         model(**rows)
     ids = rows["input_ids"]
     assert model(ids, labels=ids).loss.isfinite()  # one row after another is no matter

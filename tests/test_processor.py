@@ -634,7 +634,7 @@ def test_system_prompts_that_have_no_place():
     tokenizer = byte_tokenizer()
     messages = [dict(role="system", content="Be brief."), dict(role="user", content="Q")]
     for template, message in {
-        "{{ messages[-1]['content'] }}": "'Be brief.' has no place",
+        "{{ messages[-1]['content'] }}": "'Be brief.' is not supported by this chat template",
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}": "refuses .*: no",
     }.items():
         tokenizer.chat_template = template

@@ -218,7 +218,7 @@ def test_towers_without_a_square_grid_are_refused(tmp_path):
     "NaFlex packs patches of any aspect ratio, Qwen-VL too: their pixel values are no images."
     config = Siglip2VisionConfig(**CLIP, num_hidden_layers=2, patch_size=8, num_patches=16)
     model = saved(Siglip2VisionModel, config, tmp_path)
-    with pytest.raises(ValueError, match="is no tower but: siglip2_vision_model.*square grid.*NaFlex"):
+    with pytest.raises(ValueError, match="as tower; it is: siglip2_vision_model.*square grid.*NaFlex"):
         load_tower(tmp_path, (0, 1))
     with pytest.raises(ValueError, match=r"\[batch, 3, height, width\].*NaFlex"):
         tower_module._check_pixels(model.config, torch.zeros(1, 16, 192))

@@ -143,7 +143,7 @@ def notebook_text(notebook: dict) -> str:
 
 
 def update(path: Path, text: str) -> None:
-    "Write a file whose text is another now, and say so."
+    "Write a file whose text has changed, and print its name."
     if path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))

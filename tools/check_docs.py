@@ -2,7 +2,7 @@
 stumble over.
 
 `make docs` runs this where Quarto is missing, `make test` always. The pages stay in _docs/ as a plain
-preview; the site itself is Quarto's. Each failure names page, cell and the way to mend it.
+preview; the site itself is Quarto's. Each failure names page, cell and a fix.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Draw nbs/images/card.png, the preview image of links to the site: one image at ever fewer visual tokens.
+"""Draw nbs/images/card.png, the preview image of links to the site: one image with decreasing budgets.
 Each token is drawn in the mean color of its window.
 """
 

@@ -350,7 +350,7 @@ def drop_unused_blocks(
     return {k: v for k, v in tensors.items() if k not in dropped}, dropped
 
 # %% ../../nbs/24c_checkpoint_conversion.ipynb #361f97e1
-SUPPORTED_FIELDS = {  # layout -> fields of its config, and the only values that mean what is computed here
+SUPPORTED_FIELDS = {  # layout -> fields of its config, and the only values that are supported here
     "authors": dict(mm_vision_select_feature="patch", mm_use_im_start_end=False),
     "llava-hf": dict(
         vision_feature_select_strategy="default", projector_hidden_act="gelu", multimodal_projector_bias=True
@@ -379,7 +379,7 @@ def check_fields(
 def _our_llm(
     source: Source,  # The authors' or llava-hf's whole model
     tensors: dict[str, LazyTensor],  # By our names
-    tokenizer: PreTrainedTokenizerBase | None,  # Learns `<image>`
+    tokenizer: PreTrainedTokenizerBase | None,  # Gets `<image>`
 ) -> tuple[PreTrainedConfig, dict[str, LazyTensor], int]:  # Config, tensors, id of `<image>`
     "The LLM with a row for `<image>`."
     if source.layout == "authors":
@@ -415,7 +415,7 @@ def assemble_model(
     projector: Compressor,  # From `read_projector`
     name: str,  # Of the compressor
     tower: tuple[PreTrainedConfig, dict[str, LazyTensor]],  # From `find_tower`
-    tokenizer: PreTrainedTokenizerBase | None,  # From `read_tokenizer`; learns `<image>`
+    tokenizer: PreTrainedTokenizerBase | None,  # From `read_tokenizer`; gets `<image>`
 ) -> tuple[
     DeltaLlavaConfig, dict[str, LazyTensor], list[str]
 ]:  # Config, tensors by our names, names left out
@@ -482,7 +482,7 @@ def check_exportable(
     "An error if the target layout cannot represent a setting."
     if config.standardize:
         raise ValueError(
-            f"standardize=True: {to} has no place for the statistics of the features; "
+            f"standardize=True: {to} cannot store the statistics of the features; "
             "train with standardize=False."
         )
     if to == "llava-hf":
@@ -667,14 +667,14 @@ def group_names(
 
 @dataclass
 class Conversion:
-    "What was found and what was written."
+    "Result of a conversion: what was found, written, assumed and left out."
 
     target: Path  # The new folder
     source: str  # What the source is
     written: str  # What the target is
     config: CompressorConfig  # Of the projector
     assumed: dict = field(default_factory=dict)  # Settings that the source does not determine, as published
-    dropped: list[str] = field(default_factory=list)  # What the target has no place for
+    dropped: list[str] = field(default_factory=list)  # Tensors that the target layout does not have
 
     def __str__(self):
         c = self.config
@@ -737,7 +737,7 @@ def _write_model(
 def projector_leftovers(
     source: Source,  # The authors' or llava-hf's
 ) -> list[str]:  # Names as they are in the file
-    "What a projector folder has no place for: everything but the projector."
+    "Names that a projector folder does not hold: all but the projector's."
     names = [name for name in source.weights.shapes if not COMPUTED_BUFFERS.search(name)]
     return [name for name in names if not our_name(name, source.layout).startswith(PROJECTOR)]
 

@@ -270,7 +270,7 @@ def _derived(
     grid: int,  # Patches per side
     levels: tuple[int, ...] | None,  # Published ones
 ) -> dict:  # Fields of the config
-    "What shapes and hints determine together."
+    "Fields that shapes and hints determine together."
     out: dict = {}
     if "grid" in hints or "grid" in sizes:
         out["grid"] = grid
@@ -338,7 +338,7 @@ class Source:
 
     @property
     def description(self) -> str:
-        "What it is, for messages."
+        "Kind of checkpoint, for messages."
         return "a whole model" if self.has_llm else "a projector"
 
 
@@ -354,7 +354,7 @@ def _layout(
 def open_source(
     path: str | Path,  # Folder or file
 ) -> Source:
-    "Find out what a checkpoint is."
+    "Open a checkpoint and determine its layout."
     path = Path(path)
     weights = Weights(path)
     folder = path if path.is_dir() else path.parent
@@ -401,7 +401,7 @@ def config_hints(
     source: Source,  # Checkpoint
     tower: PreTrainedConfig | None,  # Its vision tower's config, if known
 ) -> dict:  # As `hints` for `infer_config`
-    "What the config beside the weights says about the projector."
+    "Settings of the projector in the config beside the weights."
     out = {}
     match = re.search(r"patch(\d+)(?:-(\d+))?$", source.config.get("mm_vision_tower") or "")
     if match:

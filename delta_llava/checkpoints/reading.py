@@ -116,7 +116,7 @@ class Weights:
             self._index(path)
 
     def _index(self, path: Path):
-        "Note names and shapes of one file."
+        "Record names and shapes of one file."
         content = self._open(path)
         for name in content.keys():
             if name in self.file_of:

@@ -47,10 +47,10 @@ def feature_statistics(
     return mean, std.masked_fill(is_constant, 1)
 
 # %% ../../nbs/05_compressor.ipynb #19b8785e
-REQUIREMENTS = {  # What a compressor may read besides patch tokens
+REQUIREMENTS = {  # Inputs that a compressor may need besides patch tokens
     "text": "the question",
     "attention": "CLS attention and keys of the tower's block after the query level",
-    "level_attention": "CLS attention of the block that wrote the query level, mean over the heads",
+    "level_attention": "CLS attention of the block that computed the query level, mean over the heads",
     "reduction": "the tokens of a tower whose blocks reduce them, as its config's `tower_reduction` says",
     "decoder": "the LLM's layers, in which it drops or pools visual tokens",
 }
@@ -61,8 +61,8 @@ class Compressor(nn.Module):
 
     Config = CompressorConfig  # Class of its config
     config: CompressorConfig  # Its sizes and switches; a subclass names its own class
-    requires: tuple[str, ...] = ()  # What else it reads: a key of `REQUIREMENTS`
-    ranks_tokens = False  # Whether the LLM computes one row of attention more, to rank its image tokens
+    requires: tuple[str, ...] = ()  # Inputs besides patch tokens: keys of `REQUIREMENTS`
+    ranks_tokens = False  # Whether the LLM computes one additional row of attention, to rank its image tokens
     spatial = True  # Whether its tokens are a grid over the image, row by row
     nested = False  # Whether a training step averages the losses of all its budgets
     state_dict_map: dict[str, str] = {}  # Prefix of our names -> prefix of the reference's
@@ -98,18 +98,18 @@ class Compressor(nn.Module):
 
     def set_progress(
         self,
-        progress: float | None,  # Share of the training that is done, 0 to 1; `None` outside a training
+        progress: float | None,  # Fraction of the training steps done, 0 to 1; `None` outside a training
     ) -> None:
         "Called before each step of stage 2; a compressor with a schedule follows it, all others ignore it."
 
     def decoder_context(
         self,
-        decoder: nn.Module,  # The LLM's
+        decoder: nn.Module,  # Decoder of the LLM
         image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
         prompt_end: Tensor | None = None,  # `[b]` Position of the prompt's last token; `None`: of the pass
     ) -> AbstractContextManager:
-        "What is active during a pass of the LLM, for compressors that require `decoder`."
+        "Context manager around each forward pass of the LLM, for compressors that require `decoder`."
         return nullcontext()
 
     def input_output_layers(self) -> tuple[list[nn.Module], nn.Linear]:
@@ -176,7 +176,7 @@ def tower_options(
     compressor: Any,  # A compressor, or its class
     config: Any = None,  # Its config; `None` takes the compressor's
 ) -> dict:  # `attention` or `reduction` of `vision_features`; empty if it reads patch tokens alone
-    "What a compressor reads from the vision tower besides patch tokens."
+    "Arguments of `vision_features` for what a compressor needs besides patch tokens."
     requires = compressor.requires
     if "attention" in requires:
         return dict(attention="after")
@@ -204,7 +204,7 @@ def compressor_class(
 # %% ../../nbs/05_compressor.ipynb #fb403f0c
 def compressor_config(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
-    like: CompressorConfig,  # Where grid, budget, levels and widths come from
+    like: CompressorConfig,  # Config with grid, budget, levels and widths
     **options,  # Fields of the compressor's own config
 ) -> CompressorConfig:  # Of the compressor's own class
     "The config of one compressor with the sizes of another's."
@@ -227,7 +227,7 @@ def compressor_config(
 
 def config_from_dict(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
-    d: dict,  # What the config's `to_dict` gave
+    d: dict,  # Output of the config's `to_dict`
 ) -> CompressorConfig:  # Of the compressor's own class
     "A config from a dict; one that contradicts the variant's name is an error."
     implied = split_variant(name)[1]
@@ -241,7 +241,7 @@ def config_from_dict(
 # %% ../../nbs/05_compressor.ipynb #daf7f319
 def build_compressor(
     name: str,  # A key of `COMPRESSORS` or `VARIANTS`
-    config: CompressorConfig | dict,  # Its own config, or what that config's `to_dict` gave
+    config: CompressorConfig | dict,  # Its own config, or the output of that config's `to_dict`
 ) -> Compressor:  # With its reference's initialization
     "A new compressor by name."
     cls = compressor_class(name)
@@ -366,7 +366,7 @@ def input_attribution(
     compressor: Compressor,  # In evaluation mode
     features: Float[Tensor, "b n c"],  # Patch tokens of some images
     tokens: int | None = None,  # Budget $V$
-    token_indices: Sequence[int] | None = None,  # Which visual tokens; `None` takes all
+    token_indices: Sequence[int] | None = None,  # Indices of visual tokens; `None` takes all
     **kwargs,  # To the compressor, such as `text`
 ) -> Float[Tensor, "v n"]:  # Share of each patch in each token, rows sum to 1
     "Dependence of each visual token on each patch: @eq-attribution."

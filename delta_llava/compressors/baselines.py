@@ -22,7 +22,7 @@ from ..grid import FeaturesLike, grid_side, interpolate
 
 # %% ../../nbs/12b_baselines.ipynb #c2bb4f38
 class ReducedMLP(MLP):
-    "LLaVA's MLP on fewer vectors than patches; a subclass says which."
+    "LLaVA's MLP on fewer vectors than patches; a subclass defines them in `reduce`."
 
     def reduce(
         self,

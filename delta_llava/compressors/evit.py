@@ -50,7 +50,7 @@ class EViTConfig(MLPConfig):
         return self.blocks or tuple(sorted(block for block in quarters if block < level))
 
     def tower_reduction(self) -> tuple[tuple[int, int], ...]:  # (block, tokens after its attention)
-        "Where the tower reduces its tokens, and to how many (@eq-counts)."
+        "Blocks in which the tower reduces its tokens, and the tokens after each (@eq-counts)."
         n, blocks = self.grid**2, self.reducing_blocks()
         reduction = []
         for j, block in enumerate(blocks, 1):
@@ -69,7 +69,7 @@ class EViTConfig(MLPConfig):
 
 
 class EViT(MLP):
-    "LLaVA's MLP on the tokens that a tower with reducing blocks has left (@eq-fuse)."
+    "LLaVA's MLP on the tokens that remain after the tower's reducing blocks (@eq-fuse)."
 
     Config = EViTConfig
     config: EViTConfig

@@ -31,7 +31,7 @@ from ..grid import VisionFeatures
 class DecoderMLPConfig(MLPConfig):
     "Sizes of LLaVA's projector, and where the LLM reduces image tokens."
 
-    tokens: int = 144  # Default budget $V$: image tokens that go on after layer $K$
+    tokens: int = 144  # Default budget $V$: image tokens that remain after layer $K$
     layer: int = 2  # Decoder layers that read all image tokens, $K$
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class DecoderMLPConfig(MLPConfig):
 
 
 class DecoderMLP(MLP):
-    "LLaVA's MLP for all patches, whose number is reduced inside the LLM; a subclass says how."
+    "LLaVA's MLP for all patches, whose number is reduced inside the LLM by the method of a subclass."
 
     Config = DecoderMLPConfig
     config: DecoderMLPConfig
@@ -97,7 +97,7 @@ class FastV(DecoderMLP):
 
     def decoder_context(
         self,
-        decoder: nn.Module,  # The LLM's
+        decoder: nn.Module,  # Decoder of the LLM
         image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
         prompt_end: Tensor | None = None,  # `[b]` Position of the token that ranks; `None`: last of the pass
@@ -128,7 +128,7 @@ def equal_rows(
     kept: Bool[Tensor, "b t"],  # Tokens that stay
     rank: Float[Tensor, "b t"],  # Below 2; the others with the highest rank fill up a shorter row
     visible: Bool[Tensor, "b t"] | None = None,  # `False` on padding, which fills up first
-) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, rising; `False` on fill
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, ascending; `False` on fill
     "The kept tokens of each row, filled up to rows of equal length."
     if visible is not None:
         kept = kept & visible
@@ -143,7 +143,7 @@ def select_tokens(
     image_mask: Bool[Tensor, "b t"],  # Positions of the image tokens that are ranked
     keep: int,  # Image tokens of a row that are kept, $V$
     visible: Bool[Tensor, "b t"] | None = None,  # `False` on padding
-) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, rising; `False` on fill
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, ascending; `False` on fill
     "All other tokens and the `keep` most attended image tokens of each row."
     best = attention.masked_fill(~image_mask, -1).topk(min(keep, image_mask.shape[1])).indices
     kept = ~image_mask | torch.zeros_like(image_mask).scatter(1, best, True)
@@ -325,7 +325,7 @@ def append_axes(
 
 
 class Pruning:
-    "What the last pass that began a sequence kept."
+    "Record of the tokens that the last pass that began a sequence kept."
 
     def __init__(self) -> None:
         self.attention_received: Tensor | None = None  # `[b, t]` Attention of the ranking token
@@ -364,7 +364,7 @@ class RankingAttention:
         self.recorded: dict[str, Tensor] = {}  # `"q"` and `"k"`, before rotation
 
     def register(self) -> list[RemovableHandle]:
-        "Put both hooks on the layer."
+        "Register both hooks on the layer."
         handles = []
         for name in "qk":
             source = getattr(self.attention, f"{name}_norm", getattr(self.attention, f"{name}_proj"))
@@ -466,7 +466,7 @@ def check_no_new_images(
     image_mask: Tensor | None,  # Positions of the image tokens
     x: Float[Tensor, "b t d"],  # Hidden states of a pass that continues a sequence
 ) -> None:
-    "Error if a pass that continues a cache brings images."
+    "Error if a pass that continues a cache contains images."
     if image_mask is None or x.shape[1] == 1 or image_mask.shape != x.shape[:2]:
         return
     if image_mask.any():
@@ -509,16 +509,16 @@ def continued_mask(
 
 # %% ../../nbs/18_fastv.ipynb #2e259c76
 class TokenReduction:
-    "How the image tokens of a pass become fewer."
+    "A method that reduces the image tokens of a pass."
 
     attention_received: Tensor | None = None  # `[b, t]` Attention that ranks, if there is one
 
     def register(self) -> list[RemovableHandle]:
-        "Put hooks of its own on the decoder."
+        "Register its own hooks on the decoder."
         return []
 
     def reset(self) -> None:
-        "Forget the pass before."
+        "Discard what was recorded in the previous pass."
 
     def select(
         self,
@@ -527,7 +527,7 @@ class TokenReduction:
         visible: Bool[Tensor, "b t"] | None,  # `False` on padding
         rotation: tuple,  # Cosines and sines of all positions
     ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # As `equal_rows`
-        "Which tokens go on."
+        "Select the tokens that remain."
         raise NotImplementedError
 
     def shorten(
@@ -535,7 +535,7 @@ class TokenReduction:
         x: Float[Tensor, "b t d"],  # Hidden states in front of the first shortened layer
         pruning: Pruning,  # What was selected
     ) -> Float[Tensor, "b k d"]:
-        "The hidden states that go on."
+        "Hidden states of the tokens that remain."
         return pruning.gather(x)
 
 
@@ -576,7 +576,7 @@ class PruningHooks:
         self,
         decoder: nn.Module,  # Checked by `check_decoder`
         image_mask: Bool[Tensor, "b t"] | None,  # Positions of the image tokens
-        reduction: TokenReduction,  # How they become fewer
+        reduction: TokenReduction,  # How they are reduced
         layer: int,  # Layers that read all tokens, $K$
         prompt_end: Tensor
         | None = None,  # `[b]` Position of the prompt's last token; `None` is the last of the pass
@@ -591,7 +591,7 @@ class PruningHooks:
         self.changes: dict = {}  # arguments of the later layers
 
     def register(self) -> list[RemovableHandle]:
-        "Put all hooks on the decoder."
+        "Register all hooks on the decoder."
         handles = [self.decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)]
         if self.image_mask is not None:
             handles += self.reduction.register()
@@ -601,7 +601,7 @@ class PruningHooks:
         return handles
 
     def _before_pass(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        "Note the padding mask, and refuse what cannot work before the cache is changed."
+        "Store the padding mask, and check the pass before the cache is changed."
         self.result.current = False
         self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self.changes = {}
@@ -645,7 +645,7 @@ class PruningHooks:
         return x
 
     def _select(self, image_mask: Tensor, end: Tensor, visible: Tensor | None, rotation: tuple):
-        "Note which tokens go on; the result is `False` on fill."
+        "Store which tokens remain; the result is `False` on fill."
         index, shown = self.reduction.select(image_mask, end, visible, rotation)
         self.result.attention_received, self.result.index = self.reduction.attention_received, index
         self.result.length, self.result.current = image_mask.shape[1], True
@@ -657,12 +657,12 @@ def pruning_context(
     decoder: nn.Module,  # Checked by `check_decoder`
     image_mask: Bool[Tensor, "b t"]
     | None,  # Positions of the image tokens; `None` in steps that only continue
-    reduction: TokenReduction,  # How they become fewer
+    reduction: TokenReduction,  # How they are reduced
     layer: int,  # Layers that read all tokens, $K$
     prompt_end: Tensor
     | None = None,  # `[b]` Position of the prompt's last token; `None` is the last of the pass
 ) -> Iterator[Pruning]:  # What was kept
-    "While it lasts, sequences that begin in `decoder` go on with fewer image tokens after `layer` layers."
+    "Context in which sequences that begin in `decoder` have fewer image tokens after `layer` layers."
     hooks = PruningHooks(decoder, image_mask, reduction, layer, prompt_end)
     handles = hooks.register()
     try:
@@ -683,7 +683,7 @@ def fastv_context(
     prompt_end: Tensor
     | None = None,  # `[b]` Position of the token that ranks; `None` is the last of the pass
 ) -> Iterator[Pruning]:  # What was kept
-    "While it lasts, sequences that begin in `decoder` keep only `keep` image tokens after `layer` layers."
+    "Context in which sequences that begin in `decoder` keep `keep` image tokens after `layer` layers."
     check_decoder(decoder, layer)
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1.")

@@ -58,7 +58,7 @@ class PoolCells(TokenReduction):
         end: Int[Tensor, "b"],  # Not used
         visible: Bool[Tensor, "b t"] | None,  # `False` on padding
         rotation: tuple,  # Not used
-    ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, rising; `False` on fill
+    ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"] | None]:  # Kept positions, ascending; `False` on fill
         "The middle token of each cell, which its mean will replace, and all other tokens."
         self.cells, self.exists = image_cells(image_mask, self.stride)
         middle = self.cells[..., (self.stride - 1) // 2]
@@ -73,7 +73,7 @@ class PoolCells(TokenReduction):
         x: Float[Tensor, "b t d"],  # Hidden states in front of the first shortened layer
         pruning: Pruning,  # What was selected
     ) -> Float[Tensor, "b k d"]:
-        "Means in place of the middle tokens, and then the tokens that go on."
+        "Hidden states of the tokens that remain, with each cell's mean in place of its middle token."
         rows = torch.arange(len(x), device=x.device)[:, None]
         middle = self.cells[..., (self.stride - 1) // 2]
         means = x[rows[..., None], self.cells].mean(2)
@@ -91,8 +91,8 @@ def llavolta_context(
     layer: int = 2,  # Layers that read all tokens, $K$
     prompt_end: Tensor
     | None = None,  # `[b]` Position of the prompt's last token, where an answer follows in the same pass
-) -> Iterator[Pruning]:  # Which positions go on
-    "While it lasts, sequences that begin in `decoder` go on with averaged image tokens after `layer` layers."
+) -> Iterator[Pruning]:  # Positions that remain
+    "Context in which sequences that begin in `decoder` have averaged image tokens after `layer` layers."
     check_decoder(decoder, layer, ranks=False)
     if stride < 1:
         raise ValueError(f"stride={stride} must be at least 1.")
@@ -107,7 +107,7 @@ STAGED = ((2, 8), (2, 2), (16, 2), (16, 1))  # layer and stride of four equal pa
 class LLaVoltaConfig(DecoderMLPConfig):
     "Sizes of LLaVA's projector, and where the LLM averages image tokens."
 
-    tokens: int = 72  # Default budget $V$: image tokens of an image that go on after layer $K$
+    tokens: int = 72  # Default budget $V$: image tokens of an image that remain after layer $K$
     schedule: tuple[tuple[int, int], ...] = ()  # Layer and largest stride of each part of stage 2
 
     def __post_init__(self):
@@ -136,20 +136,20 @@ class LLaVolta(DecoderMLP):
 
     Config = LLaVoltaConfig
     config: LLaVoltaConfig
-    progress: float | None = None  # Share of the training that is done
+    progress: float | None = None  # Fraction of the training steps done
 
     def set_progress(
         self,
-        progress: float | None,  # Share of the training that is done, 0 to 1; `None` outside a training
+        progress: float | None,  # Fraction of the training steps done, 0 to 1; `None` outside a training
     ) -> None:
-        "Which part of the schedule is next."
+        "Select the part of the schedule for the next step."
         self.progress = progress
 
     def layer_and_stride(
         self,
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
     ) -> tuple[int, int]:  # $K$ and $s$
-        "What a pass does: in a training with a schedule the schedule's part, otherwise the budget's stride."
+        "Layer and stride of a pass: in a training with a schedule those of its part, otherwise the budget's."
         schedule, patches = self.config.schedule, self.config.grid**2
         if self.training and self.progress is not None and schedule:
             layer, most = schedule[min(int(self.progress * len(schedule)), len(schedule) - 1)]
@@ -159,7 +159,7 @@ class LLaVolta(DecoderMLP):
 
     def decoder_context(
         self,
-        decoder: nn.Module,  # The LLM's
+        decoder: nn.Module,  # Decoder of the LLM
         image_mask: Tensor | None,  # `[b, t]` Positions of the image tokens; `None` if a pass only continues
         tokens: int | None = None,  # Budget $V$; `None` takes the config's
         prompt_end: Tensor | None = None,  # `[b]` Position of the prompt's last token; `None`: of the pass

@@ -132,7 +132,7 @@ def convert_legacy_names(
     module: Compressor,  # Has `legacy_state_dict_map`
     state: dict[str, Tensor],  # Changed in place
     prefix: str = "",  # Of the module in the state dict
-    *_,  # What PyTorch passes to such hooks besides
+    *_,  # Other arguments of such hooks
 ):
     "A load hook: rename tensors that an earlier version stored under other names."
     for ours, stored in module.legacy_state_dict_map.items():
@@ -217,7 +217,7 @@ class MQT(Compressor):
 
 # %% ../../nbs/14_mqt.ipynb #90fefeed
 class FoldedMQT(Compressor):
-    "What `MQT.fold()` returns: the same function with stored attention weights, for one grid (@eq-fold-mqt)."
+    "Output of `MQT.fold()`: the same function with stored attention weights, for one grid (@eq-fold-mqt)."
 
     Config = MQTConfig
 

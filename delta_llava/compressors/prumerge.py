@@ -22,7 +22,7 @@ def count_outliers(
     attention: Float[Tensor, "b n"],  # Attention of CLS to each patch, $a$
     batch_statistics: bool = False,  # One pair of quartiles, and one number of patches, for the whole batch
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:  # Outliers of each image, $K$, and the ratio $⌊N/K⌋$
-    "How many patches of each image are outliers by the interquartile rule (@eq-iqr), at least one."
+    "Number of patches of each image that are outliers by the interquartile rule (@eq-iqr), at least one."
     b, n = attention.shape
     pool = attention.flatten()[None] if batch_statistics else attention
     quartiles = torch.tensor([0.25, 0.75], device=pool.device, dtype=pool.dtype)
@@ -123,7 +123,7 @@ class PruMergeConfig(MLPConfig):
     @classmethod
     def from_dict(
         cls,
-        d: dict,  # What `to_dict` gave; earlier versions wrote `neighbours`
+        d: dict,  # Output of `to_dict`; earlier versions wrote `neighbours`
     ) -> CompressorConfig:  # Of this class
         "The config that `to_dict` wrote."
         return super().from_dict({"neighbors" if k == "neighbours" else k: v for k, v in d.items()})

@@ -109,7 +109,7 @@ class QueCC(Compressor):
         self,
         text: Tensor | None,  # Question embeddings `[b, 1, d_text]`
         like: Tensor,  # Features of the same images: gives batch size, dtype and device
-    ) -> Float[Tensor, "b 1 {self.config.d_vision}"]:  # What is added to each patch
+    ) -> Float[Tensor, "b 1 {self.config.d_vision}"]:  # Term that is added to each patch
         "Check the question embedding and project it to the width of the vision tower."
         want = (len(like), 1, self.d_text)
         if text is None or text.shape != want:

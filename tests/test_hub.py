@@ -237,7 +237,8 @@ def run_notebook(root, env, name, **spec):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = chosen_cells(notebook.cells, **spec)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where).execute(env=env)
+    options = dict(timeout=None, startup_timeout=600, kernel_name="python3", resources=where)
+    NotebookClient(notebook, **options).execute(env=env)
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert any(output.output_type == "display_data" for output in outputs) or "keep" in spec, "no figure"
     return "".join(output.text for output in outputs if output.output_type == "stream")

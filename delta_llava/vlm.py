@@ -159,6 +159,11 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         if not any(module is part for part in self.multi_modal_projector.modules()):
             super()._init_weights(module)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        "No: new weights of a tower are initialized as in transformers' own models."
+        return False  # or CLIP's own standard deviations are not used where weights are missing
+
     def save_pretrained(
         self,
         save_directory: str | Path,  # Folder for config and safetensors

@@ -151,6 +151,9 @@ RUN_BY = {  # part of the command -> the test that runs it
     "--tower hub:openai/clip-vit-base-patch32": "tests/test_hub.py::test_tutorial_c_trains_with_clip",
     "data/LLaVA-Pretrain/": "tests/test_hub.py::test_tutorial_d_trains_both_stages_and_its_variants",
     "data/mix665k/": "tests/test_hub.py::test_tutorial_d_trains_both_stages_and_its_variants",
+    "--load-in-4bit": "tests/test_hub.py::test_tutorial_d_trains_both_stages_and_its_variants",
+    "accelerate.commands.launch": "tests/test_stage.py::test_accelerate_trains_on_two_processes_as_one",
+    "--nnodes 2": "tests/test_stage.py::test_the_batch_script_trains_on_two_nodes_as_one_process",
     "--tasks scenes_pope": "tests/test_harness.py::test_the_real_harness_offline",
     "python benchmarks/gpu.py --tiny": "tests/test_benchmarks.py::test_the_gpu_command_at_tiny_sizes",
     "--images LLaVA-Pretrain": "tests/test_launch.py::test_torchrun_reads_its_command",
@@ -158,12 +161,9 @@ RUN_BY = {  # part of the command -> the test that runs it
 }
 NOT_RUN = {  # part of the command -> why no test runs it; arguments are parsed all the same
     "--device cuda": "needs a GPU; benchmarks/gpu.py times the same",
-    "--load-in-4bit": "needs bitsandbytes and a GPU",
     "--save-steps 200": "as the command above it on the page, with another interval of checkpoints",
-    "accelerate.commands.launch": "its file asks for eight GPUs; tests/test_launch.py starts it with one",
     "accelerate launch": "a name in the text",
     "ruff check": "a part of tools/check.py",
-    "--nnodes 2": "needs two machines",
     "recipe": "minutes on a GPU; tests/test_recipe.py runs it with small numbers",
     "make ": "the targets call tools/check.py, benchmarks and pip, which the checks themselves are",
     "--tasks gqa,mmbench": "fetches the benchmarks' data sets",

@@ -1,4 +1,6 @@
-"Adapters, offloading and quantization by other libraries: every layer is called, none is read past its call."
+"""Adapters and offloading by other libraries: every layer is called, none is read past its call.
+
+The same loaders beside LLaVA, and quantization, are in `test_llava_loaders.py`."""
 
 import copy
 
@@ -8,7 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from test_vlm_compressors import inputs, tiny
 from torch.testing import assert_close
-from transformers import BitsAndBytesConfig
 
 from delta_llava.compressors.base import COMPRESSORS
 from delta_llava.delta import DeltaProjection, columns_of_layer, is_plain_layer, rows_of_layer
@@ -16,11 +17,17 @@ from delta_llava.projector import DeltaProjector, WindowAttention
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration, tower_fingerprint
 
 FOUR = ("delta", "tokenpacker", "mqt", "qwen")  # those that use parts of a layer, each in its own way
-adapters = [(name, False) for name in COMPRESSORS] + [(name, True) for name in FOUR]
-LOADED = [(name, "cpu") for name in COMPRESSORS] + [(name, "disk") for name in FOUR]
 
 
-@pytest.mark.parametrize(("name", "dora"), adapters)
+def pairs(always, second):
+    "Every compressor with both ways to load; the second way is slow for those that read no part of a layer."
+    found = [(name, always) for name in COMPRESSORS]
+    for name in COMPRESSORS:
+        found.append(pytest.param(name, second, marks=() if name in FOUR else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("name", "dora"), pairs(False, True))
 def test_adapters_on_all_linear_layers_take_part(name, dora):
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=dora)
@@ -59,7 +66,7 @@ def test_every_adapter_of_the_projector_learns():
     assert not any(f"layers.{i}." in n for n in unmoved for i in range(8))
 
 
-@pytest.mark.parametrize(("name", "where"), LOADED)
+@pytest.mark.parametrize(("name", "where"), pairs("cpu", "disk"))
 def test_offloaded_weights(name, where, tmp_path):
     model = tiny(name)
     batch = inputs(model)
@@ -92,34 +99,6 @@ def test_device_map_auto_with_a_disk(name, tmp_path):
     assert "disk" in again.hf_device_map.values()
     with torch.no_grad():
         assert_close(again(**batch).logits, want, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", COMPRESSORS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_loading(name, bits, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model = tiny(name)
-    model.save_pretrained(tmp_path)
-    batch = inputs(model)
-    with torch.no_grad():
-        want = model.get_image_features(
-            **{k: v for k, v in batch.items() if k.startswith(("pixel", "question"))}
-        )
-    how = (
-        dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-        if bits == 4
-        else dict(load_in_8bit=True)
-    )
-    config = BitsAndBytesConfig(**how)
-    again = DeltaLlavaForConditionalGeneration.from_pretrained(
-        tmp_path, quantization_config=config, device_map="cpu"
-    )
-    assert again.known_fingerprint is None  # other numbers than those of the whole tower
-    again.generate(**batch, max_new_tokens=2, do_sample=False)
-    got = again.get_image_features(**{k: v for k, v in batch.items() if k.startswith(("pixel", "question"))})
-    want, got = torch.stack(want.pooler_output), torch.stack(got.pooler_output)
-    similar = 0.3 if name == "prumerge" else 0.7 if bits == 4 else 0.95  # PruMerge may choose other patches
-    assert torch.cosine_similarity(want.flatten(), got.flatten(), dim=0) > similar
 
 
 def test_layers_that_are_not_plain():

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from delta_llava import passes, trainer
 from delta_llava.closed_form_init import closed_form_init
 from delta_llava.compressors.m3 import M3Config
+from delta_llava.launch import accelerate_cmd, slurm_script, write_launch
 from delta_llava.runs import load, read_run
 from delta_llava.tower import cache_features
 from delta_llava.train import (
@@ -851,6 +853,94 @@ def test_two_processes_whose_clocks_differ_share_their_time(parts, mixed, tmp_pa
     assert rates[0] == rates[1]
     assert rates[0][-1] < 0.5 * max(rates[0])  # the schedule came near its end
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 60
+
+
+# ---------------------------------------------------------------- the commands that are printed
+
+
+def from_here(**variables):
+    "A shell without an activated environment, on a machine without a GPU."
+    return os.environ | dict(
+        PATH="/usr/bin:/bin",
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(HERE.parent),
+        **variables,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(parts, mixed, tmp_path_factory):
+    "What one process makes of a stage with two rows in a pass."
+    found = {}
+
+    def train(kind):
+        if kind not in found:
+            folder = tmp_path_factory.mktemp("one") / kind
+            run_stage(stage(kind, parts, folder, per_device_batch_size=2, **mixed, logging_steps=1))
+            found[kind] = folder
+        return found[kind]
+
+    return train
+
+
+def assert_trained_as_one(folder, one):
+    "The same losses and the same weights."
+    record, wanted = (json.loads((path / "run.json").read_text()) for path in (folder, one))
+    assert (record["processes"], wanted["processes"]) == (2, 1)
+    assert len(wanted["result"]["losses"]) == 8
+    assert_close(record["result"]["losses"], wanted["result"]["losses"], rtol=1e-5, atol=1e-5)
+    a, b = weights(one), weights(folder)
+    assert a.keys() == b.keys()
+    for k in a:
+        assert_close(b[k], a[k], rtol=1e-3, atol=1e-4)
+
+
+def free_port():
+    "A port of this machine that nothing uses."
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_the_batch_script_trains_on_two_nodes_as_one_process(parts, mixed, tmp_path, one_process, kind):
+    "Slurm's programs are replaced: `srun` starts the printed command twice, and both nodes are this machine."
+    two = stage(kind, parts, tmp_path / "two", per_device_batch_size=1, **mixed, logging_steps=1)
+    script = slurm_script(two, gpus=1, nodes=2).replace(":29500", f":{free_port()}")
+    programs = dict(
+        scontrol="echo 127.0.0.1",
+        srun='shift; "$@" & a=$!; "$@" & b=$!; code=0; wait $a || code=$?; wait $b || code=$?; exit $code',
+    )
+    for name, body in programs.items():
+        (path := tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    env = from_here(SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="77", SLURM_CPUS_PER_TASK="1")
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    done = subprocess.run(["bash"], input=script, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert_trained_as_one(tmp_path / "two", one_process(kind))
+
+
+ON_CPU = "import tiny_stage\n\ntiny_stage.allow_fsdp_on_cpu()\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind,sharding", [("pretrain", "none"), ("finetune", "none"), ("finetune", "fsdp2")])
+def test_accelerate_trains_on_two_processes_as_one(parts, mixed, tmp_path, one_process, kind, sharding):
+    "The command and the files of `write_launch`, unchanged."
+    options = mixed | dict(per_device_batch_size=1, sharding=sharding, logging_steps=1)
+    two = stage(kind, parts, tmp_path / "two", **options)
+    write_launch(two, tmp_path / "launch", gpus=2)
+    env = from_here()
+    if sharding == "fsdp2":
+        (tmp_path / "sitecustomize.py").write_text(ON_CPU)
+        env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(HERE), env["PYTHONPATH"]])
+    command = accelerate_cmd(two, "launch/accelerate.yaml")
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert_trained_as_one(tmp_path / "two", one_process(kind))
 
 
 def test_finetune_asks_for_the_projector_of_stage_one(parts, tmp_path, monkeypatch):

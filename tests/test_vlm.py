@@ -930,8 +930,11 @@ def test_weights_from_a_state_dict():
 def test_new_weights_from_an_empty_state_dict():
     config = vlm_config()
     new = DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    built = tiny().state_dict()
     for name, weight in new.state_dict().items():
         assert weight.isfinite().all() and weight.abs().max() < 5, name
+        if weight.numel() > 1000:
+            assert 0.8 < weight.std() / built[name].std() < 1.25, f"{name} is not as its model initializes it"
     assert new(prompt(4), images(), tokens=4).logits.isfinite().all()
 
 

@@ -89,17 +89,19 @@ def print_training_scope(
 ) -> None:
     "Print to standard error what a model was trained on, if that was drawn scenes only."
     about = folder / "run.json"
-    kind = read_json(about).get("kind") if about.is_file() else None
+    run = read_json(about) if about.is_file() else {}
+    kind = run.get("kind")
     if kind in ("captions", "quickstart"):  # the second name is of earlier versions
         print("This model was trained on one question: What is in the picture?", file=sys.stderr)
     if kind != "recipe":
         return
     from delta_llava.scenes import concept_names
 
+    names = run["settings"].get("objects") or concept_names()
     which_model = "The model in the package" if folder == shipped_folder() else "This model"
     print(
-        f"{which_model} was trained on drawn scenes of one to four of these "
-        f"objects only:\n  {', '.join(concept_names())}.\n"
+        f"{which_model} was trained on drawn scenes of a few of these "
+        f"objects only:\n  {', '.join(names)}.\n"
         "It answers questions such as 'What do you see?', 'Is there a fox in the picture?',\n"
         "  'How many things are in the picture?', 'Is the fox left or right of the bus?',\n"
         "  'Where is the fox?' and 'What is odd in this picture?'.",

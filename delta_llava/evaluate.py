@@ -134,13 +134,14 @@ def _candidates(
     rows: Sequence[dict],  # Planted scenes, with `objects`
     n: int,  # Names for each
     seed: int,  # Of the draws
+    names: Sequence[str] = (),  # To choose from; empty: all 64
 ) -> list[list[str]]:  # The first name of each list is in the image, the others are not
     "One object of each scene, and objects that it does not show."
     rng = np.random.default_rng(seed)
     lists = []
     for row in rows:
         shown = [o["name"] for o in row["objects"]]
-        absent = [name for name in concept_names() if name not in shown]
+        absent = [name for name in names or concept_names() if name not in shown]
         lists.append([str(rng.choice(shown)), *map(str, rng.choice(absent, n - 1, replace=False))])
     return lists
 
@@ -162,16 +163,17 @@ def forced_choice_accuracy(
     question: str = "<image>\nWhat is in the picture?",  # Prompt; the names are its answers
     candidates: int = 16,  # Names for each image, one of which is correct
     seed: int = 0,  # Of the candidates
+    names: Sequence[str] = (),  # All candidates are among these; empty: all 64 objects
     batch_size: int = 8,  # Images in one pass
 ) -> float:  # Fraction of the images whose most likely name is correct; chance is 1/candidates
     "Forced choice among names, by likelihood."
     _check_paired(rows, visual)
-    most = len(concept_names()) - 3  # a scene shows up to four objects
+    most = len(names or concept_names()) - max(len(row["objects"]) for row in rows) + 1
     if not 2 <= candidates <= most:
         raise ValueError(f"candidates={candidates} must lie in 2..{most}.")
     choices = []
-    for names in _candidates(rows, candidates, seed):
-        choices.append([_name_answer(name) for name in names])
+    for drawn in _candidates(rows, candidates, seed, names):
+        choices.append([_name_answer(name) for name in drawn])
     found = Answerer(model, processor).choice_log_likelihoods(
         _requests(question, visual), choices, tokens=tokens, batch_size=batch_size
     )

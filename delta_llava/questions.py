@@ -68,9 +68,11 @@ def plan_question_scene(
     seed: int = 0,  # Seed of the whole set
     n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
     size: int = 168,  # Side of the image, px
+    names: Sequence[str] = (),  # Objects to choose from; empty: all 64
 ) -> Scene:
     "A scene for questions: objects of at least a quarter of the image's side, often with an odd one."
-    return plan_scene(index, split, seed, n_objects, size, size // 4, partial(_accept_names, index=index))
+    accept = partial(_accept_names, index=index)
+    return plan_scene(index, split, seed, n_objects, size, size // 4, accept, names)
 
 # %% ../nbs/30d_questions.ipynb #ee86595c
 _DIRECTIONS = (("left of", "right of"), ("above", "below"))  # along each axis: before, after
@@ -271,6 +273,7 @@ def write_questions(
     size: int = 168,  # Side of an image, px
     tasks: Sequence[str] = QUESTION_TASKS,  # Kinds of question
     workers: int = 0,  # Processes that draw; 0 draws in this one
+    names: Sequence[str] = (),  # Objects to choose from; empty: all 64
 ) -> Path:  # The JSON file
     "Write `n` scenes with their questions: the same bytes for the same arguments, with any `workers`."
     if n < 1:
@@ -285,6 +288,7 @@ def write_questions(
         seed=seed,
         n_objects=n_objects,
         size=size,
+        names=tuple(names),
     )
     progress = partial(tqdm, total=n, desc="drawing scenes", unit=" images", disable=n < 500, mininterval=2)
     if workers:

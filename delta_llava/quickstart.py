@@ -20,12 +20,18 @@ from jinja2 import Environment
 
 from . import evaluate
 from .answerer import Answerer, Request
-from .captions import extract_features, held_out_set, question_inputs
+from .captions import extract_features, question_inputs
 from .compressors.base import compressor_class
 from .files import shipped_folder
 from .gradcam import draw_cams, pointing_game, word_cams
-from .questions import QUESTION_TASKS
-from .recipe import binomial_interval, run_recipe, scene_rows, write_recipe_scenes
+from .questions import QUESTION_TASKS, write_questions
+from delta_llava.recipe import (
+    HELD_OUT_SCENES_SEED,
+    binomial_interval,
+    run_recipe,
+    scene_rows,
+    write_recipe_scenes,
+)
 from .runs import add_results, load, read_run, write_card
 from .settings import Quickstart
 from .shared_image import question_pairs
@@ -92,11 +98,14 @@ def score_naming(
 ) -> dict[str, int | float]:  # `n`, `accuracy`, its interval `low` and `high`, `chance`, `tokens`
     "Forced choice among sixteen names, on new scenes with one object."
     n, tokens = quickstart.naming_images, quickstart.tokens
-    folder = quickstart.work_folder / "scenes"
-    rows = held_out_set("heldout_scenes, one object", folder, n, quickstart.image_size)
+    folder, seed = quickstart.work_folder / "naming", HELD_OUT_SCENES_SEED + 1
+    options = dict(size=quickstart.image_size, names=quickstart.objects)
+    rows = scene_rows(write_questions(folder, n, "heldout_scenes", seed, (1, 1), **options), captions=True)
     features = extract_features(model, processor, rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
-    accuracy = evaluate.forced_choice_accuracy(model, processor, list(rows), visual, tokens, candidates=NAMES)
+    accuracy = evaluate.forced_choice_accuracy(
+        model, processor, list(rows), visual, tokens, candidates=NAMES, names=quickstart.objects
+    )
     low, high = binomial_interval(round(accuracy * n), n)
     return dict(n=n, accuracy=accuracy, low=low, high=high, chance=1 / NAMES, tokens=tokens)
 

@@ -74,7 +74,8 @@ def write_recipe_scenes(
     for split, (n, seed) in n_and_seed.items():
         files[split] = folder / f"{split}.json"
         if not files[split].exists():
-            write_questions(folder, n, split, seed, size=recipe.image_size, workers=recipe.num_workers)
+            options = dict(size=recipe.image_size, workers=recipe.num_workers, names=recipe.objects)
+            write_questions(folder, n, split, seed, (1, recipe.most_objects), **options)
     return files
 
 

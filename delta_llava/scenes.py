@@ -9,6 +9,7 @@ __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'TemplateValues', 'drawin
 
 # %% ../nbs/30_scenes.ipynb #0e38a55f
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -95,6 +96,7 @@ class Scene:
     index: int  # Within the set, from 0
     size: int  # Side of the square image, px
     objects: tuple[PlantedObject, ...]  # From left to right
+    names: tuple[str, ...] = ()  # All objects that its set may show or ask for; empty: all 64
 
     @property
     def id(self) -> str:
@@ -188,6 +190,19 @@ def _place_boxes(
     return boxes
 
 # %% ../nbs/30_scenes.ipynb #11765464
+def _check_names(names: Sequence[str], most: int) -> None:
+    "An error for objects of which no scene can be made, or about which no question can be asked."
+    if unknown := sorted(set(names) - set(concept_names())):
+        raise ValueError(f"names={unknown} have no drawing; concept_names() lists those that have one.")
+    groups = Counter(group_of(name) for name in set(names))
+    # a scene has objects of different groups, or of one group; a multiple choice needs three absent ones
+    if names and (len(groups) <= most or min(groups.values()) < max(most, 3)):
+        raise ValueError(
+            f"names={tuple(names)} must lie in more than {most} groups with at least {max(most, 3)} names in "
+            f"each, for scenes of up to {most} objects; group_of(name) gives the group."
+        )
+
+
 def _check_plan(split: str, n_objects: tuple[int, int], size: int, min_side: int) -> None:
     "An error for a scene that cannot be planned."
     fewest, most = n_objects
@@ -211,22 +226,24 @@ def plan_scene(
     size: int = 168,  # Side of the image, px
     min_side: int = 36,  # Least length of an object's longer side, px
     accept: Callable[[list[str]], bool] | None = None,  # Names are drawn again until this returns true
+    names: Sequence[str] = (),  # Objects to choose from; empty: all 64
 ) -> Scene:
     "Choose objects and places. The same arguments always give the same plan."
     _check_plan(split, n_objects, size, min_side)
+    _check_names(names, n_objects[1])
     rng = Scene(split, seed, index, size, ()).rng(0)
     n = int(rng.integers(n_objects[0], n_objects[1] + 1))
-    names = _draw_names(split, n, rng)
-    while accept is not None and not accept(names):
-        names = _draw_names(split, n, rng)
+    drawn = _draw_names(split, n, rng)
+    while not set(drawn) <= set(names or drawn) or (accept is not None and not accept(drawn)):
+        drawn = _draw_names(split, n, rng)
     artists = [SPLITS[split][k] for k in rng.integers(len(SPLITS[split]), size=n)]
-    drawings = [load_cutout(name, artist) for name, artist in zip(names, artists, strict=True)]
+    drawings = [load_cutout(name, artist) for name, artist in zip(drawn, artists, strict=True)]
     boxes = _place_boxes(drawings, size, min_side, rng)
     objects = []
-    for name, artist, box in zip(names, artists, boxes, strict=True):
+    for name, artist, box in zip(drawn, artists, boxes, strict=True):
         objects.append(PlantedObject(name, artist, bool(rng.integers(2)), box))
     objects.sort(key=lambda o: o.box[0] + o.box[2])
-    return Scene(split, seed, index, size, tuple(objects))
+    return Scene(split, seed, index, size, tuple(objects), tuple(names))
 
 # %% ../nbs/30_scenes.ipynb #1fe0b0d3
 _SKY_COLORS = ((120, 180, 235), (170, 205, 235), (245, 190, 150), (150, 150, 185))
@@ -342,7 +359,8 @@ def absent_names(
     "Absent objects that a question may mention; in training none of the same group as a present one."
     present = {o.name for o in scene.objects}
     groups = set() if scene.split == "heldout_scenes" else {group_of(name) for name in present}
-    return [name for name in concept_names() if name not in present and group_of(name) not in groups]
+    names = [name for name in concept_names() if name in scene.names] if scene.names else concept_names()
+    return [name for name in names if name not in present and group_of(name) not in groups]
 
 # %% ../nbs/30_scenes.ipynb #aba9ccb4
 TemplateValues = list[tuple[tuple, tuple]]  # For each question: values of its template, and of the answer's

@@ -241,9 +241,12 @@ def test_scores_refuse(processor, reader):
         encode_images(tiny_vlm.tiny(), [])
     with pytest.raises(ValueError, match="visual holds no image"):
         evaluate.generate_captions(reader, processor, visual[:0])
-    for candidates in (1, 62):
-        with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..61"):
-            forced_choice_accuracy(reader, processor, rows, visual, candidates=candidates)
+    shown = max(len(row["objects"]) for row in rows)
+    for names in ((), concept_names()[:16]):
+        most = len(names or concept_names()) - shown + 1
+        for candidates in (1, most + 1):
+            with pytest.raises(ValueError, match=f"candidates={candidates} must lie in 2..{most}"):
+                forced_choice_accuracy(reader, processor, rows, visual, candidates=candidates, names=names)
 
 
 # ---------------------------------------------------------------- captions

@@ -28,6 +28,7 @@ from .questions import QUESTION_TASKS, write_questions
 from delta_llava.recipe import (
     HELD_OUT_SCENES_SEED,
     binomial_interval,
+    caption_rows,
     run_recipe,
     scene_rows,
     write_recipe_scenes,
@@ -100,7 +101,7 @@ def score_naming(
     n, tokens = quickstart.naming_images, quickstart.tokens
     folder, seed = quickstart.work_folder / "naming", HELD_OUT_SCENES_SEED + 1
     options = dict(size=quickstart.image_size, names=quickstart.objects)
-    rows = scene_rows(write_questions(folder, n, "heldout_scenes", seed, (1, 1), **options), captions=True)
+    rows = caption_rows(scene_rows(write_questions(folder, n, "heldout_scenes", seed, (1, 1), **options)))
     features = extract_features(model, processor, rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
     accuracy = evaluate.forced_choice_accuracy(

@@ -393,15 +393,23 @@ class SceneStage(StageSettings):
     sharding: Literal["none", "fsdp2", "zero3"] = "none"  # Shard weights and moments over processes
 
     def load_rows(self):
-        "The training scenes, with their captions alone in stage 1."
+        "The training scenes with all their questions."
         from delta_llava.recipe import scene_rows
 
-        return scene_rows(self.data, captions=self.stage == "pretrain")
+        return scene_rows(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScenePretrain(SceneStage, Pretrain):
     "Stage 1 of the recipe."
+
+    most_objects: int = 4  # Scenes with more are left out
+
+    def load_rows(self):
+        "The captions of the training scenes."
+        from delta_llava.recipe import caption_rows, scene_rows
+
+        return caption_rows(scene_rows(self.data), self.most_objects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +427,7 @@ class Recipe:
     work_dir: Path | None = None  # Gets scenes and checkpoints; without it output_dir/work
     train_images: int = 2000  # Scenes
     most_objects: int = 4  # In a scene; the fewest are one
+    stage1_most_objects: int = 4  # Stage 1 leaves out scenes with more
     objects: tuple[str, ...] = ()  # Names of the objects in the scenes; empty: all 64
     test_images: int = 200  # In each held-out set, for the final scores
     curve_images: int = 32  # In each held-out set, for the scores during training
@@ -448,6 +457,8 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("train_images", "stage1_steps", "stage2_steps"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("most_objects", "stage1_most_objects"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("curve_steps", self.curve_steps, 0)
         for name in ("test_images", "curve_images"):
@@ -484,6 +495,7 @@ class Recipe:
         return ScenePretrain(
             **self._shared(),
             output_dir=self.work_folder / "stage1",
+            most_objects=self.stage1_most_objects,
             closed_form_init=True,
             max_steps=self.stage1_steps,
             max_minutes=self.stage1_minutes,
@@ -546,8 +558,9 @@ class Quickstart(Recipe):
     "Train both stages within minutes on two CPU cores, score them, and write a report with answers."
 
     output_dir: Path = Path("runs/quickstart")  # Gets projector, low-rank updates, run.json and the report
-    train_images: int = 400  # Scenes
+    train_images: int = 600  # Scenes
     most_objects: int = 3  # In a scene; the fewest are one
+    stage1_most_objects: int = 1  # Stage 1 leaves out scenes with more: one name is learned fast
     objects: tuple[str, ...] = QUICKSTART_OBJECTS  # Names of the objects in the scenes; empty: all 64
     test_images: int = 16  # In each held-out set
     curve_steps: int = 0  # Steps between scores during training; 0 leaves them out

@@ -20,6 +20,7 @@ from delta_llava.questions import (
     write_questions,
 )
 from delta_llava.scenes import SPLITS, concept_names, group_of
+from delta_llava.settings import QUICKSTART_OBJECTS, Quickstart
 
 
 def mentioned(text):
@@ -34,6 +35,35 @@ def test_questions_are_the_same_everywhere():
             content.append(question_row(plan_question_scene(index, split, seed=5)))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     assert digest == "4e1caaa9eb6875b37f3fd5380ae723cbec3a5419bcd0905a72c4558f97267377"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_of_a_few_objects_name_no_others(split):
+    "Neither shown, nor asked for, nor an option: a name that is never shown would give the answer away."
+    most = Quickstart().most_objects
+    found, tasks = Counter(), set()
+    for index in range(120):
+        scene = plan_question_scene(index, split, seed=6, n_objects=(1, most), names=QUICKSTART_OBJECTS)
+        assert len(scene.objects) <= most and {o.name for o in scene.objects} <= set(QUICKSTART_OBJECTS)
+        row = question_row(scene)
+        for turn in row["conversations"]:
+            found.update(mentioned(turn["value"]))
+        tasks |= set(row["task"].split(","))
+    assert set(found) == set(QUICKSTART_OBJECTS) and tasks == set(QUESTION_TASKS)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("fox", "dragon"), "names=['dragon'] have no drawing"),
+        (("fox", "cat"), "must lie in more than 4 groups with at least 4 names in each"),
+        (QUICKSTART_OBJECTS, "must lie in more than 4 groups"),  # with up to four objects none would be left
+        (concept_names()[:31], "with at least 4 names in each"),
+    ],
+)
+def test_names_of_which_no_scenes_can_be_made(names, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_question_scene(0, names=names)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 from delta_llava import recipe as recipe_module
 from delta_llava.answerer import Answerer, Request
 from delta_llava.processor import JOIN_PARTS, TEMPLATES
-from delta_llava.recipe import QuestionSet, binomial_interval, run_recipe, scene_rows
+from delta_llava.recipe import QuestionSet, binomial_interval, caption_rows, run_recipe, scene_rows
 from delta_llava.runs import load, read_run
-from delta_llava.settings import LongRecipe, Recipe
+from delta_llava.settings import QUICKSTART_OBJECTS, LongRecipe, Recipe
 from delta_llava.shared_image import SharedImageCollator, TurnTokenizer, question_pairs
 from delta_llava.train import build_stage_model
 from delta_llava.trainer import StageTrainer, TimeLimit, stage_arguments
@@ -89,6 +89,43 @@ def test_each_log_is_printed_once_with_the_time_that_is_left(tiny, capsys):
     assert "{'loss'" not in printed and "scored in" not in printed  # nothing of transformers, no curves
 
 
+def test_stage_1_may_leave_out_scenes_with_several_objects(tiny, monkeypatch):
+    "The rows and their features belong together."
+    recipe = replace(tiny, train_images=12, stage1_most_objects=1, curve_steps=0)
+    seen = []
+    train = recipe_module.train_run
+
+    def watched(stage, callbacks, features, **options):
+        rows = stage.load_rows()
+        assert list(features[0]) == list(dict.fromkeys(rows["image"])) and len(features[1]) == len(
+            features[0]
+        )
+        seen.append((stage.stage, {len(objects) for objects in rows["objects"]}, features))
+        return train(stage, callbacks, features, **options)
+
+    monkeypatch.setattr(recipe_module, "train_run", watched)
+    run_recipe(recipe)
+    (one, few, first), (two, several, every) = seen
+    assert (one, few, two) == ("pretrain", {1}, "finetune") and several > {1}
+    for path, of_image in zip(first[0], first[1], strict=True):
+        assert of_image.equal(every[1][list(every[0]).index(path)])
+
+
+def test_no_scene_with_few_objects_is_an_error(tiny):
+    rows = scene_rows(recipe_module.write_recipe_scenes(replace(tiny, train_images=12))["train"])
+    several = rows.filter(lambda row: len(row["objects"]) > 1)
+    with pytest.raises(ValueError, match="most_objects=1: none of"):
+        caption_rows(several, 1)
+
+
+def test_scenes_show_the_objects_that_are_named(tiny):
+    recipe = replace(tiny, objects=QUICKSTART_OBJECTS, most_objects=2, train_images=12)
+    for file in recipe_module.write_recipe_scenes(recipe).values():
+        rows = json.loads(file.read_text())
+        assert {len(row["objects"]) for row in rows} <= {1, 2}
+        assert {o["name"] for row in rows for o in row["objects"]} <= set(QUICKSTART_OBJECTS)
+
+
 def test_a_stopped_recipe_goes_on_to_the_same_weights(tiny, tmp_path, monkeypatch):
     whole = run_recipe(tiny)["fingerprints"]
 
@@ -155,7 +192,7 @@ def test_another_order_shows_other_images(tiny):
 
 def test_stage_1_reads_captions_alone(tiny):
     files = recipe_module.write_recipe_scenes(tiny)
-    rows, captions = scene_rows(files["train"]), scene_rows(files["train"], captions=True)
+    rows, captions = scene_rows(files["train"]), caption_rows(scene_rows(files["train"]))
     assert [row["conversations"][:2] for row in rows] == list(captions["conversations"])
     assert all(len(turns) == 2 and "<image>" in turns[0]["value"] for turns in captions["conversations"])
 

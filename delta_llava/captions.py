@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT_SETS', 'HELD_OUT_SEED', 'QUESTION', 'CAPTION_TOKENS', 'POINTING_IMAGES', 'TARGETS', 'training_images',
-           'held_out_set', 'held_out_images', 'extract_features', 'pointing_game_accuracy', 'question_inputs',
-           'evaluate_set', 'evaluate_sets', 'read_caption_training', 'evaluate_run', 'draw_examples', 'meets_target']
+           'held_out_set', 'held_out_images', 'extract_features', 'draw_examples', 'pointing_game_accuracy',
+           'question_inputs', 'evaluate_set', 'evaluate_sets', 'read_caption_training', 'evaluate_run', 'meets_target']
 
 # %% ../nbs/49_captions.ipynb #011bdfdc
 import textwrap
@@ -95,6 +95,23 @@ def extract_features(
 ) -> CachedFeatures:  # Patch tokens, in the order of the rows
     "Patch tokens of the rows' images. They are computed once and then read from the disk."
     return read_features(model, processor, list(rows["image"]))
+
+# %% ../nbs/49_captions.ipynb #92babc59
+def draw_examples(
+    images: Sequence,  # PIL images
+    captions: Sequence[str],  # One for each; its lines are wrapped
+):  # A matplotlib figure
+    "Images in a row, each above its caption."
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(2 * len(images), 2.7), squeeze=False, layout="constrained"
+    )
+    for ax, image, caption in zip(axes[0], images, captions, strict=True):
+        ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.set_xlabel("\n".join(textwrap.fill(line, 24) for line in caption.splitlines()), fontsize=8)
+    return fig
 
 # %% ../nbs/49_captions.ipynb #9f3caa6c
 def pointing_game_accuracy(
@@ -227,23 +244,6 @@ def evaluate_run(
             about = dict(seed=config.seed, compressor=config.compressor, tokens=int(budget), set=name)
             rows.append(about | scores)
     return rows
-
-# %% ../nbs/49_captions.ipynb #92babc59
-def draw_examples(
-    images: Sequence,  # PIL images
-    captions: Sequence[str],  # One for each; its lines are wrapped
-):  # A matplotlib figure
-    "Images in a row, each above its caption."
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(
-        1, len(images), figsize=(2 * len(images), 2.7), squeeze=False, layout="constrained"
-    )
-    for ax, image, caption in zip(axes[0], images, captions, strict=True):
-        ax.imshow(image)
-        ax.set(xticks=[], yticks=[])
-        ax.set_xlabel("\n".join(textwrap.fill(line, 24) for line in caption.splitlines()), fontsize=8)
-    return fig
 
 # %% ../nbs/49_captions.ipynb #6036235c
 TARGETS = {(1, 1): 5 / 16, (2, 3): 3 / 16}  # forced-choice accuracy, by fewest and most objects in an image

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import tyro
-from delta_llava.captions import CaptionTraining, evaluate_run
 
+from delta_llava.captions import CaptionTraining, evaluate_run
 from delta_llava.compressors.fastv import FastVConfig
 from delta_llava.config import dinov2_s14
 from delta_llava.runs import add_results, commit, read_run, write_record

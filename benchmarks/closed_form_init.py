@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 
 import tyro
-from delta_llava.captions import CaptionTraining, extract_features, held_out_images
 from tqdm.auto import tqdm
 
+from delta_llava.captions import CaptionTraining, extract_features, held_out_images
 from delta_llava.evaluate import encode_images, forced_choice_accuracy, matched_mismatched_loss
 from delta_llava.runs import write_record
 from delta_llava.train import train_run

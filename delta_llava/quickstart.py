@@ -100,8 +100,9 @@ def score_naming(
     "Forced choice among sixteen names, on new scenes with one object."
     n, tokens = quickstart.naming_images, quickstart.tokens
     folder, seed = quickstart.work_folder / "naming", HELD_OUT_SCENES_SEED + 1
-    options = dict(size=quickstart.image_size, names=quickstart.objects)
-    rows = caption_rows(scene_rows(write_questions(folder, n, "heldout_scenes", seed, (1, 1), **options)))
+    size, names = quickstart.image_size, quickstart.objects
+    file = write_questions(folder, n, "heldout_scenes", seed, (1, 1), size, names=names)
+    rows = caption_rows(scene_rows(file))
     features = extract_features(model, processor, rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
     accuracy = evaluate.forced_choice_accuracy(
@@ -155,8 +156,8 @@ def draw_losses(
     for ax, (stage, title) in zip(axes, titles.items(), strict=True):
         entries = [entry for entry in logs[stage] if "loss" in entry]
         ax.plot([entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries], marker=".")
-        ax.set(title=title, xlabel="step", ylim=(0, None))
-    axes[0].set_ylabel("loss, nats per token")
+        ax.set(title=title, xlabel="step")
+    axes[0].set(ylabel="loss, nats per token", ylim=(0, None))
     return fig
 
 

@@ -74,8 +74,16 @@ def write_recipe_scenes(
     for split, (n, seed) in n_and_seed.items():
         files[split] = folder / f"{split}.json"
         if not files[split].exists():
-            options = dict(size=recipe.image_size, workers=recipe.num_workers, names=recipe.objects)
-            write_questions(folder, n, split, seed, (1, recipe.most_objects), **options)
+            write_questions(
+                folder,
+                n,
+                split,
+                seed,
+                n_objects=(1, recipe.most_objects),
+                size=recipe.image_size,
+                workers=recipe.num_workers,
+                names=recipe.objects,
+            )
     return files
 
 
@@ -210,7 +218,9 @@ def binomial_interval(
     "Wilson's score interval of a fraction."
     center = (hits + z * z / 2) / (n + z * z)
     half_width = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
-    return center - half_width, center + half_width
+    low = center - half_width if hits else 0.0  # exactly: rounding would leave some -1e-17
+    high = center + half_width if hits < n else 1.0
+    return low, high
 
 # %% ../nbs/47_recipe.ipynb #77161c2d
 def _f1(answers: list[tuple[str, bool]]) -> float:

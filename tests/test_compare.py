@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from delta_llava.captions import HELD_OUT_SETS, CaptionTraining
 from tiny_stage import write_models
 
 from delta_llava import compare
+from delta_llava.captions import HELD_OUT_SETS, CaptionTraining
 from delta_llava.compare import plan_runs, run_label, run_name, score_table
 from delta_llava.compressors.base import COMPRESSORS, VARIANTS
 from delta_llava.runs import read_record

@@ -129,8 +129,8 @@ def test_make_has_the_target(command):
 # What a test runs: the command as it is printed, with these options after it.
 SMALL = "--max-steps 2 --train-images 4 --test-images 2 --batch-size 2"
 SMALL_RECIPE = (
-    "--stage1-steps 2 --stage2-steps 2 --train-images 4 --test-images 2 --stage1-batch-size 2 "
-    "--stage2-batch-size 2"
+    "--stage1-steps 2 --stage2-steps 2 --train-images 12 --test-images 2 --naming-images 2 "
+    "--stage1-batch-size 2 --stage2-batch-size 2"
 )
 SHORT = {
     "quickstart": SMALL_RECIPE,

@@ -266,7 +266,8 @@ def test_tutorial_c_trains_with_clip(repository, tmp_path):
     write_clip(tmp_path / "clip", "openai/clip-vit-base-patch32", "bin")
     hub.add_folder("openai/clip-vit-base-patch32", tmp_path / "clip")
     smaller = (
-        "max_steps=3, batch_size=2, train_images=4, test_images=2, eval_budgets=(16,), train_budgets=(16,)"
+        "stage1_steps=3, stage2_steps=3, stage1_batch_size=2, stage2_batch_size=2, train_images=12, "
+        "test_images=2, naming_images=2"
     )
     spec = dict(
         skip=[
@@ -275,7 +276,7 @@ def test_tutorial_c_trains_with_clip(repository, tmp_path):
         ],
         after={
             "download = False": "download = True",
-            "clip = CaptionTraining(": f"import dataclasses; clip = dataclasses.replace(clip, {smaller})",
+            "clip = Quickstart(": f"import dataclasses; clip = dataclasses.replace(clip, {smaller})",
             "STEPS, SCENES = ": "STEPS, SCENES = 3, 48",
         },
     )
@@ -285,7 +286,8 @@ def test_tutorial_c_trains_with_clip(repository, tmp_path):
     assert (root / "runs" / "quickstart-clip" / "report.html").exists()
     command = "quickstart --tower hub:openai/clip-vit-base-patch32 --image-size 384 --output-dir runs/clip-2"
     sizes = (
-        "--max-steps 2 --batch-size 2 --train-images 4 --test-images 2 --train-budgets 16 --eval-budgets 16"
+        "--stage1-steps 2 --stage2-steps 2 --stage1-batch-size 2 --stage2-batch-size 2 --train-images 12 "
+        "--test-images 2 --naming-images 2"
     )
     words = [sys.executable, "-m", "delta_llava", *command.split(), *sizes.split()]
     subprocess.run(words, cwd=root, env=env, check=True)

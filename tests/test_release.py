@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.net  # build and installation ask the package index
 TINY = (
     "quickstart --stage1-steps 2 --stage2-steps 2 --stage1-batch-size 2 --stage2-batch-size 2"
-    " --train-images 4 --test-images 2 --output-dir out"
+    " --train-images 12 --test-images 2 --naming-images 2 --output-dir out"
 ).split()
 
 

@@ -113,13 +113,13 @@ def score_naming(
 
 
 def headline(
-    naming: dict[str, int | float],  # From `score_naming`
+    forced_choice: dict[str, int | float],  # From `score_naming`
 ) -> str:  # One sentence
     "Accuracy of the forced choice, with interval and chance."
     return (
-        f"At {naming['tokens']} visual tokens it picks the right one of {NAMES} names for "
-        f"{naming['accuracy']:.0%} of {naming['n']} new scenes (95 % interval {naming['low']:.0%} to "
-        f"{naming['high']:.0%}, chance {naming['chance']:.0%})."
+        f"At {forced_choice['tokens']} visual tokens it picks the right one of {NAMES} names for "
+        f"{forced_choice['accuracy']:.0%} of {forced_choice['n']} new scenes (95 % interval {forced_choice['low']:.0%} to "
+        f"{forced_choice['high']:.0%}, chance {forced_choice['chance']:.0%})."
     )
 
 

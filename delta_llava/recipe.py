@@ -406,14 +406,30 @@ class PhaseTimer:
         print(f"[{self.seconds[phase]:.0f} s] {phase}", flush=True)
 
 
+def _stage1_features(recipe: Recipe, train: SceneSet) -> tuple[list[str], Tensor]:
+    "Images of stage 1 and their patch tokens."
+    chosen = few_objects(train.rows, recipe.stage1_most_objects)
+    return image_paths(train.rows.select(chosen)), train.features[chosen]
+
+
+def _recipe_callbacks(
+    recipe: Recipe, processor, sets: dict[str, SceneSet], **options
+) -> list[TrainerCallback]:
+    "What a stage prints: its log, and every `curve_steps` steps the scores of a few scenes."
+    if not recipe.curve_steps:
+        return [PrintLog()]
+    curve_sets = {
+        name: QuestionSet(processor, scenes.first(recipe.curve_images)) for name, scenes in sets.items()
+    }
+    return [PrintLog(), TaskCurves(curve_sets, recipe.curve_budgets, recipe.curve_steps, **options)]
+
+
 def run_recipe(
     recipe: Recipe,  # What to train
 ) -> dict:  # `run.json`
     "Train both stages, score them, and write weights and record. A stopped run goes on."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive in worker processes
-    check_grid(
-        recipe, [*recipe.eval_budgets, *recipe.curve_budgets] if recipe.curve_steps else recipe.eval_budgets
-    )
+    check_grid(recipe, [*recipe.eval_budgets, *(recipe.curve_budgets if recipe.curve_steps else ())])
     timer = PhaseTimer()
     files = write_recipe_scenes(recipe)
     timer.end("scenes written")
@@ -421,23 +437,15 @@ def run_recipe(
     timer.end("features computed")
     train = sets.pop("train")
     features = image_paths(train.rows), train.features
-    of_stage1 = few_objects(train.rows, recipe.stage1_most_objects)
-    stage1_features = image_paths(train.rows.select(of_stage1)), train.features[of_stage1]
     processor = recipe_processor(recipe)
-    curve_sets, test_sets = {}, {}
-    for name, scenes in sets.items():
-        curve_sets[name] = QuestionSet(processor, scenes.first(recipe.curve_images))
-        test_sets[name] = QuestionSet(processor, scenes)
-
-    def callbacks(**options) -> list[TrainerCallback]:
-        if not recipe.curve_steps:
-            return [PrintLog()]
-        return [PrintLog(), TaskCurves(curve_sets, recipe.curve_budgets, recipe.curve_steps, **options)]
-
+    test_sets = {name: QuestionSet(processor, scenes) for name, scenes in sets.items()}
+    callbacks = partial(_recipe_callbacks, recipe, processor, sets)
     logs, parameter_counts = {}, {}
 
     stage1: Stage = recipe.stage1()
-    model, _, logs["stage1"] = train_run(stage1, callbacks(), stage1_features, disable_tqdm=True)
+    model, _, logs["stage1"] = train_run(
+        stage1, callbacks(), _stage1_features(recipe, train), disable_tqdm=True
+    )
     parameter_counts["stage1"] = read_run(stage1.output_dir).get("parameter_counts")
     export_weights(model, recipe.output_dir / "stage1")
     del model  # stage 2 loads its own

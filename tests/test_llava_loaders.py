@@ -47,7 +47,7 @@ UNUSED = "model.vision_tower.encoder.layers.5."  # block above the level that is
 
 def in_llava(name):
     "Transformers' name of one of our parts or weights."
-    found = [re.sub(ours, theirs, name) for ours, theirs in IN_LLAVA.items() if re.search(ours, name)]
+    found = [re.sub(ours, llavas, name) for ours, llavas in IN_LLAVA.items() if re.search(ours, name)]
     assert len(found) == 1, name
     return found[0]
 
@@ -239,7 +239,7 @@ def adapted(pair, dora=False):
     names = {name: prefix + in_llava(name.removeprefix(prefix)) for name in get_peft_model_state_dict(ours)}
     left_out = {name for name in weights if name.startswith(prefix + UNUSED)}
     assert set(names.values()) == weights.keys() - left_out and left_out
-    set_peft_model_state_dict(ours, {name: weights[theirs] for name, theirs in names.items()})
+    set_peft_model_state_dict(ours, {name: weights[llavas] for name, llavas in names.items()})
     return llava, ours
 
 
@@ -355,12 +355,12 @@ def test_bfloat16_costs_what_it_costs_llava(saved, llavas_drift, name):
 @pytest.mark.parametrize("kind", ["fp4", "int8"])
 def test_quantization_costs_what_it_costs_llava(saved, llavas_drift, name, kind):
     "All linear layers but the LLM's head are rounded, as in LLaVA, and the logits move about as far."
-    llava, how, theirs = llavas_drift(kind)
+    llava, how, parts = llavas_drift(kind)
     ours, model = drift(saved(name), **how)
     assert 0 < ours < MARGIN * llava
     assert linear(model) - rounded(model) == {"language_model.lm_head"}
     shared = {in_llava(part) for part in rounded(model) if not part.startswith("multi_modal_projector")}
-    wanted = {part for part in theirs if "multi_modal_projector" not in part}
+    wanted = {part for part in parts if "multi_modal_projector" not in part}
     assert shared in (wanted, used(wanted))  # some compressors read the highest block
     assert model.known_fingerprint is None  # other numbers than those of the whole tower
     question = "text" in model.multi_modal_projector.requires

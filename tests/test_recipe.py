@@ -92,7 +92,7 @@ def test_each_log_is_printed_once_with_the_time_that_is_left(tiny, capsys):
 def test_stage_1_may_leave_out_scenes_with_several_objects(tiny, monkeypatch):
     "The rows and their features belong together."
     recipe = replace(tiny, train_images=12, stage1_most_objects=1, curve_steps=0)
-    seen = []
+    calls = []
     train = recipe_module.train_run
 
     def watched(stage, callbacks, features, **options):
@@ -100,12 +100,12 @@ def test_stage_1_may_leave_out_scenes_with_several_objects(tiny, monkeypatch):
         assert list(features[0]) == list(dict.fromkeys(rows["image"])) and len(features[1]) == len(
             features[0]
         )
-        seen.append((stage.stage, {len(objects) for objects in rows["objects"]}, features))
+        calls.append((stage.stage, {len(objects) for objects in rows["objects"]}, features))
         return train(stage, callbacks, features, **options)
 
     monkeypatch.setattr(recipe_module, "train_run", watched)
     run_recipe(recipe)
-    (one, few, first), (two, several, every) = seen
+    (one, few, first), (two, several, every) = calls
     assert (one, few, two) == ("pretrain", {1}, "finetune") and several > {1}
     for path, of_image in zip(first[0], first[1], strict=True):
         assert of_image.equal(every[1][list(every[0]).index(path)])

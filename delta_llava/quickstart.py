@@ -116,10 +116,11 @@ def headline(
     forced_choice: dict[str, int | float],  # From `score_naming`
 ) -> str:  # One sentence
     "Accuracy of the forced choice, with interval and chance."
+    percent = {key: f"{forced_choice[key]:.0%}" for key in ("accuracy", "low", "high", "chance")}
     return (
         f"At {forced_choice['tokens']} visual tokens it picks the right one of {NAMES} names for "
-        f"{forced_choice['accuracy']:.0%} of {forced_choice['n']} new scenes (95 % interval {forced_choice['low']:.0%} to "
-        f"{forced_choice['high']:.0%}, chance {forced_choice['chance']:.0%})."
+        f"{percent['accuracy']} of {forced_choice['n']} new scenes (95 % interval {percent['low']} to "
+        f"{percent['high']}, chance {percent['chance']})."
     )
 
 

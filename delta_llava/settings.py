@@ -558,9 +558,8 @@ class Quickstart(Recipe):
     "Train both stages within minutes on two CPU cores, score them, and write a report with answers."
 
     output_dir: Path = Path("runs/quickstart")  # Gets projector, low-rank updates, run.json and the report
-    train_images: int = 600  # Scenes
+    train_images: int = 400  # Scenes
     most_objects: int = 3  # In a scene; the fewest are one
-    stage1_most_objects: int = 1  # Stage 1 leaves out scenes with more: one name is learned fast
     objects: tuple[str, ...] = QUICKSTART_OBJECTS  # Names of the objects in the scenes; empty: all 64
     test_images: int = 16  # In each held-out set
     curve_steps: int = 0  # Steps between scores during training; 0 leaves them out

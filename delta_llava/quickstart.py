@@ -88,7 +88,7 @@ def answer_examples(
     return answered
 
 # %% ../nbs/50_quickstart.ipynb #2676cbe0
-NAMES = 16  # In the forced choice of the headline
+NAMES = 16  # Most in the forced choice of the headline
 SET_TITLES = {"heldout_scenes": "new scenes", "heldout_artist": "unseen artist"}
 
 
@@ -105,20 +105,22 @@ def score_naming(
     rows = caption_rows(scene_rows(file))
     features = extract_features(model, processor, rows)
     visual = evaluate.encode_images(model, features, tokens, question=question_inputs(model, processor))
+    candidates = min(NAMES, len(names) or NAMES)  # fewer where the scenes have fewer objects
     accuracy = evaluate.forced_choice_accuracy(
-        model, processor, list(rows), visual, tokens, candidates=NAMES, names=quickstart.objects
+        model, processor, list(rows), visual, tokens, candidates=candidates, names=names
     )
     low, high = binomial_interval(round(accuracy * n), n)
-    return dict(n=n, accuracy=accuracy, low=low, high=high, chance=1 / NAMES, tokens=tokens)
+    return dict(n=n, accuracy=accuracy, low=low, high=high, chance=1 / candidates, tokens=tokens)
 
 
 def headline(
     forced_choice: dict[str, int | float],  # From `score_naming`
 ) -> str:  # One sentence
     "Accuracy of the forced choice, with interval and chance."
+    names = round(1 / forced_choice["chance"])
     percent = {key: f"{forced_choice[key]:.0%}" for key in ("accuracy", "low", "high", "chance")}
     return (
-        f"At {forced_choice['tokens']} visual tokens it picks the right one of {NAMES} names for "
+        f"At {forced_choice['tokens']} visual tokens it picks the right one of {names} names for "
         f"{percent['accuracy']} of {forced_choice['n']} new scenes (95 % interval {percent['low']} to "
         f"{percent['high']}, chance {percent['chance']})."
     )

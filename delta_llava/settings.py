@@ -547,7 +547,7 @@ class LongRecipe(Recipe):
     logging_steps: int = 50  # Steps between lines of the log
 
 # %% ../nbs/07_settings.ipynb #a7c0de02
-QUICKSTART_OBJECTS = (  # 16 of the 64, four of each of four groups: few enough to be learned in minutes
+QUICKSTART_OBJECTS = (  # 16 of the 64, four of each of four groups
     *("fox", "owl", "pineapple", "train", "giraffe", "pizza", "sailboat", "kite"),
     *("crab", "flamingo", "car", "cactus", "rabbit", "banana", "bus", "umbrella"),
 )

@@ -111,6 +111,14 @@ def test_stage_1_may_leave_out_scenes_with_several_objects(tiny, monkeypatch):
         assert of_image.equal(every[1][list(every[0]).index(path)])
 
 
+@pytest.mark.parametrize("change", [dict(train_images=7), dict(most_objects=2), dict(image_size=70)])
+def test_scenes_of_other_settings_are_not_taken(tiny, change):
+    recipe_module.write_recipe_scenes(tiny)
+    with pytest.raises(ValueError, match=f"holds scenes with {next(iter(change))}="):
+        recipe_module.write_recipe_scenes(replace(tiny, **change))
+    assert recipe_module.write_recipe_scenes(tiny)["train"].exists()
+
+
 def test_no_scene_with_few_objects_is_an_error(tiny):
     rows = scene_rows(recipe_module.write_recipe_scenes(replace(tiny, train_images=12))["train"])
     several = rows.filter(lambda row: len(row["objects"]) > 1)

@@ -553,7 +553,7 @@ class Quickstart(Recipe):
     "Train both stages within minutes on two CPU cores, score them, and write a report with answers."
 
     output_dir: Path = Path("runs/quickstart")  # Gets projector, low-rank updates, run.json and the report
-    train_images: int = 400  # Scenes
+    train_images: int = 600  # Scenes
     most_objects: int = 3  # In a scene; the fewest are one
     objects: tuple[str, ...] = QUICKSTART_OBJECTS  # Names of the objects in the scenes; empty: all 64
     test_images: int = 16  # In each held-out set
@@ -562,10 +562,10 @@ class Quickstart(Recipe):
     tokens: int = 16  # Main budget V
     train_budgets: tuple[int, ...] = (16, 9, 4)  # Budgets of the training steps
     eval_budgets: tuple[int, ...] = (16,)  # Budgets of the scores; the report shows the main one
-    stage1_steps: int = 110  # Optimizer steps of stage 1
-    stage2_steps: int = 50  # Optimizer steps of stage 2
+    stage1_steps: int = 300  # Optimizer steps of stage 1
+    stage2_steps: int = 150  # Optimizer steps of stage 2
     stage2_batch_size: int = 2  # Images in a step of stage 2, each with all its questions
-    save_steps: int = 25  # Steps between checkpoints
+    save_steps: int = 50  # Steps between checkpoints
 
     def __post_init__(self):
         super().__post_init__()

@@ -574,7 +574,7 @@ def supervised_loss(
     loss = loss_function(logits=logits, labels=None, shift_labels=target[supervised])
     return loss, {name: value for name, value in out.items() if name != "logits"}
 
-# %% ../nbs/22_vlm.ipynb #3b6da3ef
+# %% ../nbs/22_vlm.ipynb #c4e1a7d3
 def check_packing(
     llm: nn.Module,  # Causal LM
     own_mask: bool = False,  # For separate turns, which have a mask of their own
@@ -630,7 +630,7 @@ def check_rows_apart(
             "other: a second row changes with the first one. Use packing=False and separate_turns=False."
         )
 
-
+# %% ../nbs/22_vlm.ipynb #3b6da3ef
 @dataclass
 class DeltaLlavaOutput(adapter.CausalLMOutputWithPast):
     "Output of the LLM, its cache included, and the visual tokens."

@@ -75,7 +75,9 @@ def site(
         nbformat.write(new_notebook(cells=cells), source / f"{name}.ipynb")
         nbformat.write(
             new_notebook(
-                cells=[new_markdown_cell(title), *committed] if name == "a" else [new_markdown_cell("# B")]
+                cells=[new_markdown_cell(title), *committed]
+                if name == "a"
+                else [new_markdown_cell("# B\n\n> About b.")]
             ),
             nbs / f"{name}.ipynb",
         )

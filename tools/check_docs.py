@@ -328,7 +328,7 @@ class Site:
                 faults.append((cell_of(tag), f"link to {target}: {why}"))
         for symbol in exported_names:
             if symbol.lower() not in self.anchors[page]:
-                advice = "see that its cell says `#| export` and not `#| hide`"
+                advice = "see that its cell says `#| exports` and not `#| hide`"
                 faults.append((None, f"{symbol} is exported and has no heading on this page: {advice}"))
         return faults
 

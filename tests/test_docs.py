@@ -13,12 +13,13 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import addresses  # noqa: E402
+import shape_pages  # noqa: E402
+
 spec = importlib.util.spec_from_file_location("check_docs", ROOT / "tools" / "check_docs.py")
 check_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_docs)
-
-sys.path.insert(0, str(ROOT / "tools"))
-import addresses  # noqa: E402
 
 SETTINGS = dict(doc_host="https://docs.example", doc_baseurl="/lib", git_url="https://code.example/me/lib")
 PNG = base64.b64encode(b"\x89PNG").decode()
@@ -43,30 +44,41 @@ def figure(*lines):
     )
 
 
-FIGURE = ["#| label: fig-one", '#| fig-cap: "What to look at."', '#| fig-alt: "A line."']
+FIGURE = [
+    "#| label: fig-one",
+    '#| fig-cap: "What to look at."',
+    '#| fig-alt: "A line."',
+    "from it import draw",
+]
 
 
 def site(
     tmp_path,
     text=SOUND,
     cell=None,
+    more=(),
     title="# A\n\n> About a.",
     front="title: A\ndescription: About a.",
     contents=("a.ipynb", "b.ipynb"),
     names=(),
+    committed=(),
 ):
     "Two pages, as notebooks and as nbdev has processed them; returns the faults."
     source, nbs = tmp_path / "_proc", tmp_path / "nbs"
     for folder in (source, nbs):
         folder.mkdir()
     pages = {
-        "a": [new_raw_cell(f"---\n{front}\n---\n"), new_markdown_cell(text), cell or figure(*FIGURE)],
+        "a": [new_raw_cell(f"---\n{front}\n---\n"), new_markdown_cell(text), cell or figure(*FIGURE), *more],
         "b": [new_raw_cell("---\ntitle: B\ndescription: About b.\n---\n"), new_markdown_cell("## Other")],
     }
     for name, cells in pages.items():
         nbformat.write(new_notebook(cells=cells), source / f"{name}.ipynb")
         nbformat.write(
-            new_notebook(cells=[new_markdown_cell(title if name == "a" else "# B\n\n> About b.")]),
+            new_notebook(
+                cells=[new_markdown_cell(title), *committed]
+                if name == "a"
+                else [new_markdown_cell("# B\n\n> About b.")]
+            ),
             nbs / f"{name}.ipynb",
         )
     config = dict(website=dict(sidebar=dict(contents=[dict(section="All", contents=list(contents))])))
@@ -112,6 +124,13 @@ def test_sound_pages_pass_and_can_be_looked_at(tmp_path):
         (dict(front="description: About a."), "nbs/a.ipynb: no title"),
         (dict(title="# A\n\n> About a.\n\nLost."), "the site leaves out what follows title"),
         (dict(names=["Gone"]), "Gone is exported and has no heading"),
+        (dict(cell=figure(*FIGURE[:3])), "code without the imports that it needs"),
+        (dict(more=[new_code_cell("y = x  # @eq-gone")]), "code cites @eq-gone, which is not on this page"),
+        (dict(committed=[new_code_cell("#| export\nx = 1")]), "code that its page leaves out"),
+        (
+            dict(committed=[new_code_cell("f()", outputs=[new_output("stream", name="stderr", text="50%")])]),
+            "a warning or progress bar",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -131,32 +150,110 @@ def test_every_exported_name_belongs_to_a_notebook():
     assert all((ROOT / "nbs" / name).exists() for name in names)
 
 
-def test_no_links_inside_code(tmp_path):
-    "nbdev writes them into signatures; those in the text stay."
-    linked = "As for [`plan`](https://docs.example/lib/b.html#plan)"
-    nbformat.write(
-        new_notebook(
-            cells=[
-                new_code_cell(
-                    "show_doc(f)",
-                    outputs=[
-                        new_output(
-                            "display_data",
-                            {
-                                "text/markdown": "### f\n\n```python\ndef f(\n    a, # "
-                                f"{linked}\n)\n```\n\n{linked}"
-                            },
-                        )
-                    ],
-                )
-            ]
+WEBSITE = dict(
+    favicon="icon.png",
+    image="icon.png",
+    navbar=dict(left=[dict(text=text, href="a.ipynb") for text in ("Start", "Learn", "API", "Results")]),
+)
+WEBSITE["page-footer"] = dict(left="lib 1.2.3")
+SOUND_CONFIG = dict(website=WEBSITE, format=dict(html={"respect-user-color-scheme": True}))
+
+
+def without(section, entry):
+    return SOUND_CONFIG | {section: {k: v for k, v in SOUND_CONFIG[section].items() if k != entry}}
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (SOUND_CONFIG | dict(format=SOUND_CONFIG["format"] | dict(commonmark="default")), "['commonmark']"),
+        (SOUND_CONFIG | dict(format=dict(html={})), "respect-user-color-scheme"),
+        (without("website", "favicon"), "favicon None names no file"),
+        (SOUND_CONFIG | dict(website=WEBSITE | dict(image="no.png")), "image 'no.png' names no file"),
+        (without("website", "page-footer"), "does not say version 1.2.3"),
+        (without("website", "navbar"), "the navbar has no entry 'API'"),
+        (
+            SOUND_CONFIG
+            | dict(website=WEBSITE | dict(navbar=dict(left=[dict(text="API", menu=["b.ipynb"])]))),
+            "the navbar names b.ipynb",
         ),
-        tmp_path / "a.ipynb",
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_faults_of_the_configuration_are_found(tmp_path, config, message):
+    for name in ("icon.png", "a.ipynb"):
+        (tmp_path / name).touch()
+    assert check_docs.config_faults(SOUND_CONFIG, dict(version="1.2.3"), tmp_path) == [
+        "_quarto.yml: nbs/404.qmd, the page for wrong addresses, is missing"
+    ]
+    (tmp_path / "404.qmd").touch()
+    assert check_docs.config_faults(SOUND_CONFIG, dict(version="1.2.3"), tmp_path) == []
+    found = check_docs.config_faults(config, dict(version="1.2.3"), tmp_path)
+    assert any(message in fault for fault in found), found
+
+
+def block(name, arguments, doc="About it."):
+    "A cell of `show_doc` as nbdev makes it."
+    text = f"---\n\n### {name}\n\n```python\ndef {name}(\n{arguments}\n```\n\n*{doc}*"
+    return new_code_cell(
+        f"#| echo: false\nshow_doc({name})", outputs=[new_output("display_data", {"text/markdown": text})]
     )
+
+
+def shaped(tmp_path, *cells):
+    "Sources and Markdown outputs of a page after `shape_folder`, which ran twice."
+    package = tmp_path / "delta_llava"
+    package.mkdir()
+    (package / "a.py").write_text(
+        "class Base:\n    side: int = 1  # Side $s$\n\nclass Own(Base):\n    rank: int = 2  # Rank\n"
+    )
+    nbformat.write(new_notebook(cells=list(cells)), tmp_path / "a.ipynb")
     for _ in range(2):
-        check_docs.unlink(tmp_path)
-    text = nbformat.read(tmp_path / "a.ipynb", 4).cells[0].outputs[0].data["text/markdown"]
-    assert "".join(text) == f"### f\n\n```python\ndef f(\n    a, # As for `plan`\n)\n```\n\n{linked}"
+        shape_pages.shape_folder(tmp_path, tmp_path)
+    cells = nbformat.read(tmp_path / "a.ipynb", 4).cells
+    return ["".join(c.outputs[0].data["text/markdown"]) if c.get("outputs") else c.source for c in cells]
+
+
+HOST = "https://docs.example/lib/b.html"
+
+
+def test_api_blocks_say_what_each_argument_means(tmp_path):
+    "In a list, where links and formulas work; nbdev links names inside code as well."
+    arguments = (
+        f"    a:__main__.Own, # As for [`plan`]({HOST}#plan)\n    *b, # Of [`A.b`]({HOST}#a.b)\n)->int: # $n$"
+    )
+    (text,) = shaped(tmp_path, block("f", arguments))
+    assert text == (
+        "---\n\n### f\n\n```python\ndef f(\n    a:Own,\n    *b,\n)->int:\n```\n\n*About it.*\n\n"
+        f"- `a`: As for [`plan`]({HOST}#plan)\n- `b`: Of [`A.b`]({HOST}#a)\n- returns: $n$"
+    )
+
+
+def test_fields_of_a_class_are_documented(tmp_path):
+    (text,) = shaped(tmp_path, block("Own", "    side:int=1, rank:int=2\n)->None:"))
+    assert "class Own(\n    side:int=1, rank:int=2\n)\n```" in text
+    assert text.endswith("- `side`: Side $s$\n- `rank`: Rank")
+
+
+EXPORTED = '#| code-fold: show\n#| code-summary: "Exported source"\n'
+
+
+def test_source_follows_its_documentation(tmp_path):
+    "nbdev puts the blocks of a cell with two functions around it, in the wrong order."
+    source = new_code_cell(f"{EXPORTED}def f(a):\n    return a  # @eq-one\n\ndef g(a):\n    return f(a)")
+    imports = new_code_cell(f"{EXPORTED}import torch\nfrom torch import nn")
+    equation = new_markdown_cell("$$ a $$ {#eq-zero}\n\n$$ b $$ {#eq-one}")
+    blocks = [block(name, "    a, # It\n):") for name in "fg"]
+    texts = shaped(tmp_path, imports, equation, blocks[1], source, blocks[0])
+    assert [text.splitlines()[2] for text in texts[2:4]] == ["### f", "### g"]
+    assert "```" not in texts[2] and texts[2].endswith("- `a`: It"), "the source has the signature"
+    assert texts[4].startswith("def f(a):\n    return a  # Eq. 2\n")
+    assert texts[0].startswith("#| code-fold: true\n") and texts[0].endswith("from torch import nn")
+
+
+def test_image_that_stands_alone_has_alt_text(tmp_path):
+    texts = shaped(tmp_path, new_markdown_cell('![a "b"](c.png)\n\n[![d](e.svg)](f)\n\nIn a ![line](g.png).'))
+    assert texts == ['![](c.png){fig-alt="a \'b\'"}\n\n[![](e.svg){fig-alt="d"}](f)\n\nIn a ![line](g.png).']
 
 
 PATH_NOTEBOOKS = addresses.path_notebooks()

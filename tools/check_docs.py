@@ -23,13 +23,13 @@ import nbformat
 import pypandoc
 import yaml
 from bs4 import BeautifulSoup
+from shape_pages import CITED, shape_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIXES = {"eq": "Eq.", "fig": "Figure", "tbl": "Table", "sec": "Section"}
 REFERENCE = re.compile(
     r"(?s)(?P<fence>`{3,}).*?(?P=fence)|`[^`\n]*`|(?<!\w)@(?P<at>(?:eq|fig|tbl|sec)-[\w-]+)"
 )
-FENCED, LINKED = re.compile(r"(?sm)^(`{3,}).*?^\1"), re.compile(r"\[(`[^`\n]+`)\]\([^)\n]*\)")
 LEFTOVER = re.compile(r"\]\(|\$\$|:::|\n *(?:[-*]|\d+\.) \S|\*\*\S|\{[#.]|(?<!\w)@(?:eq|fig|tbl|sec)-")
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -104,6 +104,27 @@ def code_markdown(cell: nbformat.NotebookNode, page: Path, n: int, faults: list)
     return text, labels
 
 
+def is_shown(cell: nbformat.NotebookNode) -> bool:
+    "Whether a code cell's lines appear on its page."
+    options = set(re.findall(r"(?m)^#\|\s*(echo|include): *false", cell.source))
+    return (
+        cell.cell_type == "code" and not options and bool(re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip())
+    )
+
+
+def code_faults(nb: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNode | None, str]]:
+    "Code that a reader could not copy and run, references inside code."
+    faults, shown = [], [cell for cell in nb.cells if is_shown(cell)]
+    if shown and not any(re.search(r"(?m)^ *(import|from) \w|^%|^[!$]", cell.source) for cell in shown):
+        advice = "take `#| hide` from the cell of imports, or fold it with `#| code-fold: true`"
+        faults.append((None, f"code without the imports that it needs: {advice}"))
+    for cell in shown:
+        lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
+        if found := CITED.search("\n".join(lines)):
+            faults.append((cell, f"code cites {found[0]}, which is not on this page"))
+    return faults
+
+
 def text_labels(cell: nbformat.NotebookNode, faults: list) -> list[str]:
     "The labels of a Markdown cell."
     for label in re.findall(r"\$\$\s*\{#([\w-]+)", cell.source):
@@ -127,6 +148,7 @@ def resolved(text: str, cell: nbformat.NotebookNode, labels: dict[str, int], fau
             faults.append((cell, f"{match[0]} refers to nothing on this page: {advice}"))
         return f"[{PREFIXES[label.split('-')[0]]} {labels.get(label, '?')}](#{label})"
 
+    text = text.replace("{fig-alt=", "{alt=")  # Quarto's name for it
     return REFERENCE.sub(refer, re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}", number, text))
 
 
@@ -224,13 +246,18 @@ class Site:
                 if not self.about[name].get(what):
                     advice = "the first cell wants `# Title`, then `> one sentence`"
                     faults.append(f"nbs/{name}: no {what}: {advice}")
-            first = nbformat.read(self.root / "nbs" / name, 4).cells[0].source
+            source = nbformat.read(self.root / "nbs" / name, 4)
+            for cell in source.cells:
+                if cell.cell_type == "code" and re.match(r"#\|\s*export\b", cell.source):
+                    advice = "write `#| exports`, and the site shows its lines"
+                    faults.append(described(name, cell, f"code that its page leaves out: {advice}"))
+                if any(out.get("name") == "stderr" for out in cell.get("outputs", [])):
+                    advice = "silence it and run the cell again, or remove this output"
+                    faults.append(described(name, cell, f"a warning or progress bar (stderr): {advice}"))
+            first = source.cells[0].source
             if re.sub(r"\A# .*\n+> .*(\n> .*)*", "", first).strip():  # nbdev would drop it
                 lost = "the site leaves out what follows title and description in the first cell"
                 faults.append(f"nbs/{name}: {lost}: give it a cell of its own")
-        image = self.config["website"].get("image")
-        if image and not (self.source / image).exists():
-            faults.append(f"_quarto.yml: image {image} does not exist under nbs/")
         return faults
 
     def copy_files(self) -> None:
@@ -292,6 +319,7 @@ class Site:
             holder = tag.find_parent(attrs={"data-cell": True})
             return nb.cells[int(holder["data-cell"])] if holder else None
 
+        faults += code_faults(nb)
         examine(soup, cell_of, faults)
         for tag in soup.find_all(["a", "img"]):
             target = tag.get("href") or tag.get("src") or ""
@@ -300,7 +328,7 @@ class Site:
                 faults.append((cell_of(tag), f"link to {target}: {why}"))
         for symbol in exported_names:
             if symbol.lower() not in self.anchors[page]:
-                advice = "see that its cell says `#| export` and not `#| hide`"
+                advice = "see that its cell says `#| exports` and not `#| hide`"
                 faults.append((None, f"{symbol} is exported and has no heading on this page: {advice}"))
         return faults
 
@@ -318,6 +346,34 @@ def examine(soup: BeautifulSoup, cell_of: Callable, faults: list) -> None:
             around = text[max(0, found.start() - 15) : found.end() + 25].strip()
             advice = "mend the markup; a list or ::: wants an empty line before it"
             faults.append((cell_of(tag), f"markup left as text: {around!r}; {advice}"))
+
+
+def config_faults(config: dict, settings: dict, folder: Path) -> list[str]:
+    "What _quarto.yml lacks or should not contain; `folder` has the files that it names."
+    website, formats, faults = config.get("website", {}), config.get("format", {}), []
+    if set(formats) != {"html"}:
+        others = sorted(set(formats) - {"html"})
+        advice = "it doubles the time, and Quarto before 1.10.15 stops at a second format"
+        faults.append(f"format {others}: remove it; {advice}")
+    if not formats.get("html", {}).get("respect-user-color-scheme"):
+        faults.append("format html: respect-user-color-scheme: true opens the site dark for who reads dark")
+    for what in ("favicon", "image"):
+        if not website.get(what) or not (folder / website[what]).exists():
+            faults.append(f"website: {what} {website.get(what)!r} names no file under nbs/")
+    if not (folder / "404.qmd").exists():
+        faults.append("nbs/404.qmd, the page for wrong addresses, is missing")
+    if settings["version"] not in str(website.get("page-footer")):
+        faults.append(f"website: the page-footer does not say version {settings['version']} of settings.ini")
+    entries = website.get("navbar", {}).get("left", [])
+    texts = [entry.get("text") for entry in entries]
+    for wanted in ("Start", "Learn", "API", "Results"):
+        if wanted not in texts:
+            faults.append(f"website: the navbar has no entry {wanted!r}")
+    for entry in entries:
+        for target in entry.get("menu", [entry.get("href")]):
+            if not (folder / str(target)).exists():
+                faults.append(f"website: the navbar names {target}, which does not exist")
+    return [f"_quarto.yml: {fault}" for fault in faults]
 
 
 def described(name: str, cell: nbformat.NotebookNode | None, what: str) -> str:
@@ -371,20 +427,6 @@ def exported(root: Path) -> dict[str, list[str]]:
     return names
 
 
-def unlink(folder: Path) -> None:
-    "nbdev links names inside code as well, where the link's text would be shown: take these links out."
-    for path in folder.rglob("*.ipynb"):
-        nb, changed = nbformat.read(path, 4), False
-        for out in (
-            o for c in nb.cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})
-        ):
-            text = "".join(out.data["text/markdown"])
-            out.data["text/markdown"] = FENCED.sub(lambda code: LINKED.sub(r"\1", code[0]), text)
-            changed |= out.data["text/markdown"] != text
-        if changed:
-            nbformat.write(nb, path)
-
-
 def main() -> None:
     os.chdir(ROOT)
     from nbdev.config import get_config
@@ -397,10 +439,12 @@ def main() -> None:
             "nbdev could not process a notebook, which would stop the site too"
             f" (it runs imports and exported cells alone): {error}\n{error.__cause__ or ''}"
         )
-    unlink(source)
+    shape_folder(source, ROOT)
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     out = ROOT / "_docs"
-    problems = check(source, out, config, dict(get_config().d), ROOT, exported(ROOT))
+    settings = dict(get_config().d)
+    problems = config_faults(config, settings, ROOT / "nbs")
+    problems += check(source, out, config, settings, ROOT, exported(ROOT))
     if problems:
         sys.exit("\n".join(problems) + f"\n{len(problems)} faults. The pages as they are: _docs/index.html")
     count = len(list(out.rglob("*.html")))

@@ -1,12 +1,12 @@
 """Draw nbs/images/card.png, the preview image of links to the site: one image with decreasing budgets.
-Each token is drawn in the mean color of its window.
+Each token is drawn in the mean color of its window. Beside it favicon.png, the icon of the site's pages.
 """
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from delta_llava.scenes import load_cutout
 
@@ -62,5 +62,17 @@ def draw_card() -> Image.Image:
     return Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
 
 
+def draw_favicon(side: int = 64) -> Image.Image:
+    "The letter delta, drawn large and reduced so that its edges are smooth."
+    large = 8 * side
+    icon = Image.new("RGBA", (large, large))
+    pen = ImageDraw.Draw(icon)
+    pen.rounded_rectangle((0, 0, large - 1, large - 1), radius=large // 6, fill=BACKGROUND)
+    corners = [(0.5, 0.2), (0.84, 0.8), (0.16, 0.8)]
+    pen.polygon([(large * x, large * y) for x, y in corners], outline="#7ab8ff", width=large // 10)
+    return icon.resize((side, side), Image.Resampling.LANCZOS)
+
+
 if __name__ == "__main__":
+    draw_favicon().save(CARD.with_name("favicon.png"), optimize=True)
     draw_card().quantize(96).save(CARD, optimize=True)  # 96 colors make a small file

@@ -113,7 +113,7 @@ class FastV(DecoderMLP):
 def attention_row(
     q: Float[Tensor, "b h e"],  # Query of one token, for each head, rotated
     k: Float[Tensor, "b hk t e"],  # Keys, rotated; with grouped queries `hk < h`
-    scaling: float,  # Of the logits, $1/\\sqrt{e}$
+    scaling: float,  # Of the logits, $1/\sqrt{e}$
     visible: Bool[Tensor, "b t"] | None = None,  # `False` on padding and on later tokens
 ) -> Float[Tensor, "b t"]:  # Rows sum to 1
     "Attention of one token to all others, mean over the heads (@eq-received)."

@@ -66,6 +66,7 @@ class Compressor(nn.Module):
     requires: tuple[str, ...] = ()  # Inputs besides patch tokens: keys of `REQUIREMENTS`
     ranks_tokens = False  # Whether the LLM computes one additional row of attention, to rank its image tokens
     spatial = True  # Whether its tokens are a grid over the image, row by row
+    selects_patches = False  # Whether each token is a patch, whose index is in `VisionFeatures.patches`
     nested = False  # Whether a training step averages the losses of all its budgets
     state_dict_map: dict[str, str] = {}  # Prefix of our names -> prefix of the reference's
     prefix = ""  # Prefix of the whole module in the reference's checkpoint, such as `"model.mm_projector."`

@@ -170,8 +170,8 @@ def _check_combinations(
     stored = [name for name in ("cache_features", "features_in_memory") if getattr(stage, name)]
     if stored and _requires(stage.compressor, "pruning"):
         raise ValueError(
-            f"{stored[0]}=True, but compressor={stage.compressor!r} trains layers inside the vision tower, so "
-            f"features change in each step; take {stored[0]}=False (delta-llava train, pretrain with "
+            f"{stored[0]}=True, but compressor={stage.compressor!r} trains layers inside the vision tower, "
+            f"so features change in each step; take {stored[0]}=False (delta-llava train, pretrain with "
             f"--no-{stored[0].replace('_', '-')})."
         )
     if stage.projector is not None and stage.closed_form_init:

@@ -380,6 +380,7 @@ def shared_prefix_mask(
 class ImageFeatures(adapter.BaseModelOutputWithPooling):
     "Visual tokens of images, and what a compressor adds to the loss."
 
+    pooler_output: list[Tensor] | Tensor | None = None  # Visual tokens `[v, d]` of each image
     auxiliary_loss: Tensor | None = None  # In training, of a compressor that has one
 
 

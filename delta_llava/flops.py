@@ -228,11 +228,11 @@ def tower_flops(
     if attention:
         flops += 2 * c * c + 2 * n * c * c + 2 * n * c
     counts, others = dict(reduction), n - patches  # CLS and registers stay
-    dropping = {} if pruning is None else dict(pruning.reduction)
+    entering = {} if pruning is None else dict(pruning.reduction)
     for block in range(depth):
-        if block in dropping:
+        if block in entering:
             flops += (n - others) * predictor_flops(c)
-            n = dropping[block] + others
+            n = entering[block] + others
         flops += 8 * n * c * c + 4 * n * n * c
         if block in counts:  # attention of CLS, and the weighted sum
             flops += 2 * c * c + 2 * n * c * c + 2 * n * c + 2 * (n - others) * c

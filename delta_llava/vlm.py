@@ -375,7 +375,7 @@ def shared_prefix_mask(
     causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
     return ((shared | own) & causal)[:, None]
 
-# %% ../nbs/22_vlm.ipynb #950f8df5
+# %% ../nbs/22_vlm.ipynb #7a41d0c3
 @dataclass
 class ImageFeatures(adapter.BaseModelOutputWithPooling):
     "Visual tokens of images, and what a compressor adds to the loss."
@@ -383,7 +383,7 @@ class ImageFeatures(adapter.BaseModelOutputWithPooling):
     pooler_output: list[Tensor] | Tensor | None = None  # Visual tokens `[v, d]` of each image
     auxiliary_loss: Tensor | None = None  # In training, of a compressor that has one
 
-
+# %% ../nbs/22_vlm.ipynb #950f8df5
 class VisualInputs(nn.Module):
     "The part of the model before the LLM: images to visual tokens, and visual tokens into the sequence."
 

@@ -81,8 +81,8 @@ def pass_through(tower, module, images):
     reduction = module.config.tower_reduction()
     first = reduction[0][0]
     blocks = {i: vision_blocks(tower)[i] for i in range(first, module.config.levels[0])}
-    places = {b: (p, count) for (b, count), p in zip(reduction, module.predictors, strict=True)}
-    return blocks, places, vision_hidden_states(tower, images, first)[-1]
+    placed = {b: (p, count) for (b, count), p in zip(reduction, module.predictors, strict=True)}
+    return blocks, placed, vision_hidden_states(tower, images, first)[-1]
 
 
 def run_block(tower, block, x):
@@ -93,10 +93,10 @@ def tokens_without(tower, image, decisions, before):
     "Tokens of one image in the tower's own blocks, with the patches that decisions drop really removed."
     x = vision_hidden_states(tower, image[None], 0)[0]
     patches = list(range(16))
-    places = [block for block, _ in CONFIG.tower_reduction()]
+    placed = [block for block, _ in CONFIG.tower_reduction()]
     for number, block in enumerate(vision_blocks(tower)):
-        if number in places:
-            kept = decisions[places.index(number)]
+        if number in placed:
+            kept = decisions[placed.index(number)]
             rows = [i for i, patch in enumerate(patches) if kept[patch] > 0.5]
             patches = [patches[i] for i in rows]
             x = x[:, [*range(before), *(before + i for i in rows)]]
@@ -227,9 +227,9 @@ def test_hidden_patches_change_nothing_for_the_kept_ones(name):
     "The key: with hard decisions, training computes what a tower without the dropped patches computes."
     tower, module = frozen_tower(name), random_module()
     images, before = pixels(4), TOWERS[name][1]
-    blocks, places, x = pass_through(tower, module, images)
+    blocks, placed, x = pass_through(tower, module, images)
     torch.manual_seed(5)
-    masked, decisions, _ = mask_patches(blocks, places, x, 16, 2)
+    masked, decisions, _ = mask_patches(blocks, placed, x, 16, 2)
     counts = decisions.sum(-1)
     assert decisions.shape == (4, 3, 16) and (counts[:, -1] < 16).all() and len(counts[:, -1].unique()) > 1
     assert (decisions[:, 1:] <= decisions[:, :-1]).all()  # once dropped, always dropped
@@ -266,7 +266,7 @@ def test_inference_keeps_the_most_probable_patches(name):
 def test_training_with_certain_predictors_is_inference():
     "If the predictors leave no doubt, the draws keep what the ranking keeps."
     tower, module = frozen_tower("clip"), random_module()
-    blocks, places, x = pass_through(tower, module, pixels())
+    blocks, placed, x = pass_through(tower, module, pixels())
 
     class Certain(Predictor):
         def __init__(self, count):
@@ -277,7 +277,7 @@ def test_training_with_certain_predictors_is_inference():
             score = torch.where(torch.arange(x.shape[1]) < self.count, 50.0, -50.0).expand(len(x), -1)
             return torch.stack([score, -score], -1).log_softmax(-1)
 
-    certain = {b: (Certain(count), count) for b, (_, count) in places.items()}
+    certain = {b: (Certain(count), count) for b, (_, count) in placed.items()}
     removed, patches = remove_patches(blocks, certain, x, 16)
     masked, decisions, _ = mask_patches(blocks, certain, x, 16, 2)
     assert decisions.sum(-1).tolist() == [[10.0, 6.0, 4.0]] * 3 and patches.tolist() == [[0, 1, 2, 3]] * 3

@@ -447,11 +447,10 @@ class Sizes:
 
 
 COMMON = dict(grid=6, tokens=9, levels=(1, 2), d_vision=32, d_llm=24)
-PREDICTOR_LAYERS = ("norm", "local", "head.0", "head.2", "head.4")
 PREDICTOR_PARAMS = [
-    f"predictors.{i}.{layer}.{part}"
+    f"predictors.{i}.{layer}{part}"
     for i in range(2)
-    for layer in PREDICTOR_LAYERS
+    for layer in ("norm.", "local.", "head.0.", "head.2.", "")
     for part in ("weight", "bias")
 ]
 KEY_BIAS = frozenset({"k.3.bias"})  # adds the same number to all scores of a query

@@ -116,7 +116,7 @@ def test_the_predictor_equals_a_loop():
         z = [F.gelu(predictor.local(predictor.norm(token))) for token in x[b]]
         others = [z[j][8:] for j in range(6) if kept[b, j]]
         joined = torch.cat([z[i][:8], sum(others) / len(others)])
-        assert_close(found[b, i], predictor.head(joined).log_softmax(0), rtol=1e-4, atol=1e-5)
+        assert_close(found[b, i], predictor.scores(joined).log_softmax(0), rtol=1e-4, atol=1e-5)
     assert_close(found.exp().sum(-1), torch.ones(3, 6))
 
 

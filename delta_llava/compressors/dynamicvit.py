@@ -47,8 +47,10 @@ class Predictor(nn.Module):
             nn.GELU(),
             nn.Linear(self.half, channels // 4),
             nn.GELU(),
-            nn.Linear(channels // 4, 2),
         )
+        # no nn.Linear: four-bit kernels cannot round a layer of two outputs on every device
+        self.weight = nn.Parameter(torch.empty(2, channels // 4))
+        self.bias = nn.Parameter(torch.empty(2))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -58,6 +60,16 @@ class Predictor(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def scores(
+        self,
+        z: Float[Tensor, "*b c"],  # Features of a patch and of the image
+    ) -> Float[Tensor, "*b 2"]:
+        "Two numbers for each patch, whose softmax are the probabilities."
+        z = self.head(z)
+        return F.linear(z, self.weight.to(z.dtype), self.bias.to(z.dtype))
 
     def forward(
         self,
@@ -71,7 +83,7 @@ class Predictor(nn.Module):
         count = kept.sum(dim=1, keepdim=True).clamp_min(1)  # a draw may drop all patches
         mean = torch.einsum("bn,bnc->bc", kept / count, other.to(kept.dtype)).to(z.dtype)
         mean = mean[:, None].expand(-1, x.shape[1], -1)
-        return self.head(torch.cat([local, mean], dim=-1)).float().log_softmax(dim=-1).to(home)
+        return self.scores(torch.cat([local, mean], dim=-1)).float().log_softmax(dim=-1).to(home)
 
 # %% ../../nbs/17d_dynamicvit.ipynb #572f5861
 def draw_decisions(

@@ -6,8 +6,8 @@
 
 Every training is a process of its own, `delta-llava recipe-long` with the options of its system; its output
 is in `FOLDER/SYSTEM-SEED/log`. One that was stopped goes on when the program is started again. The trainings
-share the GPU, so their seconds say little about one that runs alone. Each needs up to 35 GB of its memory:
-three at once on an H200, two on an H100.
+share the GPU, so their seconds say little about one that runs alone. Each of Delta needs more than 42 GB of
+its memory: two at once on an H200, one on an H100 (`--at-once 1`).
 """
 
 import os
@@ -54,15 +54,19 @@ class RecipeSeeds:
     folder: Path = Path("runs/seeds")  # Gets a folder for each training
     work: Path = Path("runs/seeds")  # Gets scenes and checkpoints, in the same folders
     record: Path = Path("runs/recipe_seeds.json")  # Gets the scores of all trainings
+    at_once: int = 2  # Trainings at the same time; the memory of the GPU sets a limit
     num_workers: int = 4  # Of each training
     stage1_minutes: float = 0.0  # Longest time of stage 1; 0 sets no limit
     stage2_minutes: float = 0.0  # Longest time of stage 2; 0 sets no limit
     options: str = ""  # More options of `delta-llava recipe-long`, as one text
     merge_only: bool = False  # Train nothing
+    pause: float = 15.0  # Seconds between two looks at the trainings
 
     def __post_init__(self):
         if unknown := [name for name in self.systems if name not in SYSTEMS]:
             raise ValueError(f"systems={unknown} must be among {list(SYSTEMS)}.")
+        if self.at_once < 1:
+            raise ValueError(f"at_once={self.at_once} must be at least 1.")
         self.trainings = [f"{name}-{seed}" for name in self.systems for seed in self.seeds]
 
     def start(self, training: str) -> subprocess.Popen:
@@ -86,13 +90,19 @@ class RecipeSeeds:
         return f"  {training}: {lines[-1][-100:]}"
 
     def train(self) -> list[str]:  # Trainings that failed
-        "All trainings at the same time."
-        processes = {training: self.start(training) for training in self.trainings}
+        "All trainings, `at_once` at the same time: when one ends, the next begins."
+        waiting = list(self.trainings)
+        processes: dict[str, subprocess.Popen] = {}
         start = time.monotonic()
-        while running := [t for t, process in processes.items() if process.poll() is None]:
+        while True:
+            running = [training for training, process in processes.items() if process.poll() is None]
+            while waiting and len(running) < self.at_once:
+                running.append(waiting.pop(0))
+                processes[running[-1]] = self.start(running[-1])
+            if not running:
+                return [training for training, process in processes.items() if process.returncode]
             print(f"{time.monotonic() - start:.0f} s", *map(self.last_line, running), sep="\n", flush=True)
-            time.sleep(15)
-        return [training for training, process in processes.items() if process.returncode]
+            time.sleep(self.pause)
 
     def merge(self) -> Path:
         "One record of all trainings that have ended."

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .adapter import BaseModelOutputWithPooling, unwrap_model
 from .grid import VisionFeatures
-from .processor import DeltaLlavaProcessor, as_messages, expand_images
+from .processor import DeltaLlavaProcessor, as_messages, expand_images, last_question
 from .tower import open_image
 from .vlm import DeltaLlavaForConditionalGeneration
 
@@ -225,8 +225,8 @@ class RequestEncoder:
         return inputs | self.processor.encode_questions(questions)
 
     def _question(self, request: Request) -> str:
-        "The text that a question-dependent projector (QueCC) reads: the user's first message."
-        return next(turn["content"] for turn in self.messages(request) if turn["role"] == "user")
+        "The text that a question-dependent projector (QueCC) reads: the user's last message."
+        return last_question(self.messages(request))
 
 # %% ../nbs/27_answerer.ipynb #b8a1506c
 class AnswerScore(NamedTuple):

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'HELD_OUT', 'HELD_OUT_SCENES_SEED', 'SCENE_SETTINGS', 'check_grid', 'write_recipe_scenes', 'scene_rows',
-           'few_objects', 'caption_rows', 'SceneSet', 'read_scene_sets', 'QuestionSet', 'binomial_interval',
-           'score_tasks', 'score_sets', 'score_lines', 'short_scores', 'TaskCurves', 'PrintLog', 'export_weights',
-           'recipe_processor', 'recipe_settings', 'PhaseTimer', 'run_recipe']
+           'caption_rows', 'SceneSet', 'read_scene_sets', 'QuestionSet', 'binomial_interval', 'score_tasks',
+           'score_sets', 'score_lines', 'short_scores', 'TaskCurves', 'PrintLog', 'export_weights', 'recipe_processor',
+           'recipe_settings', 'PhaseTimer', 'run_recipe']
 
 # %% ../nbs/47_recipe.ipynb #1bd85619
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from .runs import read_run, write_run
 from .settings import CaptionTraining, Recipe, Stage
 from .shared_image import SharedImageCollator
 from .tower import features_in_memory, image_processor_for, load_tower
-from .train import image_paths, local_device, train_run
+from .train import fast_bfloat16, image_paths, local_device, train_run
 from .vlm import DeltaLlavaForConditionalGeneration, save_projector, shifted_targets
 
 # %% ../nbs/47_recipe.ipynb #b47c0de1
@@ -117,26 +117,11 @@ def scene_rows(
     return load_conversations(file)
 
 
-def few_objects(
-    rows: Dataset,  # From `scene_rows`
-    most_objects: int,  # In a scene
-) -> list[int]:  # Never empty
-    "Which scenes have few objects."
-    found = [i for i, objects in enumerate(rows["objects"]) if len(objects) <= most_objects]
-    if not found:
-        raise ValueError(
-            f"most_objects={most_objects}: none of {len(rows)} scenes has so few; write more scenes."
-        )
-    return found
-
-
 def caption_rows(
     rows: Dataset,  # From `scene_rows`
-    most_objects: int = 4,  # Scenes with more are left out
 ) -> Dataset:
-    "The captions alone, of scenes with few objects."
-    chosen = rows.select(few_objects(rows, most_objects))
-    return chosen.map(_first_turns, input_columns=["conversations"], batched=True, desc="captions")
+    "The captions alone."
+    return rows.map(_first_turns, input_columns=["conversations"], batched=True, desc="captions")
 
 
 @dataclass(frozen=True)
@@ -424,12 +409,6 @@ class PhaseTimer:
         print(f"[{self.seconds[phase]:.0f} s] {phase}", flush=True)
 
 
-def _stage1_features(recipe: Recipe, train: SceneSet) -> tuple[list[str], Tensor]:
-    "Images of stage 1 and their patch tokens."
-    chosen = few_objects(train.rows, recipe.stage1_most_objects)
-    return image_paths(train.rows.select(chosen)), train.features[chosen]
-
-
 def _recipe_callbacks(
     recipe: Recipe, processor, sets: dict[str, SceneSet], **options
 ) -> list[TrainerCallback]:
@@ -442,10 +421,20 @@ def _recipe_callbacks(
     return [PrintLog(), TaskCurves(curve_sets, recipe.curve_budgets, recipe.curve_steps, **options)]
 
 
+def _with_precision(recipe: Recipe) -> Recipe:
+    "A recipe that names its precision; prints it with the number of threads."
+    chosen = replace(recipe, bf16=fast_bfloat16()) if recipe.bf16 is None else recipe
+    device, number = local_device(), "bfloat16" if chosen.bf16 else "float32"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"computing in {number} on {device.type}{threads}", flush=True)
+    return chosen
+
+
 def run_recipe(
     recipe: Recipe,  # What to train
 ) -> dict:  # `run.json`
     "Train both stages, score them, and write weights and record. A stopped run goes on."
+    recipe = _with_precision(recipe)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive in worker processes
     check_grid(recipe, [*recipe.eval_budgets, *(recipe.curve_budgets if recipe.curve_steps else ())])
     timer = PhaseTimer()
@@ -461,9 +450,7 @@ def run_recipe(
     logs, parameter_counts = {}, {}
 
     stage1: Stage = recipe.stage1()
-    model, _, logs["stage1"] = train_run(
-        stage1, callbacks(), _stage1_features(recipe, train), disable_tqdm=True
-    )
+    model, _, logs["stage1"] = train_run(stage1, callbacks(), features, disable_tqdm=True)
     parameter_counts["stage1"] = read_run(stage1.output_dir).get("parameter_counts")
     export_weights(model, recipe.output_dir / "stage1")
     del model  # stage 2 loads its own

@@ -410,13 +410,11 @@ class SceneStage(StageSettings):
 class ScenePretrain(SceneStage, Pretrain):
     "Stage 1 of the recipe."
 
-    most_objects: int = 4  # Scenes with more are left out
-
     def load_rows(self):
         "The captions of the training scenes."
         from delta_llava.recipe import caption_rows, scene_rows
 
-        return caption_rows(scene_rows(self.data), self.most_objects)
+        return caption_rows(scene_rows(self.data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,7 +432,6 @@ class Recipe:
     work_dir: Path | None = None  # Gets scenes and checkpoints; without it output_dir/work
     train_images: int = 2000  # Scenes
     most_objects: int = 4  # In a scene; the fewest are one
-    stage1_most_objects: int = 4  # Stage 1 leaves out scenes with more
     objects: tuple[str, ...] = ()  # Names of the objects in the scenes; empty: all 64
     test_images: int = 200  # In each held-out set, for the final scores
     curve_images: int = 32  # In each held-out set, for the scores during training
@@ -456,7 +453,7 @@ class Recipe:
     stage1_learning_rate: float = 5e-4  # Highest learning rate of stage 1
     stage2_learning_rate: float = 5e-4  # Highest learning rate of stage 2
     lora_rank: int = 16  # Rank of the LLM's low-rank updates in stage 2; 0 trains the LLM itself
-    bf16: bool = False  # Compute in bfloat16
+    bf16: bool | None = None  # Compute in bfloat16; without it where the processor is faster at that
     num_workers: int = 0  # Processes that draw scenes and prepare batches
     save_steps: int = 100  # Steps between checkpoints
     logging_steps: int = 10  # Steps between lines of the log
@@ -465,8 +462,7 @@ class Recipe:
     def __post_init__(self):
         for name in ("train_images", "stage1_steps", "stage2_steps"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("most_objects", "stage1_most_objects"):
-            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("most_objects", self.most_objects, 1)
         _check_at_least("curve_steps", self.curve_steps, 0)
         for name in ("test_images", "curve_images"):
             _check_at_least(
@@ -490,7 +486,7 @@ class Recipe:
             tokens=self.tokens,
             train_budgets=self.train_budgets,
             eval_budgets=self.eval_budgets,
-            bf16=self.bf16,
+            bf16=bool(self.bf16),
             num_workers=self.num_workers,
             save_steps=self.save_steps,
             logging_steps=self.logging_steps,
@@ -502,7 +498,6 @@ class Recipe:
         return ScenePretrain(
             **self._shared(),
             output_dir=self.work_folder / "stage1",
-            most_objects=self.stage1_most_objects,
             closed_form_init=True,
             max_steps=self.stage1_steps,
             max_minutes=self.stage1_minutes,
@@ -548,7 +543,7 @@ class LongRecipe(Recipe):
     stage2_batch_size: int = 48  # Images in a step of stage 2, each with all its questions
     stage1_learning_rate: float = 7e-4  # Highest learning rate of stage 1
     stage2_learning_rate: float = 5e-4  # Highest learning rate of stage 2
-    bf16: bool = True  # Compute in bfloat16
+    bf16: bool | None = True  # Compute in bfloat16
     num_workers: int = 14  # Processes that draw scenes and prepare batches
     save_steps: int = 500  # Steps between checkpoints
     logging_steps: int = 50  # Steps between lines of the log
@@ -565,7 +560,7 @@ class Quickstart(Recipe):
     "Train both stages within minutes on two CPU cores, score them, and write a report with answers."
 
     output_dir: Path = Path("runs/quickstart")  # Gets projector, low-rank updates, run.json and the report
-    train_images: int = 400  # Scenes
+    train_images: int = 600  # Scenes
     most_objects: int = 3  # In a scene; the fewest are one
     objects: tuple[str, ...] = QUICKSTART_OBJECTS  # Names of the objects in the scenes; empty: all 64
     test_images: int = 16  # In each held-out set
@@ -574,10 +569,10 @@ class Quickstart(Recipe):
     tokens: int = 16  # Main budget V
     train_budgets: tuple[int, ...] = (16, 9, 4)  # Budgets of the training steps
     eval_budgets: tuple[int, ...] = (16,)  # Budgets of the scores; the report shows the main one
-    stage1_steps: int = 110  # Optimizer steps of stage 1
-    stage2_steps: int = 50  # Optimizer steps of stage 2
+    stage1_steps: int = 300  # Optimizer steps of stage 1
+    stage2_steps: int = 150  # Optimizer steps of stage 2
     stage2_batch_size: int = 2  # Images in a step of stage 2, each with all its questions
-    save_steps: int = 25  # Steps between checkpoints
+    save_steps: int = 50  # Steps between checkpoints
 
     def __post_init__(self):
         super().__post_init__()

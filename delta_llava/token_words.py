@@ -22,7 +22,7 @@ from .gradcam import eager_attention, frozen_eval, infer_grid
 @torch.no_grad()
 def nearest_words(
     visual: Float[Tensor, "*b v d"],  # Visual tokens
-    embeddings: Float[Tensor, "n d"],  # The LLM's embedding table, `model.get_input_embeddings().weight`
+    embeddings: Float[Tensor, "n d"],  # What enters the LLM for each token, `model.token_embeddings()`
     k: int = 10,  # How many
 ) -> Int[Tensor, "*b v k"]:  # Row numbers, which are token ids; the nearest first
     "The `k` rows of the embedding table that are nearest to each visual token (@eq-nearest)."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPTIONAL_PACKAGES', 'CHANGEABLE_SETTINGS', 'ZERO3', 'logger', 'nested_budgets', 'training_budgets', 'stage_collator',
            'load_stage_projector', 'check_projector_dir', 'check_installed', 'build_stage_model', 'image_paths',
-           'local_device', 'read_features', 'memory_features', 'initialize_projector', 'add_lengths', 'stage_settings',
-           'stage_fingerprints', 'check_run_dir', 'sharding_fields', 'trainer_arguments', 'train_run', 'run_stage',
-           'main']
+           'local_device', 'fast_bfloat16', 'read_features', 'memory_features', 'initialize_projector', 'add_lengths',
+           'stage_settings', 'stage_fingerprints', 'check_run_dir', 'sharding_fields', 'trainer_arguments', 'train_run',
+           'run_stage', 'main']
 
 # %% ../nbs/31b_train.ipynb #ad4ee01e
 import json
@@ -57,6 +57,7 @@ from delta_llava.trainer import (
 from delta_llava.vlm import (
     DeltaLlavaForConditionalGeneration,
     check_packing,
+    check_rows_apart,
     load_projector,
     question_embedding,
 )
@@ -192,8 +193,6 @@ def build_stage_model(
         load_in_4bit=stage.load_in_4bit,
         seed=stage.seed,
     )
-    if stage.packing or stage.separate_turns:
-        check_packing(model.language_model)
     if stage.projector is not None:
         load_stage_projector(stage, model)
     attention = stage.attn_implementation
@@ -201,6 +200,10 @@ def build_stage_model(
     if attention == "sdpa" and bf16_on_cpu:
         attention = "eager"  # the backward pass of sdpa is slow there
     model.set_attn_implementation({"text_config": attention})
+    if (stage.packing or stage.separate_turns) and attention in ("sdpa", "eager"):  # others need a GPU
+        check_rows_apart(model, stage.separate_turns)
+    elif stage.packing:
+        check_packing(model.language_model)
     if half and not stage.features_in_memory:  # features in memory are computed once, so float32 costs little
         model.vision_tower.to(torch.bfloat16)
     return model, processor
@@ -221,6 +224,15 @@ def local_device() -> torch.device:
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def fast_bfloat16() -> bool:
+    "Whether the device of this process multiplies bfloat16 numbers faster than float32."
+    device = local_device()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest PyTorch that is supported
+    return device.type == "cpu" and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def read_features(
@@ -274,7 +286,7 @@ def _init_closed_form(
 ):
     "Closed-form initialization from the answers to the first question about each image."
     answers, question = _answers(rows, paths)
-    targets = answer_embeddings(answers, processor.tokenizer, model.get_input_embeddings().weight)
+    targets = answer_embeddings(answers, processor.tokenizer, model.token_embeddings())
     projector = model.multi_modal_projector
     weight = next(projector.parameters())
     text = None

@@ -179,8 +179,6 @@ def overridden(cls):
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_private_methods_are_overridden_in_the_adapter_only(path):
-    if path.name == "__main__.py":
-        return
     parts = path.relative_to(ROOT).with_suffix("").parts
     module = import_module(".".join(parts).removesuffix(".__init__"))
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]

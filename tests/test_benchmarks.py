@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -341,6 +342,25 @@ def test_finished_trainings_become_one_record(tmp_path, monkeypatch):
     assert (curve["step"], curve["percent"], curve["mismatched_percent"]) == (4, {"count": 96}, {"count": 25})
     with pytest.raises(ValueError, match="systems=.*must be among"):
         recipe["RecipeSeeds"](systems=("resampler",))
+
+
+def test_few_trainings_of_the_recipe_run_at_once(tmp_path):
+    "The third begins when one of two has ended; one that fails stops none of the others."
+    options = dict(folder=tmp_path, record=tmp_path / "r.json", at_once=2, pause=0.05)
+    benchmark = load_benchmark("recipe")["RecipeSeeds"](**options)
+    started = []
+
+    def start(training):
+        ended = [process.poll() is not None for _, process in started]
+        started.append((training, subprocess.Popen(["sh", "-c", f"sleep 0.3; exit {training[-1]}"])))
+        assert len(ended) - sum(ended) < 2, "two were running"
+        return started[-1][1]
+
+    with patch.object(benchmark, "start", start), patch.object(benchmark, "last_line", str):
+        assert benchmark.train() == ["delta-1", "delta-2"]
+    assert [training for training, _ in started] == ["delta-0", "delta-1", "delta-2"]
+    with pytest.raises(ValueError, match="at_once=0 must be at least 1"):
+        type(benchmark)(at_once=0)
 
 
 def test_the_systems_of_the_recipe_are_options_that_it_has():

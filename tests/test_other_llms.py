@@ -15,7 +15,9 @@ from delta_llava.settings import Finetune
 from delta_llava.vlm import (
     DeltaLlavaForConditionalGeneration,
     build_vlm,
+    check_llm,
     check_packing,
+    check_rows_apart,
     load_projector,
     save_projector,
 )
@@ -66,10 +68,10 @@ HYBRID = {
 }
 
 
-def make_llm(kind):
+def make_llm(kind, configs=None):
     "A small LLM with weights that are far from 0, biases and norms too."
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS | HYBRID)[kind]))
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(configs or CONFIGS | HYBRID)[kind]))
     with torch.no_grad():
         for weight in llm.parameters():
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -129,11 +131,99 @@ def test_packed_rows_do_not_reach_each_other(kind):
     check_packing(model.language_model)
 
 
+WINDOWS = {
+    "mistral": LLAMA | dict(sliding_window=6),
+    "gemma3_text": CONFIGS["gemma3_text"] | dict(sliding_window=6),
+    "cohere2": LLAMA | dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_separate_turns_longer_than_a_window_are_refused(kind):
+    model = make_model(make_llm(kind, WINDOWS))
+    ids = torch.arange(65, 75)[None]
+    segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 3])
+    short = torch.tensor([[0, 1, 2, 3, 4, 5, 5, 4, 5, 5]])  # no row alone is longer than the window
+    assert model(ids, segments=segments, position_ids=short).logits.isfinite().all()
+    with pytest.raises(ValueError, match="a row has 7 tokens.*last 6 alone.*separate_turns=False"):
+        model(ids, segments=segments, position_ids=short + (segments > 0))
+
+
+@pytest.mark.parametrize("kind", ["falcon", "opt", "bloom"])
+def test_llms_that_ignore_where_a_row_begins_are_refused(kind):
+    model = make_model(make_llm(kind))
+    with pytest.raises(ValueError, match=rf"{kind!r}, the rows would influence each other through"):
+        model(**packed([[65, 66, 67], [80, 81, 82, 83]]))
+    with pytest.raises(ValueError, match="packing=False and separate_turns=False"):
+        check_rows_apart(model)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "opt"])
+def test_a_pass_shows_what_no_list_names(kind, monkeypatch):
+    "Rows that reach each other are found by trying; a mask of our own keeps the same LLM's rows apart."
+    monkeypatch.setattr(adapter, "UNPACKED_TYPES", set())
+    model = make_model(make_llm(kind)).train()
+    with pytest.raises(ValueError, match=rf"{kind!r}, rows in one sequence influence each other"):
+        check_rows_apart(model)
+    check_rows_apart(model, separate_turns=True)
+    assert model.training
+
+
+@pytest.mark.parametrize("separate_turns", [False, True])
+def test_llms_that_keep_rows_apart_pass(separate_turns):
+    for kind in ("granite", "gemma3_text", "phi"):
+        check_rows_apart(make_model(make_llm(kind)), separate_turns)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "granite"])
+def test_padding_on_the_left_changes_nothing(kind):
+    model = make_model(make_llm(kind))
+    row = torch.tensor([[70, 71, 72, 73]])
+    padded = torch.cat([torch.full((1, 3), 257), row], dim=1)
+    alone = model(row, attention_mask=torch.ones_like(row)).logits
+    assert_close(model(padded, attention_mask=(padded != 257).long()).logits[:, 3:], alone)
+
+
+OTHERS = {
+    "bert": (dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4), "is an encoder"),
+    "bart": (dict(d_model=64, encoder_layers=1, decoder_layers=1), "is an encoder"),
+    "opt": (dict(hidden_size=64, word_embed_proj_dim=32), "embeddings 32 wide in a decoder 64 wide"),
+    "gemma3n_text": (
+        dict(hidden_size=64, hidden_size_per_layer_input=8),
+        "reads the ids of its tokens again",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_llms_that_visual_tokens_cannot_enter_are_refused(kind):
+    fields, reason = OTHERS[kind]
+    with pytest.raises(ValueError, match=f"{kind!r}.*{reason}"):
+        check_llm(AutoConfig.for_model(kind, **fields))
+
+
+def test_the_initialization_aims_at_what_enters_the_llm():
+    "Gemma scales its embeddings; the table alone is eight times too small."
+    model = make_model(make_llm("gemma3_text"))
+    table = model.get_input_embeddings().weight
+    assert_close(model.token_embeddings(), table * 8.0)
+    assert_close(make_model(make_llm("phi")).token_embeddings(), model_table("phi"))
+
+
+def model_table(kind):
+    torch.manual_seed(0)
+    return make_model(make_llm(kind)).get_input_embeddings().weight.detach()
+
+
 @pytest.mark.parametrize("kind", HYBRID)
 def test_packing_is_refused_where_it_would_leak(kind):
     model = make_model(make_llm(kind))
     rows = packed([[65, 66, 67], [80, 81, 82, 83]])
-    with pytest.raises(ValueError, match=rf"'{kind}', has layers other than attention.*packing=False"):
+    with pytest.raises(
+        ValueError, match=rf"'{kind}', the rows would influence each other through.*packing=False"
+    ):
         model(**rows)
     ids = rows["input_ids"]
     assert model(ids, labels=ids).loss.isfinite()  # one row after another is no matter

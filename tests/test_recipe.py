@@ -20,7 +20,7 @@ from delta_llava.recipe import QuestionSet, binomial_interval, caption_rows, run
 from delta_llava.runs import load, read_run
 from delta_llava.settings import QUICKSTART_OBJECTS, LongRecipe, Recipe
 from delta_llava.shared_image import SharedImageCollator, TurnTokenizer, question_pairs
-from delta_llava.train import build_stage_model
+from delta_llava.train import build_stage_model, fast_bfloat16
 from delta_llava.trainer import StageTrainer, TimeLimit, stage_arguments
 
 
@@ -89,41 +89,12 @@ def test_each_log_is_printed_once_with_the_time_that_is_left(tiny, capsys):
     assert "{'loss'" not in printed and "scored in" not in printed  # nothing of transformers, no curves
 
 
-def test_stage_1_may_leave_out_scenes_with_several_objects(tiny, monkeypatch):
-    "The rows and their features belong together."
-    recipe = replace(tiny, train_images=12, stage1_most_objects=1, curve_steps=0)
-    calls = []
-    train = recipe_module.train_run
-
-    def watched(stage, callbacks, features, **options):
-        rows = stage.load_rows()
-        assert list(features[0]) == list(dict.fromkeys(rows["image"])) and len(features[1]) == len(
-            features[0]
-        )
-        calls.append((stage.stage, {len(objects) for objects in rows["objects"]}, features))
-        return train(stage, callbacks, features, **options)
-
-    monkeypatch.setattr(recipe_module, "train_run", watched)
-    run_recipe(recipe)
-    (one, few, first), (two, several, every) = calls
-    assert (one, few, two) == ("pretrain", {1}, "finetune") and several > {1}
-    for path, of_image in zip(first[0], first[1], strict=True):
-        assert of_image.equal(every[1][list(every[0]).index(path)])
-
-
 @pytest.mark.parametrize("change", [dict(train_images=7), dict(most_objects=2), dict(image_size=70)])
 def test_scenes_of_other_settings_are_not_taken(tiny, change):
     recipe_module.write_recipe_scenes(tiny)
     with pytest.raises(ValueError, match=f"holds scenes with {next(iter(change))}="):
         recipe_module.write_recipe_scenes(replace(tiny, **change))
     assert recipe_module.write_recipe_scenes(tiny)["train"].exists()
-
-
-def test_no_scene_with_few_objects_is_an_error(tiny):
-    rows = scene_rows(recipe_module.write_recipe_scenes(replace(tiny, train_images=12))["train"])
-    several = rows.filter(lambda row: len(row["objects"]) > 1)
-    with pytest.raises(ValueError, match="most_objects=1: none of"):
-        caption_rows(several, 1)
 
 
 def test_scenes_show_the_objects_that_are_named(tiny):
@@ -150,6 +121,39 @@ def test_a_stopped_recipe_goes_on_to_the_same_weights(tiny, tmp_path, monkeypatc
         patched.setattr(recipe_module, "PrintLog", Both)
         run_recipe(other)
     assert run_recipe(other)["fingerprints"] == whole
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_processor_chooses_the_precision(tiny, monkeypatch, capsys, fast):
+    monkeypatch.setattr(recipe_module, "fast_bfloat16", lambda: fast)
+    assert tiny.bf16 is None and LongRecipe().bf16
+    run = run_recipe(tiny)
+    stages = [read_run(tiny.work_folder / stage) for stage in ("stage1", "stage2")]
+    assert [r["settings"]["bf16"] for r in (run, *stages)] == [fast] * 3
+    assert f"computing in {'bfloat16' if fast else 'float32'} on cpu, " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="bf16"):  # another precision is another run
+        run_recipe(replace(tiny, bf16=not fast))
+
+
+@pytest.mark.parametrize(
+    "has, fast", [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)]
+)
+def test_what_the_processor_says_decides(monkeypatch, has, fast):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert fast_bfloat16() is fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert fast_bfloat16() is False
+
+
+def test_losses_in_bfloat16_are_near_those_in_float32(tiny, tmp_path):
+    losses = {}
+    for bf16 in (True, False):
+        run = run_recipe(replace(tiny, bf16=bf16, curve_steps=0, output_dir=tmp_path / str(bf16)))
+        logs = run["result"]["logs"].values()
+        losses[bf16] = torch.tensor([entry["loss"] for log in logs for entry in log if "loss" in entry])
+    assert len(losses[True]) == 8 and not losses[True].equal(losses[False])
+    torch.testing.assert_close(losses[True], losses[False], rtol=0.03, atol=0)
 
 
 def test_the_llm_itself_can_be_trained(tiny):

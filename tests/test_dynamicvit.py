@@ -225,13 +225,15 @@ def test_the_most_probable_of_the_kept_come_first():
 @each_tower
 def test_hidden_patches_change_nothing_for_the_kept_ones(name):
     "The key: with hard decisions, training computes what a tower without the dropped patches computes."
-    tower, module = frozen_tower(name), random_module()
+    tower, module = frozen_tower(name), random_module(std=0.1)
+    for predictor in module.predictors:
+        predictor.bias.copy_(torch.tensor([1.0, 0.0]))  # so that no draw drops all patches
     images, before = pixels(4), TOWERS[name][1]
     blocks, placed, x = pass_through(tower, module, images)
     torch.manual_seed(5)
     masked, decisions, _ = mask_patches(blocks, placed, x, 16, 2)
     counts = decisions.sum(-1)
-    assert decisions.shape == (4, 3, 16) and (counts[:, -1] < 16).all() and len(counts[:, -1].unique()) > 1
+    assert decisions.shape == (4, 3, 16) and (counts[:, -1] < 16).all() and counts.min() > 0
     assert (decisions[:, 1:] <= decisions[:, :-1]).all()  # once dropped, always dropped
     for image, tokens, own in zip(images, masked, decisions, strict=True):
         removed, patches = tokens_without(tower, image, own, before)

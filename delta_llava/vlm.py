@@ -440,7 +440,7 @@ class VisualInputs(nn.Module):
         out = ImageFeatures(
             pooler_output=visual_tokens(self, features, tokens, question_ids, question_mask),
             last_hidden_state=features.levels[..., -self.config.vision_config.hidden_size :],
-            auxiliary_loss=self.multi_modal_projector.auxiliary_loss(features),
+            auxiliary_loss=self.multi_modal_projector.auxiliary_loss(features) if self.training else None,
         )
         settings = self.vision_tower.config
         wanted = dict(

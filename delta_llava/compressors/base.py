@@ -203,16 +203,16 @@ def tower_options(
 ) -> dict:  # `attention`, `reduction` or `pruning` of `vision_features`; empty if it reads patch tokens alone
     "Arguments of `vision_features` for what a compressor needs besides patch tokens."
     requires = compressor.requires
-    config = compressor.config if config is None and not isinstance(compressor, type) else config
     if "attention" in requires:
         return dict(attention="after")
     if "level_attention" in requires:
         return dict(attention="before")
     if "reduction" in requires:
-        return dict(reduction=config.tower_reduction())
+        return dict(reduction=(compressor.config if config is None else config).tower_reduction())
     if "pruning" in requires:
         owner = None if isinstance(compressor, type) else compressor
-        return dict(pruning=TowerPruning(config.tower_reduction(), owner))
+        reduction = (compressor.config if config is None else config).tower_reduction()
+        return dict(pruning=TowerPruning(reduction, owner))
     return {}
 
 

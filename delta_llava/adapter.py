@@ -9,10 +9,10 @@ __all__ = ['TESTED', 'PARTS', 'ATTENTION_LAYERS', 'RECURRENT_TYPES', 'UNPACKED_T
            'checkpointing_runs_hooks', 'rotary_function', 'forward_arguments', 'keep_pil_backend',
            'open_images_of_pipelines', 'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys',
            'attention_implementation', 'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states',
-           'vision_block_halves', 'vision_projections', 'execution_device', 'positions_in_memory', 'add_adapters',
-           'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear', 'forget_adapters',
-           'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer', 'TaskRequest',
-           'task_request']
+           'vision_block_halves', 'vision_projections', 'vision_values', 'execution_device', 'positions_in_memory',
+           'add_adapters', 'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear',
+           'forget_adapters', 'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer',
+           'TaskRequest', 'task_request']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import copy
@@ -406,6 +406,9 @@ def hub_commit(
     return getattr(config, "_commit_hash", None)  # transformers sets it only when it loads from the hub
 
 # %% ../nbs/09_adapter.ipynb #5e13a471
+_TOWER_REASON = "PruMerge, FasterVLM, EViT and DynamicViT read parts of a tower's blocks"
+
+
 def _first_part(
     owner: nn.Module,  # Vision tower, or one of its blocks
     names: tuple[str, ...],  # Names that the part has had
@@ -418,7 +421,7 @@ def _first_part(
         if found is not None:
             return found
     part = f"{type(owner).__name__}.{' or .'.join(names)}"
-    raise adapter_error("transformers", part, "PruMerge, FasterVLM and EViT read parts of a tower's blocks")
+    raise adapter_error("transformers", part, _TOWER_REASON)
 
 
 def vision_blocks(
@@ -455,11 +458,12 @@ def vision_hidden_states(
 
 
 def vision_block_halves(
-    block: nn.Module,  # Of a CLIP or DINOv2 tower that is not in training mode
+    block: nn.Module,  # Of a CLIP, SigLIP or DINOv2 tower that is not in training mode
+    attention: Callable[[Tensor], Tensor] | None = None,  # Of normalized tokens; `None` takes the block's own
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     "Attention with its residual, and feed-forward with its residual: one after the other they are the block."
     norm1, norm2 = _first_part(block, ("layer_norm1", "norm1")), _first_part(block, ("layer_norm2", "norm2"))
-    attention = _first_part(block, ("self_attn", "attention"))
+    attention = attention or _first_part(block, ("self_attn", "attention"))
     scale1, scale2 = (getattr(block, f"layer_scale{i}", None) or nn.Identity() for i in (1, 2))
 
     def attend(x: Tensor) -> Tensor:
@@ -480,6 +484,15 @@ def vision_projections(
     q_proj = _first_part(block, ("self_attn.q_proj", "attention.q_proj", "attention.attention.query"))
     k_proj = _first_part(block, ("self_attn.k_proj", "attention.k_proj", "attention.attention.key"))
     return norm, q_proj, k_proj
+
+
+def vision_values(
+    block: nn.Module,  # Block of a vision tower
+) -> tuple[nn.Module, nn.Module]:  # Projection to values, and the one after the attention
+    "The layers that compute values and output of one block's attention."
+    v_proj = _first_part(block, ("self_attn.v_proj", "attention.v_proj", "attention.attention.value"))
+    names = ("self_attn.out_proj", "attention.o_proj", "attention.output.dense")
+    return v_proj, _first_part(block, names)
 
 # %% ../nbs/09_adapter.ipynb #9c7a3f65
 def execution_device(

@@ -150,7 +150,7 @@ class Train(CaptionTraining):
 # %% ../nbs/52_cli.ipynb #ebd33321
 ALL_COMPRESSORS = (
     *("delta", "delta-elastic", "mlp", "m3", "tokenpacker", "mqt", "quecc", "cabstractor", "qwen"),
-    *("prumerge", "prumerge+", "fastervlm", "evit", "fastv", "llavolta"),
+    *("prumerge", "prumerge+", "fastervlm", "evit", "dynamicvit", "fastv", "llavolta"),
     *("random", "spaced", "meanpool", "pixelshuffle", "small-image"),
 )
 

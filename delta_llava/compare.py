@@ -116,6 +116,8 @@ def plan_runs(
             fields: dict[str, Any] = dict(
                 tokens=eval_budgets[0], train_budgets=train_budgets, eval_budgets=eval_budgets
             )
+            if "pruning" in compressor_class(compressor).requires:
+                fields["cache_features"] = False  # they depend on what is trained
             run = replace(base, compressor=compressor, **fields)
             if name == SMALL_IMAGE:
                 run = _small_image(run, sizes.grid)
@@ -218,6 +220,8 @@ def common_settings(
 ) -> dict:
     "The settings that all runs of a comparison share."
     shared = {k: v for k, v in asdict(config).items() if k not in OWN_SETTINGS}
+    if "pruning" in compressor_class(config.compressor).requires:  # it alone cannot store its features
+        shared["cache_features"] = CaptionTraining.cache_features
     return shared | dict(image_size=config.drawn_size)
 
 
@@ -235,7 +239,8 @@ def prepare_data(
         model, processor = build_stage_model(config)
         held_out = held_out_images(config, held_out_folder(config))
         for rows in (config.load_rows(), *held_out.values()):
-            extract_features(model, processor, rows)
+            if config.cache_features:
+                extract_features(model, processor, rows)
 
 # %% ../nbs/51_compare.ipynb #7e13d9cf
 def _common_value(values: list):

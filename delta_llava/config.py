@@ -363,6 +363,7 @@ COMPRESSORS: dict[str, str | type] = {  # Name -> class, or where to import it f
     "prumerge": "delta_llava.compressors.prumerge:PruMerge",
     "fastervlm": "delta_llava.compressors.fastervlm:FasterVLM",
     "evit": "delta_llava.compressors.evit:EViT",
+    "dynamicvit": "delta_llava.compressors.dynamicvit:DynamicViT",
     "fastv": "delta_llava.compressors.fastv:FastV",
     "llavolta": "delta_llava.compressors.llavolta:LLaVolta",
     "random": "delta_llava.compressors.baselines:RandomPatches",

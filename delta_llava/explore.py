@@ -42,7 +42,11 @@ class Explorer:
         images: Mapping[str, str | Path | Image.Image],  # Name to image
         max_new_tokens: int = 16,  # Length of a model's own answer, tokens
     ):
-        self.models = {name: pair for name, pair in models.items() if pair[0].multi_modal_projector.spatial}
+        self.models = {}
+        for name, (model, processor) in models.items():
+            projector = model.multi_modal_projector
+            if projector.spatial or projector.selects_patches:
+                self.models[name] = (model, processor)
         self.non_spatial = [name for name in models if name not in self.models]
         if not self.models:
             raise ValueError(
@@ -305,7 +309,7 @@ class Panel:
         if index is None or self.result is None:
             return None
         cam = self.result.cams[index]
-        figure = draw_maps(self.result.image, {f"“{word}”, {len(cam)} tokens": cam})
+        figure = draw_maps(self.result.image, {f"“{word}”, {self.controls.tokens.value} tokens": cam})
         self.outputs.figure.value = figure_to_png(figure)
         if cam.any():
             return None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRETRAINED_CONFIGS', 'LayerTokens', 'PAPER_NUMBERS', 'DEVICES', 'pretrained_config', 'model_config', 'num_parameters',
-           'counted', 'meta_zeros', 'tower_flops', 'counted_tower', 'projector_terms', 'projector_forward', 'as_table',
-           'attention_widths', 'block_weights', 'prefill_flops', 'decode_flops', 'counted_llm', 'Cost', 'Setup', 'cost',
-           'counted_cost', 'authors_cost', 'at_budget', 'matches', 'paper_numbers', 'kv_cache_bytes', 'memory_traffic',
-           'Device', 'roofline', 'cost_report']
+           'counted', 'meta_zeros', 'predictor_flops', 'tower_flops', 'counted_tower', 'projector_terms',
+           'projector_forward', 'as_table', 'attention_widths', 'block_weights', 'prefill_flops', 'decode_flops',
+           'counted_llm', 'Cost', 'Setup', 'cost', 'counted_cost', 'authors_cost', 'at_budget', 'matches',
+           'paper_numbers', 'kv_cache_bytes', 'memory_traffic', 'Device', 'roofline', 'cost_report']
 
 # %% ../nbs/26_flops.ipynb #0b8e8034
 import math
@@ -35,10 +35,12 @@ from .assets import default_levels, resolve
 from delta_llava.compressors.base import (
     COST_FORMULAS,
     Compressor,
+    TowerPruning,
     build_compressor,
     compressor_class,
     compressor_config,
     cost_formula,
+    remaining_tokens,
     split_variant,
     tower_options,
 )
@@ -187,12 +189,20 @@ def meta_zeros(
     return torch.zeros(1, *shape, device="meta")
 
 # %% ../nbs/26_flops.ipynb #f548c2eb
+def predictor_flops(
+    c: int,  # Channels of the tower, $C$
+) -> int:
+    "FLOPs of a DynamicViT predictor for one patch."
+    return 2 * (c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2) + 2 * (c - c // 2)
+
+
 def tower_flops(
     config: PreTrainedConfig,  # Of a CLIP, SigLIP or DINOv2 tower
     depth: int,  # Blocks that run, $D$
     image_size: int,  # Side of the image, px
     attention: bool | str | None = False,  # Also the CLS attention, which PruMerge and FasterVLM read
     reduction: TowerReduction = (),  # Blocks that reduce their tokens, and to how many (EViT)
+    pruning: TowerPruning | None = None,  # Blocks before which patches are dropped (DynamicViT)
 ) -> int:
     "FLOPs of one image through the frozen vision tower (@eq-tower)."
     family = config.model_type.split("_")[0]
@@ -218,7 +228,11 @@ def tower_flops(
     if attention:
         flops += 2 * c * c + 2 * n * c * c + 2 * n * c
     counts, others = dict(reduction), n - patches  # CLS and registers stay
+    entering = {} if pruning is None else dict(pruning.reduction)
     for block in range(depth):
+        if block in entering:
+            flops += (n - others) * predictor_flops(c)
+            n = entering[block] + others
         flops += 8 * n * c * c + 4 * n * n * c
         if block in counts:  # attention of CLS, and the weighted sum
             flops += 2 * c * c + 2 * n * c * c + 2 * n * c + 2 * (n - others) * c
@@ -233,13 +247,17 @@ def counted_tower(
     image_size: int,  # Side of the image, px
     attention: bool | str | None = False,  # Also the CLS attention, as for `attended_block`
     reduction: TowerReduction = (),  # Blocks that reduce their tokens, and to how many
+    pruning: TowerPruning | None = None,  # Blocks before which a compressor drops patches
+    backward: bool = False,  # Also the backward pass to a compressor inside the tower
 ) -> int:
     "FLOPs of one image through the vision tower, counted by PyTorch."
     depth = tower_depth(levels, attention)
     with torch.device("meta"):
         tower = AutoModel.from_config(truncated_config(config, depth), trust_remote_code=False)
     pixels = meta_zeros(3, image_size, image_size)
-    return counted(lambda: vision_features(tower, pixels, levels, attention, reduction).levels)
+    tower.requires_grad_(False).eval()
+    work = partial(vision_features, tower, pixels, levels, attention, reduction, pruning)
+    return counted(lambda: work().levels, backward)
 
 # %% ../nbs/26_flops.ipynb #f7997f94
 def _mlp_flops(m: int, c: int, d: int, depth: int = 2) -> int:
@@ -417,6 +435,7 @@ _FORMULAS: dict[str, Callable[..., dict[str, int]]] = dict(
     spaced=_mlp_of_tokens,
     fastervlm=_mlp_of_tokens,
     evit=_mlp_of_tokens,
+    dynamicvit=_mlp_of_tokens,
     meanpool=_mlp_of_tokens,
     pixelshuffle=_pixel_shuffle,
 )
@@ -448,8 +467,8 @@ def projector_forward(
     if "level_attention" in projector.requires:
         attention = dict(level_attention=meta_zeros(n))
     features = VisionFeatures(meta_zeros(n, c.d_levels), c.grid, **attention)
-    if reduction := tower_options(projector).get("reduction"):
-        features = VisionFeatures(meta_zeros(reduction[-1][1], c.d_levels), c.grid, on_grid=False)
+    if count := remaining_tokens(projector):
+        features = VisionFeatures(meta_zeros(count, c.d_levels), c.grid, on_grid=False)
     text = meta_zeros(1, c.d_llm) if "text" in projector.requires else None
     return lambda: projector(features, text=text)
 
@@ -664,7 +683,7 @@ def counted_cost(
             raise ValueError(f"{name}={value} must be whole to be counted; `cost` takes means.")
     config = setup.config
     with torch.device("meta"):
-        projector = build_compressor(setup.compressor, config.projector_config())
+        projector = build_compressor(setup.compressor, config.projector_config()).eval()
     question = 0
     if setup.question_tokens:
         llm = _meta_llm(setup.llm, pretrained_config(setup.llm).num_hidden_layers).base_model
@@ -832,8 +851,8 @@ def memory_traffic(
         features += n * c.d_vision + n
     if "level_attention" in compressor_class(setup.compressor).requires:
         features += n
-    if reduction := tower_options(compressor_class(setup.compressor), c).get("reduction"):
-        features = reduction[-1][1] * c.d_levels
+    if count := remaining_tokens(compressor_class(setup.compressor), c):
+        features = count * c.d_levels
     llm_weights = num_parameters(model) - (0 if llm.tie_word_embeddings else vocab * d)
     token_cache = 2 * attention_widths(llm)[1] * llm.num_hidden_layers  # numbers of one token in the cache
     prompt_cache = kv_cache_bytes(setup, 0, 1, 1)  # numbers of the prompt in the cache

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from .adapter import attention_implementation, unwrap_model
 from .answerer import Answerer, Request
+from .vlm import patch_tokens
 
 # %% ../nbs/40_gradcam.ipynb #8c1c8adb
 def grad_cam(
@@ -612,11 +613,21 @@ class AnswerCams:
 # %% ../nbs/40_gradcam.ipynb #9d471bc6
 def _check_spatial(projector):
     "Error if the visual tokens have no position in the image."
-    if not projector.spatial:
+    if not (projector.spatial or projector.selects_patches):
         raise ValueError(
             f"the tokens of {type(projector).__name__} have no position in the image, so a map over them "
             "cannot be drawn on it; use a projector whose tokens form a grid."
         )
+
+
+def _on_patches(model, pixel_values, cams):
+    "Maps over the tokens of one image as maps over all its patches; dropped patches have no weight."
+    with frozen_eval(model), torch.no_grad():
+        features = patch_tokens(model, pixel_values)
+    if features.patches is None:  # none was dropped
+        return cams
+    patches = features.patches.to(cams.device).expand(len(cams), -1)
+    return cams.new_zeros(len(cams), features.grid**2).scatter(1, patches, cams)
 
 
 def _prompt_and_answer(answerer, request, answer, tokens, max_new_tokens):
@@ -685,6 +696,8 @@ def word_cams(
         words = [find_phrase(words, phrase) for phrase in phrases]
     marks = _mark_words(words, inputs["input_ids"], start)
     cams = answer_cam(model, inputs, marks, log_prob=log_prob, method=method)[:, 0]
+    if model.multi_modal_projector.selects_patches:
+        cams = _on_patches(model, inputs["pixel_values"], cams)
     shown = denormalize_pixels(inputs["pixel_values"][0], processor.image_processor)
     return AnswerCams(text, tuple(words), cams, shown, method)
 

@@ -85,6 +85,9 @@ def concat_levels(
     return torch.cat([drop_cls(state) for state in states], dim=-1)
 
 # %% ../nbs/02_grid.ipynb #4cdc2382
+_FIELDS_BESIDE_LEVELS = ("cls_attention", "keys", "level_attention", "patches", "decisions")
+
+
 @dataclass(frozen=True)
 class VisionFeatures:
     "Output of a vision tower and input of a projector."
@@ -95,6 +98,10 @@ class VisionFeatures:
     keys: Tensor | None = None  # Keys of the same block, `[b, n, c]`
     level_attention: Tensor | None = None  # CLS attention of the block that computed the level, `[b, n]`
     on_grid: bool = True  # `False`: the tower reduced the patches, and `n` is the number that is left
+    patches: Tensor | None = (
+        None  # Index of the patch that each token is, `[b, n]`, if the tower dropped some
+    )
+    decisions: Tensor | None = None  # In training, whether each patch is kept at each place, `[b, j, grid²]`
 
     def __post_init__(self):
         if isinstance(self.grid, tuple):
@@ -135,7 +142,7 @@ class VisionFeatures:
         "Several batches as one."
         first = parts[0]
         tensors = {}
-        for name in ("levels", "cls_attention", "keys", "level_attention"):
+        for name in ("levels", *_FIELDS_BESIDE_LEVELS):
             missing = getattr(first, name) is None
             tensors[name] = None if missing else torch.cat([getattr(part, name) for part in parts])
         return cls(grid=first.grid, on_grid=first.on_grid, **tensors)
@@ -145,14 +152,14 @@ class VisionFeatures:
         *args,  # Device and dtype, as for a tensor
         **kwargs,  # The same by name
     ) -> "VisionFeatures":
-        "All tensors moved; the attention keeps its precision, because patches are ranked by it."
+        "All tensors moved; only levels and keys change precision, because patches are ranked by the others."
         levels = self.levels.to(*args, **kwargs)
-        keys = None if self.keys is None else self.keys.to(*args, **kwargs)
-        attention = {}
-        for name in ("cls_attention", "level_attention"):
+        moved = {}
+        for name in _FIELDS_BESIDE_LEVELS:
             value = getattr(self, name)
-            attention[name] = None if value is None else value.to(levels.device)
-        return VisionFeatures(levels, self.grid, keys=keys, on_grid=self.on_grid, **attention)
+            if value is not None:
+                moved[name] = value.to(*args, **kwargs) if name == "keys" else value.to(levels.device)
+        return VisionFeatures(levels, self.grid, on_grid=self.on_grid, **moved)
 
 
 FeaturesLike = Tensor | Sequence[Tensor] | VisionFeatures  # What `VisionFeatures.of` and compressors accept

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ROWS', 'H100_PEAK', 'UTILIZATION', 'PAPER_TIMES', 'STEPS_RECORD', 'NF4', 'USABLE', 'image_side', 'meta_model',
            'decoder_linears', 'parameter_counts', 'RowLengths', 'llm_flops', 'recomputes', 'llm_row_flops',
-           'projector_flops', 'row_flops', 'step_seconds', 'format_duration', 'parse_duration', 'format_interval',
-           'similar_steps', 'measured_utilization', 'block_bytes', 'SavedBytes', 'projector_bytes', 'gathered_bytes',
-           'state_bytes', 'activation_bytes', 'memory_bytes', 'fitting_tokens', 'plan_checkpointing', 'disk_bytes',
-           'stage_cmd', 'torchrun_cmd', 'deepspeed_config', 'accelerate_config', 'accelerate_cmd', 'slurm_script',
-           'utilization_of', 'estimate', 'paper_table', 'format_percent', 'estimate_report', 'write_launch']
+           'projector_flops', 'tower_row_flops', 'row_flops', 'step_seconds', 'format_duration', 'parse_duration',
+           'format_interval', 'similar_steps', 'measured_utilization', 'block_bytes', 'SavedBytes', 'projector_bytes',
+           'tower_bytes', 'gathered_bytes', 'state_bytes', 'activation_bytes', 'memory_bytes', 'fitting_tokens',
+           'plan_checkpointing', 'disk_bytes', 'stage_cmd', 'torchrun_cmd', 'deepspeed_config', 'accelerate_config',
+           'accelerate_cmd', 'slurm_script', 'utilization_of', 'estimate', 'paper_table', 'format_percent',
+           'estimate_report', 'write_launch']
 
 # %% ../nbs/32_launch.ipynb #eeca0a60
+import copy
 import json
 import math
 import shlex
@@ -34,6 +36,8 @@ from delta_llava.flops import (
     as_table,
     attention_widths,
     counted,
+    counted_tower,
+    meta_zeros,
     model_config,
     num_parameters,
     pretrained_config,
@@ -42,6 +46,7 @@ from delta_llava.flops import (
 )
 from .runs import read_record
 from .settings import Stage
+from .tower import vision_features
 from .train import ZERO3, sharding_fields
 from .vlm import DeltaLlavaForConditionalGeneration
 
@@ -162,6 +167,18 @@ def projector_flops(
     return _PROJECTOR_FLOPS[key]
 
 
+def tower_row_flops(
+    stage: Stage,  # Settings of the stage
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+) -> int:
+    "FLOPs of one image through the vision tower; backward too if a compressor trains layers inside it."
+    config, levels = pretrained_config(stage.tower), model.config.vision_feature_layer
+    options = tower_options(model.multi_modal_projector)
+    if "pruning" in options and options["pruning"].learns:
+        return counted_tower(config, tuple(levels), image_side(stage), **options, backward=True)
+    return tower_flops(config, max(levels), image_side(stage), **options)
+
+
 def row_flops(
     stage: Stage,  # Settings of the stage
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
@@ -169,10 +186,8 @@ def row_flops(
 ) -> dict[str, int]:  # Part -> FLOPs
     "FLOPs of an average row with its image, forward and backward, through each part."
     projector = model.multi_modal_projector
-    config, depth = pretrained_config(stage.tower), max(model.config.vision_feature_layer)
-    tower = tower_flops(config, depth, image_side(stage), **tower_options(projector))
     return dict(
-        tower=tower,
+        tower=tower_row_flops(stage, model),
         projector=projector_flops(projector),
         llm=llm_row_flops(stage, model, rows),
     )
@@ -342,6 +357,22 @@ def projector_bytes(
     return saved.total * element // 4  # counted in float32
 
 
+def tower_bytes(
+    stage: Stage,  # Settings of the stage
+    model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
+) -> int:  # 0 if the vision tower has no backward pass
+    "Bytes that the vision tower keeps for the backward pass to a compressor inside it, for each image."
+    options = tower_options(model.multi_modal_projector)
+    if "pruning" not in options or not options["pruning"].learns:
+        return 0
+    dtype = torch.bfloat16 if stage.bf16 else torch.float32
+    tower = copy.deepcopy(model.vision_tower).to(dtype).eval()
+    pixels = meta_zeros(3, image_side(stage), image_side(stage)).to(dtype)
+    with SavedBytes(tower, model.multi_modal_projector) as saved:
+        features = vision_features(tower, pixels, model.config.vision_feature_layer, **options)
+    return saved.total + features.levels.nbytes
+
+
 def gathered_bytes(
     model: DeltaLlavaForConditionalGeneration,  # From `meta_model`
     element: int = 2,  # Bytes of one number
@@ -410,8 +441,9 @@ def memory_bytes(
     if recomputes(stage, rows * length):
         blocks = config.num_hidden_layers * element * config.hidden_size * rows * length + block
     logits = rows * answer * ((8 + element) * config.vocab_size + element * config.hidden_size)
+    tower = rows * tower_bytes(stage, model)
     return state_bytes(stage, model, gpus) | dict(
-        blocks=blocks, projector=rows * projector_bytes(model, element), logits=logits
+        blocks=blocks, projector=rows * projector_bytes(model, element) + tower, logits=logits
     )
 
 # %% ../nbs/32_launch.ipynb #440b2579

@@ -167,6 +167,13 @@ def _check_combinations(
             f"features_in_memory=True keeps patch tokens alone, but compressor={stage.compressor!r} reads "
             "more of the vision tower; train it with cache_features=True (delta-llava train, pretrain)."
         )
+    stored = [name for name in ("cache_features", "features_in_memory") if getattr(stage, name)]
+    if stored and _requires(stage.compressor, "pruning"):
+        raise ValueError(
+            f"{stored[0]}=True, but compressor={stage.compressor!r} trains layers inside the vision tower, "
+            f"so features change in each step; take {stored[0]}=False (delta-llava train, pretrain with "
+            f"--no-{stored[0].replace('_', '-')})."
+        )
     if stage.projector is not None and stage.closed_form_init:
         raise ValueError(
             f"closed_form_init=True would overwrite projector={stage.projector}; take one of both."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TowerReduction', 'MAX_PIXELS', 'MAX_ASPECT', 'FORMATS', 'log', 'attended_block', 'tower_depth', 'required_depth',
            'truncated_config', 'truncate_tower', 'load_tower', 'cls_attention', 'fuse_tokens', 'reduced_features',
-           'vision_features', 'resolve_image_path', 'open_image', 'check_image', 'image_processor_for', 'image_aspect',
-           'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures', 'cache_features', 'features_in_memory']
+           'pruned_features', 'vision_features', 'resolve_image_path', 'open_image', 'check_image',
+           'image_processor_for', 'image_aspect', 'with_aspect', 'image_sha256', 'tower_sha256', 'CachedFeatures',
+           'cache_features', 'features_in_memory']
 
 # %% ../nbs/21_tower.ipynb #a9b50ee9
 import hashlib
@@ -39,7 +40,7 @@ from delta_llava.adapter import (
     vision_projections,
 )
 from .assets import GRIDS, Asset, cache_dir, default_tower, load_tower_model, resolve, tower_config
-from .compressors.base import Compressor, tower_options
+from .compressors.base import Compressor, TowerPruning, tower_options
 from .config import CompressorConfig
 from .files import open_safetensors, read_safetensors, write_atomic
 from .grid import VisionFeatures, grid_side
@@ -265,9 +266,10 @@ def _check_reduction(
     reduction: TowerReduction,  # From a compressor's config
     levels: Sequence[int],  # Hidden states to read
     n: int,  # Patches
+    least: int = 2,  # Fewest tokens: a patch, and the fused token
 ) -> None:
     "An error if the tower cannot reduce its tokens in this way."
-    if config.model_type.startswith("siglip"):
+    if config.model_type.startswith("siglip") and least > 1:
         raise ValueError(
             f"a reduction inside the tower ranks by the CLS token, and a {config.model_type} has none; "
             "use a CLIP or DINOv2 tower, or another compressor."
@@ -278,8 +280,10 @@ def _check_reduction(
     falling = all(a > b for a, b in zip((n, *counts), counts, strict=False))
     if list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < levels[0]:
         raise ValueError(f"reduction={reduction} must name rising blocks below level {levels[0]}.")
-    if not falling or counts[-1] < 2:
-        raise ValueError(f"reduction={reduction} must leave ever fewer of the {n} patches, and at least 2.")
+    if not falling or counts[-1] < least:
+        raise ValueError(
+            f"reduction={reduction} must leave ever fewer of the {n} patches, and at least {least}."
+        )
 
 
 def reduced_features(
@@ -303,6 +307,24 @@ def reduced_features(
     states = vision_hidden_states(model, pixel_values, levels[0], halfway, **resize)
     return VisionFeatures(states[-1][:, -left[-1] :], grid, on_grid=False)
 
+
+def pruned_features(
+    model: PreTrainedModel,  # CLIP, SigLIP or DINOv2 vision model
+    pixel_values: Float[Tensor, "b 3 h w"],  # Square, normalized images
+    levels: Sequence[int],  # The one hidden state to read
+    pruning: TowerPruning,  # Where patches are dropped, and the compressor that decides
+    **resize,  # For the position embeddings
+) -> VisionFeatures:  # `levels` of shape `[b, V, c]`
+    "The patches that remain where a compressor's layers drop the others."
+    if pruning.compressor is None:
+        raise ValueError(
+            "pruning has the numbers of patches alone; take tower_options(projector) of a projector, "
+            "whose layers decide which patches go on."
+        )
+    grid = _check_pixels(model.config, pixel_values)
+    _check_reduction(model.config, pruning.reduction, levels, grid**2, least=1)
+    return pruning.compressor.prune_tower(model, pixel_values, grid, **resize)
+
 # %% ../nbs/21_tower.ipynb #58cb4ff8
 def vision_features(
     model: PreTrainedModel,  # CLIP, SigLIP or DINOv2 vision model
@@ -310,7 +332,8 @@ def vision_features(
     levels: Sequence[int],  # Hidden states to read; the last one is the query level
     attention: bool | str | None = False,  # Also the CLS attention of the block of `attended_block`
     reduction: TowerReduction = (),  # Blocks that reduce their tokens, and to how many
-) -> VisionFeatures:  # `levels` of shape `[b, grid², l·c]`, or `[b, V, c]` with a reduction
+    pruning: TowerPruning | None = None,  # Blocks before which a compressor drops patches
+) -> VisionFeatures:  # `levels` of shape `[b, grid², l·c]`, or `[b, V, c]` if the tower reduces its tokens
     "Patch tokens of several depths, concatenated on the channels (§3.1, @eq-levels)."
     config = model.config
     grid = _check_pixels(config, pixel_values)
@@ -324,6 +347,9 @@ def vision_features(
     if reduction:
         with positions_in_memory(model) if resized else nullcontext():
             return reduced_features(model, pixel_values, levels, reduction, **resize)
+    if pruning is not None and pruning.reduction:
+        with positions_in_memory(model) if resized else nullcontext():
+            return pruned_features(model, pixel_values, levels, pruning, **resize)
     if attention:
         block = _check_attention(config, levels, attention)
         with positions_in_memory(model) if resized else nullcontext():
@@ -542,10 +568,18 @@ def tower_sha256(
     provenance = ("_name_or_path", "transformers_version", "architectures")
     config = {k: v for k, v in model.config.to_dict().items() if k not in provenance}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
+    _add_weights(digest, model)
+    return digest.hexdigest()
+
+
+def _add_weights(
+    digest,  # A hash, updated
+    module: nn.Module,  # Its names and weights are added
+) -> None:
+    "Add a module's weights to a hash."
+    for name, weight in sorted(module.state_dict().items()):
         raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(name.encode() + raw.numpy().tobytes())
-    return digest.hexdigest()
 
 # %% ../nbs/21_tower.ipynb #1274b320
 def _crc32(
@@ -687,6 +721,21 @@ def _compute_entries(
             bar.update(len(batch))
 
 
+def _pruning_key(
+    pruning: TowerPruning,  # Blocks before which a compressor drops patches
+) -> list:  # Part of the key
+    "What the features depend on besides image and tower; an error if the decisions are drawn."
+    if pruning.learns:
+        raise ValueError(
+            f"features of a {type(pruning.compressor).__name__} in training mode cannot be stored: its "
+            "layers in the vision tower change in each step. Train on pixels (cache_features=False), or call "
+            "projector.eval() to store the features of its present weights."
+        )
+    digest = hashlib.sha256()
+    _add_weights(digest, pruning.compressor.predictors)
+    return [pruning.reduction, digest.hexdigest()]
+
+
 def cache_features(
     images: Sequence[str | Path | Image.Image],  # Paths or images; the same one may come twice
     tower: PreTrainedModel,  # Frozen vision tower
@@ -699,6 +748,7 @@ def cache_features(
     progress: bool = True,  # Show a bar
     attention: bool | str | None = False,  # Store the CLS attention of this block too, as `attended_block`
     reduction: TowerReduction = (),  # Blocks of the tower that reduce their tokens
+    pruning: TowerPruning | None = None,  # Blocks of the tower before which a compressor drops patches
 ) -> CachedFeatures:  # In the order of `images`
     "Pass each image through the tower once, and store its patch tokens on disk."
 
@@ -706,7 +756,7 @@ def cache_features(
         pixels = processor([open_image(image, root) for image in batch], return_tensors="pt").pixel_values
         with torch.no_grad():
             pixels = pixels.to(tower.device, tower.dtype)
-            features = vision_features(tower, pixels, levels, attention, reduction)
+            features = vision_features(tower, pixels, levels, attention, reduction, pruning)
         return _entries(features, dtype)
 
     key = dict(
@@ -720,10 +770,14 @@ def cache_features(
         key["attention"] = "before" if attention == "before" else True
     if reduction:
         key["reduction"] = reduction
+    reduces = bool(reduction)
+    if pruning is not None and pruning.reduction:
+        key["pruning"] = _pruning_key(pruning)
+        reduces = True
     folder = _folder_for(key, cache)
     files = [folder / f"{image_sha256(image, root)}.safetensors" for image in images]
     _compute_entries(_missing(images, files, root), batch_size, progress, compute)
-    return CachedFeatures(files, attention or bool(reduction))
+    return CachedFeatures(files, attention or reduces)
 
 # %% ../nbs/21_tower.ipynb #9e874191
 class _Pixels(torch.utils.data.Dataset):

@@ -6,11 +6,12 @@
 __all__ = ['FINGERPRINT_TOLERANCE', 'PROJECTOR', 'check_sizes', 'check_llm', 'DeltaLlavaConfig', 'tensor_projection',
            'tower_fingerprint', 'DeltaLlavaPreTrainedModel', 'llm_part', 'check_loaded', 'reload_projector',
            'projector_dtype', 'question_embedding', 'patch_tokens', 'visual_tokens', 'fills_rows', 'check_placeholders',
-           'place_visual_tokens', 'shared_prefix_mask', 'VisualInputs', 'shifted_targets', 'supervised_loss',
-           'check_packing', 'check_window', 'check_rows_apart', 'DeltaLlavaOutput', 'VisualGeneration',
-           'embeddings_of_prompt', 'LanguageModelAccess', 'DeltaLlavaForConditionalGeneration', 'add_image_token',
-           'generation_settings', 'build_vlm', 'tower_identity', 'save_projector', 'load_projector_state',
-           'load_projector', 'same_weights', 'check_projector_fits', 'install_projector']
+           'place_visual_tokens', 'shared_prefix_mask', 'ImageFeatures', 'VisualInputs', 'shifted_targets',
+           'supervised_loss', 'with_auxiliary_loss', 'check_packing', 'check_window', 'check_rows_apart',
+           'DeltaLlavaOutput', 'VisualGeneration', 'embeddings_of_prompt', 'LanguageModelAccess',
+           'DeltaLlavaForConditionalGeneration', 'add_image_token', 'generation_settings', 'build_vlm',
+           'tower_identity', 'save_projector', 'load_projector_state', 'load_projector', 'same_weights',
+           'check_projector_fits', 'install_projector']
 
 # %% ../nbs/22_vlm.ipynb #fadcd782
 import copy
@@ -49,6 +50,7 @@ from delta_llava.compressors.base import (
     compressor_class,
     compressor_name,
     config_from_dict,
+    remaining_tokens,
     tower_options,
 )
 from .compressors.fastv import end_of_prompt, last_visible
@@ -311,9 +313,16 @@ def patch_tokens(
         given = "neither was" if pixel_values is None else "both were"
         raise ValueError(f"give either pixel_values or vision_features; {given} given.")
     tower, projector = model.vision_tower, model.multi_modal_projector
+    options = tower_options(projector)
+    prunes = "pruning" in options and options["pruning"].learns
+    if vision_features is not None and prunes and torch.is_grad_enabled():
+        raise ValueError(
+            f"vision_features do not train the layers of {type(projector).__name__} inside the vision tower: "
+            "give pixel_values (cache_features=False in a stage's settings), or freeze them with "
+            "projector.predictors.requires_grad_(False)."
+        )
     if pixel_values is not None:
-        options = tower_options(projector)
-        learns = pixel_values.requires_grad or any(weight.requires_grad for weight in tower.parameters())
+        learns = prunes or pixel_values.requires_grad or any(w.requires_grad for w in tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             levels = model.config.vision_feature_layer
             vision_features = tower_features(tower, pixel_values.to(tower.dtype), levels, **options)
@@ -390,6 +399,14 @@ def shared_prefix_mask(
     causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
     return ((shared | own) & causal)[:, None]
 
+# %% ../nbs/22_vlm.ipynb #7a41d0c3
+@dataclass
+class ImageFeatures(adapter.BaseModelOutputWithPooling):
+    "Visual tokens of images, and what a compressor adds to the loss."
+
+    pooler_output: list[Tensor] | Tensor | None = None  # Visual tokens `[v, d]` of each image
+    auxiliary_loss: Tensor | None = None  # In training, of a compressor that has one
+
 # %% ../nbs/22_vlm.ipynb #950f8df5
 class VisualInputs(nn.Module):
     "The part of the model before the LLM: images to visual tokens, and visual tokens into the sequence."
@@ -420,9 +437,10 @@ class VisualInputs(nn.Module):
         """`visual_tokens` as transformers expects them: `pooler_output` has one `[v, d]` for each image, and
         `last_hidden_state` the patch tokens of the highest level."""
         features = patch_tokens(self, pixel_values, vision_features)
-        out = adapter.BaseModelOutputWithPooling(
+        out = ImageFeatures(
             pooler_output=visual_tokens(self, features, tokens, question_ids, question_mask),
             last_hidden_state=features.levels[..., -self.config.vision_config.hidden_size :],
+            auxiliary_loss=self.multi_modal_projector.auxiliary_loss(features) if self.training else None,
         )
         settings = self.vision_tower.config
         wanted = dict(
@@ -473,8 +491,8 @@ class VisualInputs(nn.Module):
             0, device=adapter.execution_device(projector), dtype=projector_dtype(projector)
         )  # only for its place and type
         features = VisionFeatures(weight.new_zeros(1, n, config.d_levels), config.grid)
-        if reduction := tower_options(projector).get("reduction"):
-            left = weight.new_zeros(1, reduction[-1][1], config.d_levels)
+        if count := remaining_tokens(projector):
+            left = weight.new_zeros(1, count, config.d_levels)
             features = replace(features, levels=left, on_grid=False)
         if "level_attention" in projector.requires:
             features = replace(features, level_attention=weight.new_full((1, n), 1 / n))
@@ -573,6 +591,22 @@ def supervised_loss(
     logits, out = adapter.selected_logits(llm, lambda hidden: restore(hidden)[supervised], **inputs)
     loss = loss_function(logits=logits, labels=None, shift_labels=target[supervised])
     return loss, {name: value for name, value in out.items() if name != "logits"}
+
+
+def with_auxiliary_loss(
+    loss: Float[Tensor, ""],  # Of the answers
+    images,  # From `get_image_features`; `None` if there are none
+    labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
+    num_items_in_batch: Tensor
+    | int
+    | None = None,  # Supervised tokens of the whole step; `None`: of this pass
+) -> Float[Tensor, ""]:
+    "The loss with the compressor's own, if it has one; of several passes each adds its share of the step."
+    auxiliary = getattr(images, "auxiliary_loss", None)
+    if auxiliary is None:
+        return loss
+    share = 1 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+    return loss + share * auxiliary.to(loss)
 
 # %% ../nbs/22_vlm.ipynb #c4e1a7d3
 def check_packing(
@@ -887,6 +921,9 @@ class DeltaLlavaForConditionalGeneration(
         with self.decoder_context(image_mask, tokens, prompt_end) as pruning:
             restore = (lambda hidden: hidden) if pruning is None else pruning.restore
             out = self._run_llm(labels, logits_to_keep, restore, **inputs | kwargs)
+        if labels is not None:
+            counted = kwargs.get("num_items_in_batch")
+            out["loss"] = with_auxiliary_loss(out["loss"], images, labels, counted)
         known = {field.name for field in fields(DeltaLlavaOutput)}
         out = DeltaLlavaOutput(**{k: v for k, v in out.items() if k in known}, image_hidden_states=visual)
         return out.to_tuple() if return_dict is False else out

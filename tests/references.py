@@ -22,6 +22,7 @@ from delta_llava.compressors.base import (
 )
 from delta_llava.compressors.baselines import CellsConfig, PixelShuffleConfig, RandomPatchesConfig
 from delta_llava.compressors.cabstractor import CAbstractorConfig
+from delta_llava.compressors.dynamicvit import DynamicViTConfig
 from delta_llava.compressors.evit import EViTConfig
 from delta_llava.compressors.fastervlm import FasterVLMConfig
 from delta_llava.compressors.m3 import M3Config
@@ -446,6 +447,12 @@ class Sizes:
 
 
 COMMON = dict(grid=6, tokens=9, levels=(1, 2), d_vision=32, d_llm=24)
+PREDICTOR_PARAMS = [
+    f"predictors.{i}.{layer}{part}"
+    for i in range(2)
+    for layer in ("norm.", "local.", "head.0.", "head.2.", "")
+    for part in ("weight", "bias")
+]
 KEY_BIAS = frozenset({"k.3.bias"})  # adds the same number to all scores of a query
 SIZES = {
     "mlp": Sizes(config=MLPConfig(**COMMON | dict(tokens=36)), variants={"linear": dict(depth=1)}),
@@ -481,6 +488,11 @@ SIZES = {
     "prumerge": Sizes(config=PruMergeConfig(**COMMON), variants={"plus": dict(plus=True)}),
     "fastervlm": Sizes(config=FasterVLMConfig(**COMMON)),
     "evit": Sizes(config=EViTConfig(**COMMON), variants={"own blocks": dict(blocks=(1,))}),
+    "dynamicvit": Sizes(
+        config=DynamicViTConfig(**COMMON),
+        variants={"own blocks": dict(blocks=(1,))},
+        zero_grad_params=frozenset(PREDICTOR_PARAMS),  # they are in the tower's pass: test_dynamicvit.py
+    ),
     "random": Sizes(config=RandomPatchesConfig(**COMMON), variants={"other draw": dict(draw_seed=1)}),
     "spaced": Sizes(config=CellsConfig(**COMMON)),
     "meanpool": Sizes(config=CellsConfig(**COMMON)),
@@ -513,7 +525,7 @@ def small_inputs(name: str, config: CompressorConfig, batch=2, grid=None, seed=1
     if "level_attention" in requires:
         attention = torch.randn(batch, n, generator=generator).softmax(-1)
         levels = VisionFeatures(levels, grid, level_attention=attention)
-    if "reduction" in requires:
+    if "reduction" in requires or "pruning" in requires:
         left = torch.randn(batch, config.tokens, config.d_levels, generator=generator)
         levels = VisionFeatures(left, grid, on_grid=False)
     inputs = dict(features=levels)

@@ -84,7 +84,7 @@ def test_answers_do_not_depend_on_the_batch(name):
 def test_the_budget_of_the_call_reaches_the_model(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)
-    if name in ("mlp", "quecc", "qwen", "evit", "pixelshuffle"):  # built for one budget
+    if name in ("mlp", "quecc", "qwen", "evit", "dynamicvit", "pixelshuffle"):  # built for one budget
         with pytest.raises(ValueError, match="tokens=4 .* use"):
             answerer.generate(requests(1), tokens=4)
         return
@@ -101,7 +101,9 @@ def test_the_budget_of_the_call_reaches_the_model(name):
     assert four != nine
 
 
-@pytest.mark.parametrize("name", ["delta", "fastv", "llavolta", "prumerge", "fastervlm", "evit", "quecc"])
+@pytest.mark.parametrize(
+    "name", [*("delta", "fastv", "llavolta", "prumerge", "fastervlm", "evit", "dynamicvit", "quecc")]
+)
 def test_images_features_and_visual_tokens_answer_alike(name):
     model, processor = build(name)
     answerer = Answerer(model, processor)

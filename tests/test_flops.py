@@ -244,7 +244,21 @@ def test_a_compressor_without_a_formula_is_counted_or_refused(registry):
 # ---- the real model, really run
 @pytest.mark.parametrize(
     "name",
-    [*("delta", "mlp", "mqt", "prumerge", "fastervlm", "evit", "quecc", "fastv", "llavolta", "cabstractor")],
+    [
+        *(
+            "delta",
+            "mlp",
+            "mqt",
+            "prumerge",
+            "fastervlm",
+            "evit",
+            "quecc",
+            "fastv",
+            "llavolta",
+            "cabstractor",
+        ),
+        "dynamicvit",
+    ],
 )
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-qwen2"])
 def test_generation_costs_what_the_equations_say(name, llm):

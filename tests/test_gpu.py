@@ -197,7 +197,9 @@ def test_generation_is_the_same_on_both_devices(cache, tokens):
     assert_close(on_gpu(model).generate(**moved(batch), **options).cpu(), expected)
 
 
-@pytest.mark.parametrize("name", ["fastv", "llavolta", "quecc", "prumerge", "fastervlm", "evit"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "llavolta", "quecc", "prumerge", "fastervlm", "evit", "dynamicvit"]
+)
 def test_other_compressors_generate_on_the_gpu(name):
     "FastV edits masks and caches inside the LLM, under sdpa; the others need more than features."
     model = inside.tiny(name)

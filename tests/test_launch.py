@@ -153,6 +153,7 @@ def batch(model, stage, length, answer, rows=1):
         ("prumerge", 64),
         ("fastervlm", 64),
         ("evit", 64),
+        ("dynamicvit", 64),
         ("quecc", 36),
         ("fastv", 36),
         ("llavolta", 36),

@@ -19,7 +19,7 @@ from delta_llava.compressors.base import (
     compressor_class,
     compressor_config,
     compressor_name,
-    tower_options,
+    remaining_tokens,
 )
 from delta_llava.gradcam import word_cams
 from delta_llava.grid import VisionFeatures
@@ -427,8 +427,8 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(name):
             VisionFeatures(f[None], 12, level_attention=torch.rand(1, 144, generator=g))
             for f in images["features"]
         ]
-    if reduction := tower_options(model.multi_modal_projector).get("reduction"):
-        left = torch.randn(2, 1, reduction[-1][1], SIZES.d_vision, generator=torch.Generator().manual_seed(0))
+    if count := remaining_tokens(model.multi_modal_projector):
+        left = torch.randn(2, 1, count, SIZES.d_vision, generator=torch.Generator().manual_seed(0))
         images["features"] = [VisionFeatures(f, 12, on_grid=False) for f in left]
     found = {}
     for packing in (False, True):

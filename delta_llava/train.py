@@ -231,7 +231,8 @@ def fast_bfloat16() -> bool:
     device = local_device()
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest PyTorch that is supported
+    # newer than the oldest PyTorch that is supported
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -910,9 +910,8 @@ class DeltaLlavaForConditionalGeneration(
                 check_packing(self.language_model)
         if prompt_end is None and labels is not None and segments is None:
             prompt_end = end_of_prompt(labels, attention_mask)
-        padded = attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None
-        if padded and position_ids is None and adapter.counts_padding(self.language_model):
-            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if position_ids is None and past_key_values is None:
+            position_ids = self._learned_positions(attention_mask)
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # a cache would hide that rows are packed
         inputs = dict(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids)
@@ -943,6 +942,14 @@ class DeltaLlavaForConditionalGeneration(
             close = get_close_matches(unknown[0], [*own, *sorted(known)], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"this model has {own[1:]}."
             raise TypeError(f"unknown arguments {unknown}, which neither model nor LLM has; {hint}")
+
+    def _learned_positions(self, attention_mask: Tensor | None) -> Tensor | None:
+        "Positions that leave out padding, for an LLM that would count it; `None` where it counts right."
+        if attention_mask is None or attention_mask.ndim != 2:
+            return None
+        if not adapter.counts_padding(self.language_model):
+            return None
+        return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
     def _segment_mask(self, segments: Tensor, dtype: torch.dtype) -> Tensor:
         "The mask of `segments` as the LLM's attention reads it."

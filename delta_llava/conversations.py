@@ -91,7 +91,7 @@ _CONTENT_WORDS |= {"input", "raw", "data", "base", "b", "byte", "blob", "content
 _CONTENT_WORDS |= {"dir", "directory", "folder", "root"}  # `base` and `b` are of `base64` and `b64`
 _MEDIA_FILE = re.compile(
     r"data:(?:image|video|audio)/.*|"
-    r"\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|ppm|heic|avif|mp4|avi|mov|mkv|webm|mpe?g|m4v|wav|mp3|flac|ogg|opus|m4a)",
+    r"\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|ppm|heic|avif|mp4|avi|mov|mkv|webm|mpe?g|m4v|wav|mp3|flac|ogg|opus|m4a|ply|pcd)",
     re.IGNORECASE | re.DOTALL,
 )
 _KNOWN_KEYS = {"id", "image", "conversations", "model", "objects", "task", "split"}  # LLaVA's, and scenes'

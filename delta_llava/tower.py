@@ -389,6 +389,8 @@ def _to_rgb(
     "RGB as a viewer would show it: 16-bit gray scaled to 8 bits, transparency on white."
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels, whose white is not defined; save it with 8 bits")
+    if image.mode == "La":  # gray, multiplied with its alpha
+        image = image.convert("LA")
     if image.mode == "I" and image.getextrema()[1] <= 255:  # 8 bits that were stored in 32
         image = image.convert("L")
     if image.mode.startswith("I"):

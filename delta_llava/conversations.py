@@ -414,6 +414,7 @@ def check_row(
             "a question holds '<image>', but the row has no 'image'; "
             "add the image's path, or remove '<image>'.",
         )
+    assert isinstance(turns, list)  # `check_turns` has found that
     if image is None:
         _check_no_marks(turns[::2])
     if image is None and not text_rows:

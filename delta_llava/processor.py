@@ -149,9 +149,15 @@ def as_message(
 
 
 def check_contents(
-    messages,  # Messages with `role` and `content`
+    messages,  # Messages with `role` and `content`, or a list of conversations
 ) -> None:
     "`ValueError` unless each content is a text, or a list of texts and images; nothing else is supported."
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"conversation={messages!r} must be a list of messages.")
+    if isinstance(messages[0], (list, tuple)):
+        for conversation in messages:
+            check_contents(conversation)
+        return
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list, tuple)):
             content = message.get("content") if isinstance(message, dict) else message
@@ -676,8 +682,8 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
         texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
         if text is not None:
             self._check_texts(texts, text)
-        rescale = image_options.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
-        images = flatten_images(images, scaled=rescale is False)
+        scaled = not image_options.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+        images = flatten_images(images, scaled)
         if not images:
             self._check_texts(texts, text)
         if text is None:
@@ -765,10 +771,7 @@ class DeltaLlavaProcessor(ProcessorMixin, PromptMixin, PlacesOfImages):
         **kwargs,  # As in transformers; `processor_kwargs` for the processor
     ):
         "As in transformers; a projector that reads the question gets the last one of the user."
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError(f"conversation={conversation!r} must be a list of messages.")
-        for messages in conversation if isinstance(conversation[0], (list, tuple)) else [conversation]:
-            check_contents(messages)
+        check_contents(conversation)
         options = dict(kwargs.get("processor_kwargs") or {})
         if self.questions and kwargs.get("tokenize") and options.get("questions") is None:
             batched = isinstance(conversation[0], (list, tuple))

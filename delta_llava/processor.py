@@ -147,7 +147,7 @@ def as_message(
         )
     return dict(role=role, content=content)
 
-
+# %% ../nbs/23_processor.ipynb #f0bb7466
 def check_contents(
     messages,  # Messages with `role` and `content`, or a list of conversations
 ) -> None:

@@ -30,7 +30,7 @@ class Request:
     "A question with the images that it is about."
 
     question: str | Sequence[dict]  # Text or messages; images come first unless `<image>` places them
-    images: Sequence = ()  # Anything that `open_image` takes: paths, open files, PIL images
+    images: Sequence = ()  # Anything that `open_image` takes: paths, open files, PIL images, arrays
     vision_features: Tensor | VisionFeatures | None = None  # [i, n, l·c] Patch features, instead of `images`
     visual_tokens: Tensor | None = None  # [i, v, d] Projector output, instead of `images`
 

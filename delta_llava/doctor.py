@@ -11,7 +11,6 @@ __all__ = ['PROBLEMS', 'SMALL_SIDE', 'NARROW_RATIO', 'REPAIRS', 'OUTCOMES', 'Pro
 import hashlib
 import json
 import os
-import re
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -32,6 +31,8 @@ from transformers import ProcessorMixin
 from delta_llava.conversations import (
     RowError,
     check_row,
+    media_links,
+    media_marks,
     read_rows,
     split_system,
     training_turns,
@@ -55,6 +56,10 @@ PROBLEMS = {
         "Only a question can show an image; remove '<image>' from the answer.",
     ),
     "image-token-without-image": ("error", "Add the path of the image, or remove '<image>'."),
+    "image-token-spelling": (
+        "error",
+        "Add the path of the image, and write '<image>'; or write the mark in backticks.",
+    ),
     "no-image-token": ("error", "Put '<image>' where the image belongs."),
     "several-images": ("error", "A conversation can have one image; split the row, or remove it."),
     "text-only": ("error", "Allow rows without an image (text_rows=True), or remove the row."),
@@ -76,6 +81,7 @@ PROBLEMS = {
     "cut-away": ("error", "No answer is left of the row: raise max_length, lower tokens, or remove it."),
     "over-long": ("warning", "Training cuts the end of the row: raise max_length, or split it."),
     "unknown-key": ("warning", "Training does not read this key; named once, at its first row."),
+    "media-in-text": ("warning", "Training reads no image, video or sound from a text; is it needed?"),
     "empty-question": ("warning", "A turn of the human is empty."),
     "animated": ("warning", "Training uses the first frame only."),
     "wrong-extension": ("warning", "Rename the file, or ignore it: images are read by their content."),
@@ -191,6 +197,15 @@ def length_problems(
     return [Problem("over-long", f"{length} tokens are more than max_length={max_length}.")]
 
 
+def _media_in_text(
+    question: str,  # Of a row that training takes
+    where: str,  # Its field
+) -> list[Problem]:
+    "A warning if a question links a medium, or has a mark of an image beside the one that is read."
+    shown = media_links(question) + [mark[0] for _, mark in media_marks(question)]
+    return [Problem("media-in-text", f"{where} holds {text[:80]!r}, trained as text.") for text in shown[:1]]
+
+
 def row_problems(
     row: Any,  # One entry of the JSON list
     folder: str | Path,  # Image folder
@@ -212,6 +227,8 @@ def row_problems(
     for k, turn in enumerate(row["conversations"]):
         if not turn["value"].strip():
             problems.append(Problem("empty-question", f"conversations[{k}]['value'] is an empty question."))
+        if turn["from"] == "human":
+            problems += _media_in_text(turn["value"], f"conversations[{k}]['value']")
     if processor is not None:
         system, turns = split_system(row)
         problems += length_problems(training_turns(turns, system), processor, max_length)
@@ -219,7 +236,6 @@ def row_problems(
 
 # %% ../nbs/33_doctor.ipynb #b6355355
 _ROLE_NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_IMAGE_TOKEN_SPELLING = re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE)
 
 
 def _has_system(
@@ -234,6 +250,16 @@ def _has_image_token(
 ) -> bool:
     "Whether `<image>` occurs in any turn."
     return any("<image>" in turn["value"] for turn in turns)
+
+
+def _correct_marks(
+    text: str,  # Of a question
+) -> str:
+    "The text with `<image>` in place of other marks of an image, such as `<ImageHere>`."
+    for medium, mark in reversed(media_marks(text)):
+        if medium in ("image", "img"):
+            text = f"{text[: mark.start()]}<image>{text[mark.end() :]}"
+    return text
 
 
 def _repair_turn(turn: dict) -> dict:
@@ -292,10 +318,9 @@ def _repair_image_token(row: dict, folder: Path) -> dict:
         return row
     turns = [dict(turn) for turn in turns]
     questions = turns[_has_system(turns) :: 2]
-    if any(_IMAGE_TOKEN_SPELLING.search(turn["value"]) for turn in questions):
-        for turn in questions:
-            turn["value"] = _IMAGE_TOKEN_SPELLING.sub("<image>", turn["value"])
-    else:
+    for turn in questions:
+        turn["value"] = _correct_marks(turn["value"])
+    if not _has_image_token(turns):
         questions[0]["value"] = f"<image>\n{questions[0]['value']}".strip()
     return {**row, "conversations": turns}
 
@@ -304,7 +329,7 @@ def _repair_question(row: dict, folder: Path) -> dict:
     "Remove a last question without an answer, unless the image belongs to it."
     *turns, last = row["conversations"]
     answered = turns and len(turns) % 2 == _has_system(turns)
-    if answered and last["from"] == "human" and not _IMAGE_TOKEN_SPELLING.search(last["value"]):
+    if answered and last["from"] == "human" and "<image>" not in _correct_marks(last["value"]):
         return {**row, "conversations": turns}
     return row
 

@@ -19,8 +19,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from io import IOBase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -415,6 +415,10 @@ def _to_rgb(
     "RGB as a viewer would show it: 16-bit gray scaled to 8 bits, transparency on white."
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels, whose white is not defined; save it with 8 bits")
+    if image.mode == "La":  # gray, multiplied with its alpha
+        image = image.convert("LA")
+    if image.mode == "I" and image.getextrema()[1] <= 255:  # 8 bits that were stored in 32
+        image = image.convert("L")
     if image.mode.startswith("I"):
         gray = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
@@ -435,18 +439,86 @@ def _check_size(
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise ValueError(f"{w}×{h} px are more than {MAX_ASPECT}:1; crop it")
 
+# %% ../nbs/21_tower.ipynb #a3727cdb
+def _eight_bits(
+    values: np.ndarray,  # Pixels of any type
+) -> np.ndarray:  # uint8
+    "Pixels with 8 bits; `ValueError` if it is not clear which value is white."
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * 255
+    if kind not in "iuf":
+        raise ValueError(f"image holds values of type {values.dtype}; convert them to uint8.")
+    low, high = values.min(), values.max()
+    if kind == "f" and 0 <= low <= high <= 1:
+        raise ValueError(
+            f"image holds floating-point pixels from {low:.3g} to {high:.3g}, and 8-bit pixels reach 255; "
+            "give (255 * pixels) as uint8, or call the processor with do_rescale=False."
+        )
+    limit = 255 if kind == "f" else 65535
+    if not 0 <= low <= high <= limit:
+        raise ValueError(
+            f"image holds {values.dtype} pixels from {low:.3g} to {high:.3g}, but they must lie in "
+            f"0..{limit}; give uint8 pixels, or, of values that are scaled already, call the processor with "
+            "do_rescale=False."
+        )
+    if values.dtype == np.uint16 or high > 255:  # 16 bits, as in a file
+        values = values / 257
+    return np.round(values).astype(np.uint8)
+
+
+def _array_image(
+    pixels: Any,  # Array or tensor `[h, w]`, `[h, w, c]` or `[c, h, w]`: gray, with alpha, RGB, RGBA
+) -> Image.Image:  # Mode L, LA, RGB or RGBA
+    "An array or a tensor as an image."
+    is_tensor = isinstance(pixels, Tensor)
+    if is_tensor:
+        pixels = pixels.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    values, shape = np.asarray(pixels), list(np.shape(pixels))
+    channels = range(1, 5)
+    if values.ndim == 3:
+        first, last = shape[0] in channels, shape[2] in channels
+        if first and (is_tensor or not last):
+            values = values.transpose(1, 2, 0)
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in channels) or not values.size:
+        raise ValueError(
+            f"image has the shape {shape}; it must be [height, width], or have 1 to 4 channels "
+            "at its beginning or end. Give the images of a batch one by one, in a list."
+        )
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(_eight_bits(values)))
+
+
+def _image_source(
+    image: Any,  # What `open_image` takes
+    root: str | Path | None,  # Folder that a path must stay in
+) -> Any:  # A path, an open file, or an image
+    "Where an image comes from; an error for all that is no image."
+    if isinstance(image, (str, Path)):
+        return resolve_image_path(image, root)
+    if isinstance(image, Image.Image) or hasattr(image, "read"):
+        return image
+    if hasattr(image, "ndim"):
+        return _array_image(image)
+    hint = "; open bytes with io.BytesIO(…)" if isinstance(image, bytes) else ""
+    raise ValueError(
+        f"image is {str(image)[:60]!r} ({type(image).__name__}); give a path, an open file, a PIL image, an "
+        f"array or a tensor{hint}."
+    )
+
 # %% ../nbs/21_tower.ipynb #e873bc0f
 def _use_image(
-    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    image: Any,  # Path, open file, image of any mode, array or tensor
     root: str | Path | None,  # Folder that a path must stay in
     use: Callable,  # Called with the opened image, whose pixels are not decoded yet
 ):
     "Open an image, check its size and use it; errors name the image."
-    name = type(image).__name__
-    source = image
-    if isinstance(image, (str, Path)):
-        name = repr(str(image))
-        source = resolve_image_path(image, root)
+    name = repr(str(image)) if isinstance(image, (str, Path)) else type(image).__name__
+    source = _image_source(image, root)
     try:
         is_open = isinstance(source, Image.Image)
         with nullcontext(source) if is_open else Image.open(source, formats=FORMATS) as opened:
@@ -460,7 +532,7 @@ def _use_image(
 
 
 def open_image(
-    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    image: Any,  # Path, open file, image of any mode; array or tensor `[h, w]`, `[h, w, c]` or `[c, h, w]`
     root: str | Path | None = None,  # Folder that a path must stay in
 ) -> Image.Image:  # RGB
     "An image as RGB, or a `ValueError` that says what is wrong with it."
@@ -468,7 +540,7 @@ def open_image(
 
 
 def check_image(
-    image: str | Path | IOBase | Image.Image,  # Path, open file, or an image of any mode
+    image: Any,  # As for `open_image`
     root: str | Path | None = None,  # Folder that a path must stay in
 ) -> tuple[int, int]:  # Width and height as stored, px
     "The quick part of `open_image`: path, format and size, without decoding; truncated files are not found."

@@ -1,5 +1,6 @@
 "Answers and likelihoods: batch, form of the images and cache change nothing; `<image>` is never written."
 
+import numpy as np
 import pytest
 import torch
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, llm_config, projector_config
@@ -78,6 +79,20 @@ def test_answers_do_not_depend_on_the_batch(name):
     for other in scores[1:]:
         torch.testing.assert_close(log_likelihoods(other), log_likelihoods(scores[0]), atol=1e-3, rtol=1e-4)
         assert [s[1:] for s in other] == [s[1:] for s in scores[0]]
+
+
+def test_arrays_and_tensors_get_the_answer_of_their_image():
+    answerer = Answerer(*build("delta"))
+    image = scene_image(3)
+    array = np.asarray(image)
+    want = answerer.generate_ids([Request("What?", [image])], max_new_tokens=3)
+    for same in (array, torch.tensor(array).permute(2, 0, 1)):
+        assert answerer.generate_ids([Request("What?", [same])], max_new_tokens=3) == want
+        assert answerer.answer(same, "What?", max_new_tokens=3) == answerer.answer(
+            image, "What?", max_new_tokens=3
+        )
+    with pytest.raises(ValueError, match="do_rescale=False"):
+        answerer.answer(array / 255, "What?")
 
 
 @every

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from delta_llava import conversations
-from delta_llava.conversations import load_conversations, media_of_key, read_rows, row_name, unknown_keys
+from delta_llava.conversations import (
+    load_conversations,
+    media_links,
+    media_marks,
+    media_of_key,
+    read_rows,
+    row_name,
+    unknown_keys,
+)
 
 
 def make_row(*values, roles=("human", "gpt"), **fields):
@@ -65,6 +73,16 @@ BROKEN = {
     "audio": (make_row("Q", "A", image=None, audios=["a.wav"]), "'audios' is"),
     "token of a video": (make_row("<video>\nWhat happens?", "A dog.", image=None), "shows '<video>'"),
     "token of a sound": (make_row("Listen.\n<audio>", "A dog.", image=None), "shows '<audio>'"),
+    "token of a video in a line": (make_row("What happens in <video> now?", "A", image=None), "'<video>'"),
+    "token of a sound beside an image": (make_row("<image>\nIs <audio> of it?", "A"), "shows '<audio>'"),
+    "numbered token": (make_row("See <image_12> now.", "A", image=None), "shows '<image_12>'"),
+    "file in a tag": (make_row("See <img>b.jpg</img>", "A", image=None), "shows '<img>b.jpg</img>'"),
+    "bytes": (make_row("Q", "A", image=None, imgBytes="iVBO"), "'imgBytes' is"),
+    "folder of frames": (make_row("<image>", "A", framesFolder="x/"), "'framesFolder' is"),
+    "pixels": (make_row("Q", "A", image=None, pixels=[[1]]), "'pixels' is"),
+    "name of no image": (make_row("Q", "A", image=None, photo_id=3), "'photo_id' is"),
+    "file under any key": (make_row("Q", "A", image=None, depth="d.PNG"), "'depth' is 'd.PNG'"),
+    "second view": (make_row("<image>", "A", image_left="left.png"), "'image_left' is"),
     "image of a turn": (
         {
             "id": "x7",
@@ -82,6 +100,7 @@ BROKEN = {
 }
 KEPT = {
     "metadata": dict(source="web", image_id=7, width=64, video=None, audio="", images=[]),
+    "description": dict(video_id="v7", image_size=[64, 48], frame=12, figure="Figure 3", clip_score=0.3),
     "where it came from": dict(
         image_url="https://x.org/a.png", image_path="/data/fox.png", images=["fox.png"]
     ),
@@ -116,11 +135,65 @@ def test_media_of_keys():
     found = {"image": "image", "images": "image", "img_list": "img", "imagePaths": "image", "VIDEO": "video"}
     found |= {"photo_url": "photo", "audio_file": "audio", "frames": "frame", "soundName": "sound"}
     assert {key: media_of_key(key) for key in found} == found
-    others = ("image_id", "video_length", "file", "path", "imagination", "id", "caption", "image_size", "")
+    found |= {"pixel_values": "pixel", "imagepath": "image", "img_base64": "img", "videoDirs": "video"}
+    assert {key: media_of_key(key) for key in found} == found
+    others = (
+        "image_id",
+        "video_length",
+        "part_of_speech",
+        "framework",
+        "data",
+        "base64",
+        "file",
+        "path",
+        "imagination",
+        "id",
+        "caption",
+        "image_size",
+        "",
+    )
     assert [media_of_key(key) for key in others] == [None] * len(others)
 
 
-@pytest.mark.parametrize("key", ["system", "system_prompt", "System", None])
+MARKS = {
+    "<VIDEO> x": ["<VIDEO>"],
+    "x <|audio|>, <speech>.": ["<|audio|>", "<speech>"],
+    "<image>\n<Image>\n<image/><img_3>": ["<Image>", "<image/>", "<img_3>"],
+    "<image_soft_token><start_of_image><IMG_CONTEXT>": [
+        "<image_soft_token>",
+        "<start_of_image>",
+        "<IMG_CONTEXT>",
+    ],
+    '<video>\nWhere does <a href="x">this</a> lead?': ["<video>"],
+}
+TEXTS = [
+    "an image / video of <b>foxes</b>",
+    "Is `<video>` a tag?\n```html\n<audio>\n```",
+    "Use the <video>, <audio> and <img> tags.",
+    "What is an <Image> component?",
+    '<html><body>\n<video>\n<source src="a.mp4">\n</video></body></html>',
+    '<div class="x"> <Image /> </div> is wrong. Why?',
+    "a <video title>, an <image url>, <|im_start|>, <imagination>, 1 <image",
+]
+
+
+@pytest.mark.parametrize("text", MARKS)
+def test_marks_of_media(text):
+    assert [text[mark.start() : mark.end()] for _, mark in media_marks(text)] == MARKS[text]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_about_tags_has_no_marks(text, tmp_path):
+    assert media_marks(text) == []
+    assert len(load_with(tmp_path, make_row(text, "A", image=None), text_rows=True)) == 2
+
+
+def test_links_of_media():
+    text = "![a fox](fox.png) <img alt='x' src='b.png'> `![](c.png)` [page](d.png) <a href='e.png'>e</a>"
+    assert media_links(text) == ["![a fox](fox.png)", "<img alt='x' src='b.png'>"]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "System", "sysPrompt", "systemmessage", None])
 def test_system_prompts_come_first(key, tmp_path):
     if key is None:
         row = make_row("Be brief.", "<image>\nQ", "A", roles=("x", "y"))

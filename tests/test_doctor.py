@@ -117,6 +117,9 @@ LEFT_OUT = {
     "a video": (make_row("U", "A fox.", image=None, video="a.mp4"), ["unused-media"]),
     "images": (make_row("<image>\nV", "A fox.", image=None, images=["good0.png"]), ["unused-media"]),
     "a sound": (make_row("<image>\nW", "A fox.", audio_path="a.wav"), ["unused-media"]),
+    "a clip": (make_row("Z", "A fox.", image=None, clipPath="a.mp4"), ["unused-media"]),
+    "mark of a video": (make_row("<image>\nIs it in <Video_2>?", "Yes."), ["unused-media"]),
+    "other mark": (make_row("Is it in <|image|>?", "Yes.", image=None), ["image-token-spelling"]),
     "two system prompts": (make_row("<image>\nX", "A", system="A", system_prompt="B"), ["bad-system"]),
     "repaired in vain": (make_row("S", "A fox.", image="half.png"), ["no-image-token", "truncated"]),
     "in vain, without an image": (make_row("T", "A fox.", image="lost.png"), ["no-image-token", "missing"]),
@@ -130,6 +133,8 @@ KEPT = {
     "empty question": (make_row("<image>\nWho?", "A fox.", "", "Yes."), ["empty-question"]),
     "blank question": (make_row("<image>\nWho?", "A fox.", " \n", "Yes."), ["empty-question"]),
     "over-long": (make_row("<image>\nJ", "A fox. " * 200), ["over-long"]),
+    "second mark": (make_row("<image>\nWhat is in <img>b.png</img>?", "A fox."), ["media-in-text"]),
+    "a linked image": (make_row('<img src="b.png"> What?', "A fox.", image=None), ["media-in-text"]),
     "unknown key": (make_row("<image>\nY", "A fox.", caption="A fox."), ["unknown-key"]),
 }
 REPAIRED = {

@@ -795,6 +795,8 @@ def test_denormalize_pixels(delta):
 
 def test_errors_of_word_cams(delta):
     model, processor = delta
+    with pytest.raises(ValueError, match="image is 'None'"):
+        word_cams(model, processor, None, "What?", answer="A red fox.")
     with pytest.raises(ValueError, match="'cat' is not in the answer"):
         word_cams(model, processor, IMAGE_224, "What?", ["cat"], answer="A red fox.")
     with pytest.raises(ValueError, match="holds no word"):

@@ -633,15 +633,72 @@ def test_tokenizers_without_bos():
 def test_system_prompts_that_have_no_place():
     tokenizer = byte_tokenizer()
     messages = [dict(role="system", content="Be brief."), dict(role="user", content="Q")]
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    refusing += "{{ messages[-1]['content'] }}"
     for template, message in {
         "{{ messages[-1]['content'] }}": "'Be brief.' is not supported by this chat template",
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}": "refuses .*: no",
+        refusing: "refuses .*: no",
     }.items():
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=message):
             build_processor(CLIPImageProcessorPil(), tokenizer, 4).build_prompt(messages)
     assert make_processor("plain").build_prompt(messages) == ""
     assert make_processor("v1").build_prompt(messages).startswith("Be brief. USER: Q")
+
+
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("Hi!", "text of a message of the user: 'delta-question' is written as 'Hi!'"),
+        ("{% for m in messages %}<{{ m['role'] }}>{% endfor %}", "message of the user"),
+        ("{{ messages[0]['content'] }}", "message of the assistant"),
+        ("{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}", "''"),
+        ("{% for m in %}", "no valid Jinja text"),
+    ],
+)
+def test_templates_that_drop_the_text_are_refused(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"template='chat'.*{message}"):
+        build_processor(CLIPImageProcessorPil(), tokenizer, 4, "chat")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        7,
+        None,
+        [7],
+        [dict(type="text")],
+        [dict(type="video", path="a.mp4"), dict(type="text", text="Q")],
+        [dict(type="text", text="Q"), dict(type="audio", url="a.wav")],
+    ],
+)
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_chats_with_other_contents_are_refused_in_a_sentence(content, tokenize):
+    chat = [dict(role="user", content="<image>"), dict(role="user", content=content)]
+    for conversation in (chat, [chat, chat]):
+        with pytest.raises(ValueError, match="message 1 has the .*text='…'|message 1 has the content"):
+            make_processor().apply_chat_template(conversation, tokenize=tokenize, return_dict=tokenize)
+
+
+def test_arrays_are_images_as_files_are():
+    processor = make_processor()
+    image = make_image()
+    array = np.asarray(image)
+    gray = np.asarray(image.convert("L"))
+    want = processor(image, "<image>").pixel_values
+    for same in (array, torch.tensor(array).permute(2, 0, 1), array.astype(float), array[None]):
+        assert processor(same, "<image>").pixel_values.equal(want)
+    want = processor(image.convert("L"), "<image>").pixel_values
+    assert processor(gray, "<image>").pixel_values.equal(want)
+    for scaled in (array / 255, torch.tensor(array).permute(2, 0, 1) / 255):
+        with pytest.raises(ValueError, match="do_rescale=False"):
+            processor(scaled, "<image>")
+    pixels = processor(gray.astype(np.float32) / 255, "<image>", do_rescale=False).pixel_values
+    assert (pixels - want).abs().max() < 0.05
+    with pytest.raises(ValueError, match="gray or RGB"):
+        processor(np.zeros((8, 8, 4)), "<image>", do_rescale=False)
 
 
 def test_the_backend_is_not_saved_with_the_tokenizer(tmp_path):

@@ -554,6 +554,62 @@ def test_every_mode_becomes_rgb(make, expected, tmp_path):
         assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
 
 
+RGBA = np.random.default_rng(3).integers(0, 256, (9, 7, 4)).astype(np.uint8)
+ARRAYS = {
+    "RGB": (RGBA[..., :3], "RGB"),
+    "RGB, channels first": (RGBA[..., :3].transpose(2, 0, 1), "RGB"),
+    "RGBA": (RGBA, "RGBA"),
+    "gray": (RGBA[..., 0], "L"),
+    "gray with a channel": (RGBA[..., :1], "L"),
+    "gray and alpha": (RGBA[..., [0, 3]], "LA"),
+    "integers": (RGBA[..., :3].astype(int), "RGB"),
+    "16 bits": (RGBA[..., 0].astype(np.uint16) * 257, "L"),
+    "16 bits in 32": (RGBA[..., :3].astype(np.int32) * 257, "RGB"),
+    "floats to 255": (RGBA[..., :3].astype(np.float32), "RGB"),
+    "mask": (RGBA[..., 0] > 99, "1"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_images(name):
+    values, mode = ARRAYS[name]
+    channels = dict(RGB=slice(3), RGBA=slice(4), L=0, LA=[0, 3])
+    plain = (RGBA[..., 0] > 99).astype(np.uint8) * 255 if mode == "1" else RGBA[..., channels[mode]]
+    want = open_image(Image.fromarray(np.ascontiguousarray(plain)))
+    for same in (values, torch.tensor(np.ascontiguousarray(values))):
+        assert np.array_equal(open_image(same), want)
+    assert np.asarray(want).std() > 10
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (np.zeros((8, 8, 3)), "do_rescale=False"),
+        (torch.full((3, 8, 8), 0.5), "from 0.5 to 0.5"),
+        (np.full((8, 8), -0.5), "from -0.5 to -0.5, but they must lie in 0..255"),
+        (np.full((8, 8), 70_000), "must lie in 0..65535"),
+        (np.full((8, 8), np.nan), "must lie in 0..255"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "one by one"),
+        (np.zeros((8, 8, 5), np.uint8), "1 to 4 channels"),
+        (np.zeros((0, 8), np.uint8), "has the shape"),
+        (np.full((8, 8), "a"), "convert them to uint8"),
+        (None, "image is 'None'.*give a path"),
+        (b"bytes", "io.BytesIO"),
+        (7, "give a path"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_sentence(values, message):
+    with pytest.raises(ValueError, match=message):
+        open_image(values)
+
+
+def test_8_bits_stored_in_32_keep_their_values():
+    gray = Image.fromarray(RGBA[..., 0])
+    assert np.array_equal(open_image(gray.convert("I")), open_image(gray))
+    deep = Image.fromarray(RGBA[..., 0].astype(np.int32) * 257)
+    assert deep.mode == "I" and np.array_equal(open_image(deep), open_image(gray))
+
+
 def test_palette_with_a_transparent_colour():
     image = Image.new("P", (2, 2), 3)
     image.putpalette([0] * 768)

@@ -263,8 +263,9 @@ class Site:
     def copy_files(self) -> None:
         "Everything beside the notebooks: images, style sheets."
         for file in self.source.rglob("*"):
-            if file.is_file() and file.suffix != ".ipynb":
-                target = self.out / file.relative_to(self.source)
+            inside = file.relative_to(self.source)
+            if file.is_file() and file.suffix != ".ipynb" and inside.parts[0] != "_docs":  # Quarto's own
+                target = self.out / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
 

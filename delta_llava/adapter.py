@@ -97,6 +97,7 @@ PARTS = {  # name: (module that holds it, reason)
     "MultiModalData": ("transformers.processing_utils", "serving engines ask for numbers of placeholders"),
     "PeftModel": ("peft", "the model inside is saved and looked at"),
     "ModulesToSaveWrapper": ("peft.utils.other", "the trained copy of a part is inside"),
+    "TrainableTokensWrapper": ("peft.utils.other", "the trained rows of an embedding are inside"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
     "inject_adapter_in_model": ("peft", "LoRA layers are added without a check of versions"),
     "disable_input_dtype_casting": ("peft.helpers", "LoRA reads bfloat16 as it is where autocast is on"),
@@ -494,23 +495,35 @@ def unwrap_model(
 
 def unwrap_part(
     part: nn.Module,  # Perhaps in `modules_to_save`
-) -> nn.Module:  # The copy that is trained
+) -> nn.Module:  # The copy of the active adapter, or the original if it has none
     "A part of a model without PEFT's wrapper around it."
     if "peft" in sys.modules and isinstance(part, moving_part("ModulesToSaveWrapper")):
-        return part.modules_to_save[part.active_adapters[0]]
+        active = part.active_adapters  # none if the model's active adapter trains no copy of this part
+        return part.modules_to_save[active[0]] if active else part.original_module
     return part
 
 
+def _merge_inside(
+    part: nn.Module,  # A copy, which is changed
+) -> nn.Module:  # The part without wrappers, at any depth
+    "Add adapters to the weights, and put trained copies in the places of their wrappers."
+    if isinstance(part, moving_part("TrainableTokensWrapper")):
+        part = part.token_adapter
+    inner = unwrap_part(part)
+    while is_lora_layer(inner):  # one around another if several weights of a layer have updates
+        inner.merge()
+        inner = inner.base_layer
+    for name, child in list(inner.named_children()):
+        setattr(inner, name, _merge_inside(child))
+    return inner
+
+
 def merged_copy(
-    part: nn.Module,  # Perhaps with adapters of PEFT on its layers
-) -> nn.Module:  # The part itself if it has none
-    "A part of a model with its adapters added to the weights."
-    if not any(is_lora_layer(module) for module in part.modules()):
-        return part
-    part = copy.deepcopy(part)
-    for name, layer in [(n, m) for n, m in part.named_modules() if is_lora_layer(m)]:
-        layer.merge()
-        part.set_submodule(name, layer.get_base_layer())
+    part: nn.Module,  # Perhaps with adapters of PEFT on its layers, or trained copies of them
+) -> nn.Module:  # The part itself if PEFT changed nothing in it
+    "A part of a model as its active adapters compute it: added to the weights, and without wrappers."
+    if any(is_lora_layer(m) or unwrap_part(m) is not m for m in part.modules()):
+        return _merge_inside(copy.deepcopy(part))
     return part
 
 

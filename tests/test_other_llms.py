@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, projector_config, prompt
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -234,6 +234,25 @@ def test_adapters_on_the_projector_are_saved_in_its_weights(tmp_path):
     assert_close(plain.get_image_features(pixels).pooler_output[0], want, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"fold\(\) reads .*merge_and_unload"):
         model.base_model.model.multi_modal_projector.fold()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["granite", "gemma3_text"])
+@pytest.mark.parametrize("tuning", [PromptTuningConfig, PromptEncoderConfig])
+def test_prompt_tuning_puts_its_vectors_before_the_prompt(kind, tuning):
+    plain = make_model(make_llm(kind))
+    model = get_peft_model(plain, tuning(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids, pixels = prompt(1), images(TOWER)
+    embeds = plain.get_input_embeddings()(ids)
+    embeds[ids == IMAGE] = plain.get_image_features(pixels).pooler_output[0]
+    embeds = torch.cat([model.get_prompt(1), embeds], 1)
+    want = plain.language_model(inputs_embeds=embeds).logits
+    mask = torch.ones_like(ids)
+    found = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    assert_close(found, want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"generate\(\) of a PeftModelForCausalLM.*or train LoRA"):
+        model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=1)
+    assert plain.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=1).shape == (1, ids.shape[1] + 1)
 
 
 def test_the_closed_form_initialization_reaches_the_trained_copy():

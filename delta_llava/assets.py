@@ -39,8 +39,8 @@ from transformers.utils import logging as hf_logging
 from . import adapter
 from .config import dinov2_s14, relative_levels
 from delta_llava.files import (
-    named_safetensors_errors,
     file_sha256,
+    named_safetensors_errors,
     read_json,
     text_sha256,
     write_json,

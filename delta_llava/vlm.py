@@ -654,8 +654,8 @@ class VisualGeneration(nn.Module):
         peft_model = getattr(self.prepare_inputs_for_generation, "__self__", self)
         if peft_model is not self:
             raise ValueError(
-                f"generate() of a {type(peft_model).__name__} with prompt or prefix tuning would leave out the "
-                "trained vectors; choose tokens from the logits of forward(), or train LoRA instead."
+                f"generate() of a {type(peft_model).__name__} with prompt or prefix tuning would leave out "
+                "the trained vectors; choose tokens from the logits of forward(), or train LoRA instead."
             )
 
     def _passes_that_need_positions(self, generation_config, kwargs: dict) -> str:

@@ -156,13 +156,13 @@ class Weights:
         where = f"{self.file_of[name]}: {name!r}"
         if tensor.is_meta:
             raise ValueError(
-                f"{where} has a shape but no numbers (device 'meta'), so its weights were elsewhere when it was "
-                "saved; save it again from a model that is in memory as a whole."
+                f"{where} has a shape but no numbers (device 'meta'), so its weights were elsewhere when it "
+                "was saved; save it again from a model that is in memory as a whole."
             )
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{where} holds {tensor.dtype}, but weights must be in floating point; take the checkpoint in "
-                "full precision, or dequantize the model before it is saved."
+                f"{where} holds {tensor.dtype}, but weights must be in floating point; take the checkpoint "
+                "in full precision, or dequantize the model before it is saved."
             )
         if not (bad := int(tensor.isfinite().logical_not().sum())):
             return

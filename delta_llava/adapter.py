@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'PARTS', 'ATTENTION_LAYERS', 'RECURRENT_TYPES', 'UNPACKED_TYPES', 'PIL_PROCESSORS', 'PRIVATE',
-           'TRAINER_METHODS', 'AdapterError', 'installed', 'adapter_error', 'moving_part', 'cache_argument', 'cache_of',
-           'check_dynamic_cache', 'causal_mask', 'is_packed', 'mixes_rows', 'shortest_window', 'counts_padding',
-           'checkpointing_runs_hooks', 'rotary_function', 'forward_arguments', 'keep_pil_backend',
-           'open_images_of_pipelines', 'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys',
-           'attention_implementation', 'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states',
-           'vision_block_halves', 'vision_projections', 'vision_values', 'execution_device', 'positions_in_memory',
-           'add_adapters', 'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear',
-           'forget_adapters', 'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer',
-           'TaskRequest', 'task_request']
+           'FOUR_BIT_BLOCK', 'TRAINER_METHODS', 'AdapterError', 'installed', 'adapter_error', 'moving_part',
+           'cache_argument', 'cache_of', 'check_dynamic_cache', 'causal_mask', 'is_packed', 'mixes_rows',
+           'shortest_window', 'counts_padding', 'checkpointing_runs_hooks', 'rotary_function', 'forward_arguments',
+           'keep_pil_backend', 'open_images_of_pipelines', 'changed_hidden_states', 'selected_logits',
+           'old_state_dict_map', 'rename_keys', 'attention_implementation', 'layer_class_names', 'hub_commit',
+           'vision_blocks', 'vision_hidden_states', 'vision_block_halves', 'vision_projections', 'vision_values',
+           'execution_device', 'positions_in_memory', 'unpackable_layers', 'four_bit_config', 'add_adapters',
+           'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear', 'forget_adapters',
+           'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer', 'TaskRequest',
+           'task_request']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import copy
@@ -98,11 +99,13 @@ PARTS = {  # name: (module that holds it, reason)
     "MultiModalData": ("transformers.processing_utils", "serving engines ask for numbers of placeholders"),
     "PeftModel": ("peft", "the model inside is saved and looked at"),
     "ModulesToSaveWrapper": ("peft.utils.other", "the trained copy of a part is inside"),
+    "TrainableTokensWrapper": ("peft.utils.other", "the trained rows of an embedding are inside"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "training tells LoRA layers from plain ones"),
     "inject_adapter_in_model": ("peft", "LoRA layers are added without a check of versions"),
     "disable_input_dtype_casting": ("peft.helpers", "LoRA reads bfloat16 as it is where autocast is on"),
     "align_module_device": ("accelerate.utils", "towers read offloaded position embeddings"),
     "dequantize_module_weight": ("peft.utils.integrations", "LoRA updates are added to dequantized weights"),
+    "get_keys_to_not_convert": ("transformers.quantizers.base", "these layers are never quantized"),
     "ModelManifest": ("lmms_eval.models.registry_v2", "the plug-in registers itself with lmms-eval"),
     "GenerationResult": ("lmms_eval.api.instance", "the plug-in answers requests of lmms-eval"),
     "lmms": ("lmms_eval.api.model", "the plug-in is a model of lmms-eval"),
@@ -519,6 +522,41 @@ def positions_in_memory(
     with moving_part("align_module_device")(layer):
         yield
 
+# %% ../nbs/09_adapter.ipynb #31d0831c
+FOUR_BIT_BLOCK = (64, 32)  # inputs and outputs of a matrix that bitsandbytes can repack
+
+
+def unpackable_layers(
+    part: nn.Module,  # Of a model, perhaps on the meta device
+) -> list[str]:  # Names
+    "Linear layers of shapes that bitsandbytes cannot compute in four bits on every machine."
+    d_in, d_out = FOUR_BIT_BLOCK
+    linears = [(name, layer) for name, layer in part.named_modules() if isinstance(layer, nn.Linear)]
+    return [name for name, layer in linears if layer.in_features % d_in or layer.out_features % d_out]
+
+
+def four_bit_config(
+    given: Any,  # `quantization_config` of `from_pretrained`
+    make_model: Callable[[], nn.Module],  # Makes the model, on the meta device
+    parts: tuple[str, ...],  # Names of parts in which layers may stay in full precision
+) -> Any:  # A copy that leaves layers out, or what was given, if it asks for something else
+    "The settings of four bits, without the layers that bitsandbytes cannot repack."
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(given, dict) and given.get("load_in_4bit"):
+        given = BitsAndBytesConfig.from_dict(given)
+    if not (isinstance(given, BitsAndBytesConfig) and given.load_in_4bit):
+        return given
+    model = make_model()
+    found = [f"{part}.{name}" for part in parts for name in unpackable_layers(model.get_submodule(part))]
+    if not found:
+        return given
+    skipped = given.llm_int8_skip_modules  # a list of one's own replaces transformers' list
+    skipped = moving_part("get_keys_to_not_convert")(model) if skipped is None else skipped
+    config = copy.deepcopy(given)
+    config.llm_int8_skip_modules = [*skipped, *found]
+    return config
+
 # %% ../nbs/09_adapter.ipynb #a1c00901
 def add_adapters(
     model: nn.Module,  # A transformers model
@@ -540,23 +578,35 @@ def unwrap_model(
 
 def unwrap_part(
     part: nn.Module,  # Perhaps in `modules_to_save`
-) -> nn.Module:  # The copy that is trained
+) -> nn.Module:  # The copy of the active adapter, or the original if it has none
     "A part of a model without PEFT's wrapper around it."
     if "peft" in sys.modules and isinstance(part, moving_part("ModulesToSaveWrapper")):
-        return part.modules_to_save[part.active_adapters[0]]
+        active = part.active_adapters  # none if the model's active adapter trains no copy of this part
+        return part.modules_to_save[active[0]] if active else part.original_module
     return part
 
 
+def _merge_inside(
+    part: nn.Module,  # A copy, which is changed
+) -> nn.Module:  # The part without wrappers, at any depth
+    "Add adapters to the weights, and put trained copies in the places of their wrappers."
+    if isinstance(part, moving_part("TrainableTokensWrapper")):
+        part = part.token_adapter
+    inner = unwrap_part(part)
+    while is_lora_layer(inner):  # one around another if several weights of a layer have updates
+        inner.merge()
+        inner = inner.base_layer
+    for name, child in list(inner.named_children()):
+        setattr(inner, name, _merge_inside(child))
+    return inner
+
+
 def merged_copy(
-    part: nn.Module,  # Perhaps with adapters of PEFT on its layers
-) -> nn.Module:  # The part itself if it has none
-    "A part of a model with its adapters added to the weights."
-    if not any(is_lora_layer(module) for module in part.modules()):
-        return part
-    part = copy.deepcopy(part)
-    for name, layer in [(n, m) for n, m in part.named_modules() if is_lora_layer(m)]:
-        layer.merge()
-        part.set_submodule(name, layer.get_base_layer())
+    part: nn.Module,  # Perhaps with adapters of PEFT on its layers, or trained copies of them
+) -> nn.Module:  # The part itself if PEFT changed nothing in it
+    "A part of a model as its active adapters compute it: added to the weights, and without wrappers."
+    if any(is_lora_layer(m) or unwrap_part(m) is not m for m in part.modules()):
+        return _merge_inside(copy.deepcopy(part))
     return part
 
 

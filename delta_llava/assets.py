@@ -38,7 +38,14 @@ from transformers.utils import logging as hf_logging
 
 from . import adapter
 from .config import dinov2_s14, relative_levels
-from .files import file_sha256, read_json, text_sha256, write_json, write_safetensors
+from delta_llava.files import (
+    file_sha256,
+    named_safetensors_errors,
+    read_json,
+    text_sha256,
+    write_json,
+    write_safetensors,
+)
 
 # %% ../nbs/20_assets.ipynb #207ea1f2
 log = logging.getLogger(__name__)
@@ -407,7 +414,7 @@ def _load_complete(
     **kwargs,  # For `from_pretrained`
 ) -> PreTrainedModel:  # In `eval` mode
     "Load a model; an error if a weight is missing from the file or has another shape."
-    with _quiet():
+    with _quiet(), named_safetensors_errors(asset.path):
         model, info = cls.from_pretrained(
             asset.path,
             dtype=dtype,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_atomic', 'write_json', 'check_new_folder', 'new_folder', 'shipped_folder', 'read_json',
-           'open_safetensors', 'read_safetensors', 'write_safetensors', 'file_sha256', 'text_sha256']
+           'open_safetensors', 'named_safetensors_errors', 'read_safetensors', 'write_safetensors', 'file_sha256',
+           'text_sha256']
 
 # %% ../nbs/08_files.ipynb #ffeb832e
 import hashlib
@@ -128,6 +129,24 @@ def open_safetensors(
         raise ValueError(f"{path} is damaged or not a safetensors file ({e}). {hint}") from e
     except FileNotFoundError as e:
         raise ValueError(f"{path} does not exist. {hint}") from e
+
+
+@contextmanager
+def named_safetensors_errors(
+    source: str | Path | None,  # File or folder from which another library reads
+    hint: str = "Write or fetch it again.",  # The way out, for the message
+) -> Iterator[None]:
+    "A context in which a damaged safetensors file is a `ValueError` that names the file."
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as e:
+        path = Path(source or ".")
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
+            with open_safetensors(file, hint=hint):
+                pass  # the damaged one raises here
+        raise ValueError(f"{source} has damaged weights ({e}). {hint}") from e
 
 
 def read_safetensors(

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal  # noqa: F401  an annotation that DeltaLlavaConfig inherits names it
@@ -55,7 +56,7 @@ from delta_llava.compressors.base import (
 )
 from .compressors.fastv import end_of_prompt, last_visible
 from .config import CompressorConfig
-from .files import read_json, read_safetensors
+from .files import named_safetensors_errors, read_json, read_safetensors
 from .grid import VisionFeatures
 from .tower import required_depth, truncate_tower, truncated_config
 from .tower import vision_features as tower_features
@@ -208,6 +209,12 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(adapter.rename_keys(state_dict, patterns), *args, **kwargs)
 
     @classmethod
+    def _without_weights(cls, config: DeltaLlavaConfig) -> PreTrainedModel:
+        "The modules alone."
+        with torch.device("meta"):
+            return cls(copy.deepcopy(config))
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None,  # Folder or hub name; `None`: see `state_dict`
@@ -221,7 +228,14 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_dict(source)
         kwargs.setdefault("key_mapping", adapter.old_state_dict_map(config.text_config))
-        model, info = super().from_pretrained(path, *args, **kwargs | {"output_loading_info": True})
+        if kwargs.get("quantization_config") is not None and "quantization_config" not in source:
+            parts = ("vision_tower", PROJECTOR.rstrip("."))
+            make_model = partial(cls._without_weights, config)
+            kwargs["quantization_config"] = adapter.four_bit_config(
+                kwargs["quantization_config"], make_model, parts
+            )
+        with named_safetensors_errors(path):
+            model, info = super().from_pretrained(path, *args, **kwargs | {"output_loading_info": True})
         other = path is not None and source.get("model_type") != DeltaLlavaConfig.model_type
         if path is not None or kwargs.get("state_dict"):
             check_loaded(model, path, llm_part(info) if other else info)
@@ -699,6 +713,7 @@ class VisualGeneration(nn.Module):
         **kwargs,  # As in transformers
     ):
         "As in transformers; the output contains the prompt."
+        self._check_soft_prompts()
         input_ids = inputs if input_ids is None else input_ids
         visual = dict(pixel_values=pixel_values, vision_features=vision_features, tokens=tokens)
         visual |= dict(question_ids=question_ids, question_mask=question_mask)
@@ -733,6 +748,15 @@ class VisualGeneration(nn.Module):
                 kwargs["assistant_model"] = draft.language_model
                 contexts.enter_context(draft.as_draft(input_ids, **visual))
             return self.language_model.generate(generation_config=generation_config, **prompt, **kwargs)
+
+    def _check_soft_prompts(self) -> None:
+        "An error where PEFT would add vectors to the prompt, which the LLM's own `generate` does not read."
+        peft_model = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        if peft_model is not self:
+            raise ValueError(
+                f"generate() of a {type(peft_model).__name__} with prompt or prefix tuning would leave out "
+                "the trained vectors; choose tokens from the logits of forward(), or train LoRA instead."
+            )
 
     def _passes_that_need_positions(self, generation_config, kwargs: dict) -> str:
         "The setting that makes `generate` read the prompt in parts, by token ids; empty if there is none."
@@ -989,6 +1013,15 @@ class DeltaLlavaForConditionalGeneration(
             return dict(out) | dict(last_hidden_state=read[-1] if read else None)
         targets = dict(labels=labels, shift_labels=inputs.get("shift_labels"))
         return dict(out) | dict(loss=loss_function(logits=out.logits, **targets))
+
+    def get_submodule(
+        self,
+        target: str,  # Name, with dots
+    ) -> nn.Module:
+        "A part by its name; PEFT's prompt tuning asks for the embeddings of text under BERT's name."
+        if target == "embeddings.word_embeddings":
+            return self.get_input_embeddings()
+        return super().get_submodule(target)
 
     def remember_tower(self) -> None:
         "Store the tower's fingerprint before sharded training distributes its weights."

@@ -256,6 +256,15 @@ def test_hub_is_not_touched_unless_named(clip, fake, monkeypatch):
 # ---- folders
 
 
+@pytest.mark.parametrize("kept", [0, 5, 0.5])
+def test_a_truncated_file_of_weights_is_named(kept, clip):
+    file = clip / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged .*fetch it again"):
+        load_tower_model(clip)
+
+
 def test_folder(clip):
     asset = resolve(str(clip))
     assert (asset.kind, asset.path, asset.license) == ("tower", clip, "not stated")

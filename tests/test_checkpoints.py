@@ -1121,17 +1121,44 @@ def test_tensors_that_zero3_left_empty(shape, kind, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("whole", [False, True])
-def test_nan_is_refused(whole, tmp_path):
+def test_nan_and_infinity_are_refused(whole, number, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight" if whole else min(delta_shapes())
     if whole:
-        folder = authors(tmp_path / "authors", more={name: torch.full((FF, D), torch.nan)})
+        folder = authors(tmp_path / "authors", more={name: torch.full((FF, D), number)})
     else:
         state = draw(delta_shapes())
-        state[name].view(-1)[3] = torch.nan
+        state[name].view(-1)[3] = number
         folder = write(state, tmp_path / "stage1", stem="mm_projector")
-    with pytest.raises(ValueError, match=rf"of the \d+ numbers of '{name}' are NaN"):
+    kind = "NaN" if number != number else "infinite"
+    with pytest.raises(ValueError, match=rf"of the \d+ numbers of '{name}' are {kind}.*earlier step"):
         convert(folder, tmp_path / "ours", **DELTA)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_that_are_no_floating_point_are_refused(whole, dtype, tmp_path):
+    name = "model.layers.0.self_attn.k_proj.weight" if whole else max(delta_shapes())
+    if whole:
+        folder = authors(tmp_path / "authors", more={name: torch.ones(D, D, dtype=dtype)})
+    else:
+        state = draw(delta_shapes())
+        state[name] = torch.ones_like(state[name]).to(dtype)
+        folder = write(state, tmp_path / "stage1", stem="mm_projector")
+    with pytest.raises(ValueError, match=rf"'{name}' holds {dtype}, .*full precision, or dequantize"):
+        convert(folder, tmp_path / "ours", **DELTA)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_tensors_without_numbers_are_refused(tmp_path):
+    state = draw(delta_shapes())
+    name = sorted(state)[2]
+    state[name] = state[name].to("meta")
+    file = write(state, tmp_path / "stage1", "bin", stem="mm_projector")
+    with pytest.raises(ValueError, match=rf"'{name}' has a shape but no numbers \(device 'meta'\).*again"):
+        convert(file, tmp_path / "ours", **DELTA)
     assert not (tmp_path / "ours").exists()
 
 

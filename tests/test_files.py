@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from delta_llava import files
 
@@ -63,6 +64,13 @@ def test_truncated_safetensors_are_one_sentence_with_the_name(kept, tmp_path):
         files.read_safetensors(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="none.safetensors does not exist"):
         files.read_safetensors(tmp_path / "none.safetensors")
+    files.write_safetensors(tmp_path / "a.safetensors", dict(w=torch.ones(5)))  # is whole
+    for source in (tmp_path, tmp_path / "x.safetensors"):
+        with pytest.raises(ValueError, match="x.safetensors .*damaged.*fetch it again"):
+            with files.named_safetensors_errors(source):
+                safe_open(tmp_path / "x.safetensors", "pt")
+    with files.named_safetensors_errors(None):
+        safe_open(tmp_path / "a.safetensors", "pt")
 
 
 def test_a_new_folder_is_complete_or_absent(tmp_path):

@@ -5,7 +5,7 @@ both hold the same weights. Its results are the measure of ours."""
 
 import copy
 import re
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import accelerate
@@ -18,7 +18,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from tiny_vlm import CLIP, IMAGE, byte_tokenizer, images, llm_config, projector_config
+from tiny_vlm import CLIP, IMAGE, byte_tokenizer, images, llm_config, projector_config, prompt, tiny
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from transformers import (
@@ -29,6 +29,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from delta_llava import adapter
 from delta_llava.checkpoints.converting import convert
 from delta_llava.compressors.base import COMPRESSORS, compressor_config
 from delta_llava.vlm import DeltaLlavaForConditionalGeneration, build_vlm
@@ -224,6 +225,51 @@ def test_quantized(folders, kind):
     assert ours.known_fingerprint is None  # other numbers than those of the whole tower
     assert_same(llava, ours)
     assert not torch.equal(logits(ours), logits(load(folders.ours)))
+
+
+def test_shapes_that_cannot_be_repacked():
+    "bitsandbytes needs blocks of 64 inputs and 32 outputs on some CPUs (SigLIP: 4304; C/4 = 288 channels)."
+    linears = [(64, 32), (4304, 1152), (1152, 4304), (288, 64), (128, 48), (1152, 576)]
+    part = torch.nn.ModuleList(torch.nn.Linear(*sizes, device="meta") for sizes in linears)
+    part.append(torch.nn.LayerNorm(288))
+    assert adapter.unpackable_layers(part) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_four_bits_leave_layers_out_by_their_shape(as_dict, tmp_path):
+    "Runs on every CPU; a folder of the rounded model loads as it was saved."
+    four_bits = quantized("QLoRA's")
+    given = four_bits["quantization_config"]
+    if as_dict:
+        four_bits["quantization_config"] = given.to_dict()
+    tiny().save_pretrained(tmp_path / "whole")
+    model = load(tmp_path / "whole", **four_bits)
+    assert given.llm_int8_skip_modules is None
+    left_out = {name for name in linear(model) - rounded(model) if "lm_head" not in name}
+    sizes = {n: (p.in_features, p.out_features) for n, p in model.named_modules() if n in linear(model)}
+    assert left_out == {n for n, (d_in, d_out) in sizes.items() if d_in % 64 or d_out % 32} - {
+        "language_model.lm_head"
+    }
+    assert "multi_modal_projector.mix.emhsa.qkv" in left_out  # 96 inputs
+    assert "multi_modal_projector.attend.qkv" in rounded(model) and "language_model.lm_head" in linear(model)
+    ids, pixels = prompt(16), images("clip_b32_224")
+    before = model(ids, pixels).logits
+    assert before.isfinite().all()
+    model.save_pretrained(tmp_path / "rounded")
+    again = load(tmp_path / "rounded")
+    assert rounded(again) == rounded(model)
+    assert_close(again(ids, pixels).logits, before, atol=5e-3, rtol=5e-3)  # scales became bfloat16
+
+
+def test_layers_that_the_user_leaves_out_of_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    own = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["vision_tower"])
+    make = partial(DeltaLlavaForConditionalGeneration._without_weights, tiny().config)
+    found = adapter.four_bit_config(own, make, ("multi_modal_projector",)).llm_int8_skip_modules
+    assert found[0] == "vision_tower" and "multi_modal_projector.mix.emhsa.qkv" in found
+    assert own.llm_int8_skip_modules == ["vision_tower"] and "language_model.lm_head" not in found
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    assert adapter.four_bit_config(eight, make, ("multi_modal_projector",)) is eight
 
 
 # ---------------------------------------------------------------- adapters

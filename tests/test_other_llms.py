@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_vlm import IMAGE, TOWERS, byte_tokenizer, images, projector_config, prompt
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -269,6 +269,48 @@ def test_the_trained_copy_of_the_projector_is_saved(tmp_path):
         assert not again["attend.out.weight"].equal(fresh["attend.out.weight"])
 
 
+def assert_saved_as_it_computes(model, folder):
+    "The projector, saved and loaded into a model without PEFT, computes the same; returns its weights."
+    pixels = images(TOWER)
+    want = model.eval().get_image_features(pixels).pooler_output[0]
+    plain = make_model(make_llm("granite"))
+    plain.vision_tower = adapter.unwrap_model(model).vision_tower
+    projector = load_projector(save_projector(model, folder), plain)
+    assert_close(plain.get_image_features(pixels).pooler_output[0], want, atol=1e-4, rtol=1e-4)
+    return projector.state_dict()
+
+
+def differ(state, fresh):
+    return {name for name, weight in fresh.items() if not torch.allclose(state[name], weight, atol=1e-3)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["attend"], ["mix.mhca", "mlp"], ["attend.out", "mlp.0"]], ids="-".join)
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "qkv", "mlp.2"]], ids=["LLM", "both"])
+def test_trained_copies_inside_the_projector_are_saved(names, targets, tmp_path):
+    inside = [f"multi_modal_projector.{name}" for name in names]
+    model, fresh = wrapped(target_modules=targets, modules_to_save=inside, init_lora_weights=False)
+    wrappers = [m for m in model.modules() if adapter.unwrap_part(m) is not m]
+    assert wrappers
+    for weight in (p for m in wrappers for p in adapter.unwrap_part(m).parameters()):
+        weight.add_(0.2 * torch.randn_like(weight))
+    changed = differ(assert_saved_as_it_computes(model, tmp_path), fresh)
+    assert {name for name in fresh if name.startswith(tuple(names))} <= changed
+    assert ("mix.emhsa.qkv.weight" in changed) == ("qkv" in targets)
+    assert all(adapter.unwrap_part(m) is not m for m in wrappers)  # saving changes nothing in the model
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")  # which trains no part of the projector
+    assert not differ(assert_saved_as_it_computes(model, tmp_path), fresh)
+
+
+@torch.no_grad()
+def test_updates_of_several_weights_of_a_layer_are_saved(tmp_path):
+    names = {"attend.out.weight", "mlp.0.weight", "q.U", "q.V"}
+    inside = [f"multi_modal_projector.{name}" for name in names]
+    model, fresh = wrapped(target_modules=["q_proj"], target_parameters=inside, init_lora_weights=False)
+    assert differ(assert_saved_as_it_computes(model, tmp_path), fresh) == names
+
+
 @torch.no_grad()
 def test_adapters_on_the_projector_are_saved_in_its_weights(tmp_path):
     model, _ = wrapped(target_modules="all-linear", init_lora_weights=False)
@@ -282,6 +324,25 @@ def test_adapters_on_the_projector_are_saved_in_its_weights(tmp_path):
     assert_close(plain.get_image_features(pixels).pooler_output[0], want, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"fold\(\) reads .*merge_and_unload"):
         model.base_model.model.multi_modal_projector.fold()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["granite", "gemma3_text"])
+@pytest.mark.parametrize("tuning", [PromptTuningConfig, PromptEncoderConfig])
+def test_prompt_tuning_puts_its_vectors_before_the_prompt(kind, tuning):
+    plain = make_model(make_llm(kind))
+    model = get_peft_model(plain, tuning(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids, pixels = prompt(1), images(TOWER)
+    embeds = plain.get_input_embeddings()(ids)
+    embeds[ids == IMAGE] = plain.get_image_features(pixels).pooler_output[0]
+    embeds = torch.cat([model.get_prompt(1), embeds], 1)
+    want = plain.language_model(inputs_embeds=embeds).logits
+    mask = torch.ones_like(ids)
+    found = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    assert_close(found, want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"generate\(\) of a PeftModelForCausalLM.*or train LoRA"):
+        model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=1)
+    assert plain.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=1).shape == (1, ids.shape[1] + 1)
 
 
 def test_the_closed_form_initialization_reaches_the_trained_copy():

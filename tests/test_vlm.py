@@ -248,6 +248,14 @@ def test_missing_weights_are_an_error(key, tmp_path):
         DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_truncated_file_of_the_model_is_named(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged .*fetch it again"):
+        DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_unknown_projector_weights_are_an_error(tmp_path):
     tiny().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

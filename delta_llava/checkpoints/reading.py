@@ -148,12 +148,30 @@ class Weights:
             tensor = content[name].detach().clone(memory_format=torch.contiguous_format)
         else:
             tensor = content.get_tensor(name)
-        if tensor.is_floating_point() and (bad := int(tensor.isnan().sum())):
-            raise ValueError(
-                f"{self.file_of[name]}: {bad} of the {tensor.numel()} numbers of {name!r} are NaN, so the "
-                "training had failed when it was saved; take a checkpoint of an earlier step."
-            )
+        self._check_numbers(name, tensor)
         return tensor
+
+    def _check_numbers(self, name: str, tensor: Tensor):
+        "An error unless a tensor holds finite numbers in floating point."
+        where = f"{self.file_of[name]}: {name!r}"
+        if tensor.is_meta:
+            raise ValueError(
+                f"{where} has a shape but no numbers (device 'meta'), so its weights were elsewhere when it "
+                "was saved; save it again from a model that is in memory as a whole."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{where} holds {tensor.dtype}, but weights must be in floating point; take the checkpoint "
+                "in full precision, or dequantize the model before it is saved."
+            )
+        if not (bad := int(tensor.isfinite().logical_not().sum())):
+            return
+        kind = "NaN" if tensor.isnan().any() else "infinite"
+        raise ValueError(
+            f"{self.file_of[name]}: {bad} of the {tensor.numel()} numbers of {name!r} are {kind}, so the "
+            "training had failed when it was saved, or float16 could not hold them; take a checkpoint of an "
+            "earlier step, or save in bfloat16 or float32."
+        )
 
     def check_whole(self) -> None:
         "An error if tensors are empty."

@@ -418,7 +418,10 @@ def shared_prefix_mask(
 class ImageFeatures(adapter.BaseModelOutputWithPooling):
     "Visual tokens of images, and what a compressor adds to the loss."
 
+    last_hidden_state: Tensor | None = None  # Patch tokens of the last level
     pooler_output: list[Tensor] | Tensor | None = None  # Visual tokens `[v, d]` of each image
+    hidden_states: tuple | None = None  # Of the vision tower, if asked for
+    attentions: tuple | None = None  # Of the vision tower, if asked for
     auxiliary_loss: Tensor | None = None  # In training, of a compressor that has one
 
 # %% ../nbs/22_vlm.ipynb #950f8df5

@@ -35,7 +35,7 @@ def page():
 
 
 def copy_notebook(name, folder):
-    "A notebook without outputs, and the records that it reads."
+    "A notebook without outputs, the records that it reads, and the file by which it finds the repository."
     notebook = json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -46,6 +46,7 @@ def copy_notebook(name, folder):
     (folder / "runs").mkdir()
     for record in (ROOT / "runs").glob("*.json"):
         shutil.copy(record, folder / "runs")
+    shutil.copy(ROOT / "pyproject.toml", folder)
     return copy
 
 

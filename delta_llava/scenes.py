@@ -311,7 +311,7 @@ def crop_background(
     size: int,  # Side, px
 ) -> Image.Image:  # RGB
     "A square part of a photograph, between half of its shorter side and all of it."
-    photograph = photographs[rng.integers(len(photographs))].convert("RGB")
+    photograph = photographs[int(rng.integers(len(photographs)))].convert("RGB")
     side = int(rng.integers(min(photograph.size) // 2, min(photograph.size) + 1))
     x, y = (int(rng.integers(length - side + 1)) for length in photograph.size)
     return photograph.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))

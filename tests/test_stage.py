@@ -594,15 +594,25 @@ class Keep(TrainerCallback):
         }
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_what_is_not_finite_ends_the_run_before_it_reaches_a_weight(parts, tmp_path, what):
+@pytest.mark.parametrize(
+    "what,after,options",
+    [
+        ("loss", 3, {}),
+        ("gradient norm", 3, {}),
+        ("loss", 2, {}),  # found a step later, before the checkpoint
+        ("gradient norm", 2, {}),
+        ("loss", 2, dict(optim="adamw_torch")),  # cannot skip a step, so it is read at once
+    ],
+)
+def test_what_is_not_finite_ends_the_run_before_it_reaches_a_weight(parts, tmp_path, what, after, options):
     keep = Keep()
-    message = rf"step 4: the {what} is (nan|inf), on rows \['.*-\d+', .*\].*checkpoint-2"
+    message = rf"step {after + 1}: the {what} is (nan|inf), on rows \['.*-\d+', .*\].*checkpoint-2"
     with pytest.raises(FloatingPointError, match=message) as error:
-        run_stage(stage("pretrain", parts, tmp_path), callbacks=[Poison(3, what), keep])
+        run_stage(stage("pretrain", parts, tmp_path), callbacks=[Poison(after, what), keep], **options)
     assert str(error.value).count("picture-") + str(error.value).count("text-") == 4
-    assert equal(keep.states[3], keep.model.multi_modal_projector.state_dict())
+    assert equal(keep.states[after], keep.model.multi_modal_projector.state_dict())
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert max(keep.states) == (3 if not options else after)
 
 
 # ---------------------------------------------------------------- a full disk

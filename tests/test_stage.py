@@ -796,6 +796,22 @@ def test_two_processes_train_as_one(parts, mixed, tmp_path, kind, options):
 
 
 @pytest.mark.slow
+def test_sharded_weights_and_moments_are_float32_and_gradients_are_reduced_after_each_pass(
+    parts, mixed, tmp_path
+):
+    "Two passes of one row in a step: a gradient that waits for the last one would be that of a whole layer."
+    options = mixed | dict(batch_size=4, max_steps=2, save_steps=2, bf16=True, sharding="fsdp2")
+    two = finish(
+        launch("finetune", parts, tmp_path / "two", per_device_batch_size=1, fsdp_on_cpu=True, **options)
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    precision = json.loads((tmp_path / "two.precision.1").read_text())
+    expected = dict(kept=["torch.float32"], computed=["torch.bfloat16"], gradients=["DTensor"])
+    assert precision == expected
+    assert {w.dtype for w in weights(tmp_path / "two").values()} == {torch.float32}
+
+
+@pytest.mark.slow
 def test_two_processes_with_a_token_budget_train_as_one_without(parts, mixed, tmp_path):
     "The processes make different numbers of passes, and average their gradients once."
     options = mixed | dict(batch_size=8, max_length=256)

@@ -462,7 +462,8 @@ def sharding_fields(
             state_dict_type="FULL_STATE_DICT",
             cpu_ram_efficient_loading=False,
         )
-        return dict(fsdp=True, fsdp_config=config)
+        each_pass = dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))
+        return dict(fsdp=True, fsdp_config=config, accelerator_config=each_pass)
     return dict(deepspeed=ZERO3) if stage.sharding == "zero3" else {}
 
 

@@ -15,6 +15,7 @@ from delta_llava.scenes import (
     SPLITS,
     TASKS,
     concept_names,
+    crop_background,
     draw_scene,
     drawing_index,
     group_of,

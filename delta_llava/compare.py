@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +389,8 @@ def compare(
     todo = [run for run in runs if not finished(run.output_dir)]
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     try:
-        for seed in dict.fromkeys(run.seed for run in todo):  # seed by seed: the first results come early
-            of_seed = [run for run in todo if run.seed == seed]
+        for _, group in groupby(todo, key=attrgetter("seed")):
+            of_seed = list(group)
             prepare_data(of_seed)
             run_jobs(train_and_evaluate, of_seed, jobs, bar, partial(collect_runs, runs, output_dir))
     finally:

@@ -94,6 +94,7 @@ def write_reader(
         num_attention_heads=width // HEAD_WIDTH,
         num_key_value_heads=width // HEAD_WIDTH,
         max_position_embeddings=MOST_POSITIONS,
+        initializer_range=width**-0.5,  # Llama's 0.02 is meant for thousands of channels
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

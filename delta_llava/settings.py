@@ -627,19 +627,15 @@ class QuestionTraining(SceneFinetune):
         _check_settings(self)
         if _requires(self.compressor, *_MORE_THAN_PATCHES):
             raise ValueError(
-                f"compressor={self.compressor!r} reads more than patch tokens, but here patch tokens alone are "
+                f"compressor={self.compressor!r} reads more than patch tokens, but here they alone are "
                 "stored, and all questions of an image share its visual tokens; take another compressor, or "
                 "CaptionTraining."
             )
         for name in ("curve_steps", "reader_layers", "most_objects"):
             _check_at_least(name, getattr(self, name), 1)
-        _check_at_least(
-            "curve_images", self.curve_images, 2, ": another image shows what is known without it"
-        )
+        _check_at_least("curve_images", self.curve_images, 2, ": one is shown with the other's image")
         if self.reader_width < 32 or self.reader_width % 32:
-            raise ValueError(
-                f"reader_width={self.reader_width} must be a multiple of 32, one attention head."
-            )
+            raise ValueError(f"reader_width={self.reader_width} must be a multiple of 32, one head.")
 
     @property
     def kind(self) -> str:

@@ -201,7 +201,7 @@ def learning_curve(
 
 
 def last_third_gain(
-    curve: Sequence[Sequence[float]],  # Step and accuracy, from `learning_curve`
+    curve: Sequence[Sequence[int | float]],  # Step and accuracy, from `learning_curve`
 ) -> float | None:  # `None` if there are fewer than six points
     "Accuracy gained in the last third of the steps: means of two points at the end and at its begin."
     if len(curve) < 6:
@@ -212,7 +212,7 @@ def last_third_gain(
 
 
 def has_converged(
-    curve: Sequence[Sequence[float]],  # From `learning_curve`
+    curve: Sequence[Sequence[int | float]],  # From `learning_curve`
 ) -> bool:
     "Whether the last third of the steps gained less than two points."
     gain = last_third_gain(curve)

@@ -181,5 +181,5 @@ def test_every_system_with_the_same_weights_at_all_budgets_can_be_elastic(tiny):
 
 @pytest.mark.parametrize("compressor", ["quecc", "fastv", "prumerge", "fastervlm", "evit", "dynamicvit"])
 def test_compressors_that_read_more_than_patch_tokens_are_refused(compressor):
-    with pytest.raises(ValueError, match="reads more than patch tokens"):
+    with pytest.raises(ValueError, match=f"compressor=.{compressor}."):
         QuestionTraining(compressor=compressor)

@@ -221,8 +221,9 @@ class Study:
     def __call__(self) -> None:
         from delta_llava.compare import compare
         from delta_llava.flops import as_table
+        from delta_llava.question_training import system_scores
         from delta_llava.runs import read_record
-        from delta_llava.study import GROUPS, plan_study, score_rows, system_scores
+        from delta_llava.study import GROUPS, plan_study, score_rows
         from delta_llava.train import fast_bfloat16, local_device
 
         shared = ("max_steps", "batch_size", "train_images", "test_images", "curve_steps")

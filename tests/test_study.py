@@ -36,7 +36,7 @@ N = len(held_out_questions(dict(settings=SETTINGS)))
 def run(label, seed, accuracy, tokens=4, hits=None):
     "One result of a record."
     tasks = {task: dict(accuracy=accuracy, mismatched_accuracy=0.1) for task in ("name", "count")}
-    bits = pack_bits(np.zeros(N, bool) if hits is None else hits)
+    bits = pack_bits([False] * N if hits is None else hits.tolist())
     return dict(
         label=label,
         seed=seed,
@@ -128,7 +128,7 @@ def test_the_command_plans_what_it_is_told(monkeypatch, tmp_path, capsys):
         return path
 
     monkeypatch.setattr(compare, "compare", no_training)
-    options = "--compressors delta-elastic --budgets 4 1 --seeds 2 --max-steps 7 --no-bf16"
+    options = "--compressors delta-elastic --budgets 4 1 --seeds 2 --max-steps 7 --bf16 False"
     cli.main(["study", *options.split()])
     (only,) = planned
     assert (run_label(only), only.seed, only.max_steps, only.bf16) == ("delta-elastic", 2, 7, False)

@@ -173,7 +173,9 @@ def score_rows(
     return rows
 
 
-def signed_points(difference: tuple[float, float, float]) -> str:
+def signed_points(
+    difference: tuple[float, float, float] | None,  # From `paired_difference`
+) -> str:
     "Points with their interval."
     if difference is None:
         return "not run"

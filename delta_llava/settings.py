@@ -613,7 +613,7 @@ class QuestionTraining(SceneFinetune):
     closed_form_init: bool = True  # Initialize a fresh projector by ridge regression on answer embeddings
     statistics_images: int = 256  # Images for closed_form_init and standardize; 0 takes all
     batch_size: int = 16  # Images in an optimizer step, each with all its questions
-    learning_rate: float = 1.5e-3  # Highest learning rate
+    learning_rate: float = 5e-4  # Highest learning rate
     warmup_ratio: float = 0.05  # Fraction of the steps in which the learning rate rises
     max_steps: int = 1200  # Optimizer steps
     curve_steps: int = 100  # Steps between two points of the learning curve

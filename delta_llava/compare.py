@@ -234,8 +234,10 @@ def train_and_evaluate(
         torch.set_float32_matmul_precision("high")
     disable_progress_bar()
     worker = multiprocessing.parent_process() is not None
-    on_questions = isinstance(config, QuestionTraining)
-    results = _question_results(config) if on_questions else _caption_results(config, worker)
+    if isinstance(config, QuestionTraining):
+        results = _question_results(config)
+    else:
+        results = _caption_results(config, worker)
     precision = torch.get_float32_matmul_precision()
     add_results(config.output_dir, label=run_label(config), matmul_precision=precision, **results)
 
@@ -262,20 +264,15 @@ def common_settings(
     return shared | dict(image_size=config.drawn_size)
 
 
-def _prepare_questions(runs: Sequence[Training]):
+def _prepare_questions(runs: Sequence[QuestionTraining]):
     "Scenes, features and reader of question trainings."
     for config in {run.image_size: run for run in runs}.values():
         question_sets(config)
         with_reader(config)
 
 
-def prepare_data(
-    runs: Sequence[Training],  # All with one seed
-):
-    "Write the images and store their features, so that the runs only read them."
-    disable_progress_bar()
-    if isinstance(runs[0], QuestionTraining):
-        return _prepare_questions(runs)
+def _prepare_captions(runs: Sequence[CaptionTraining]):
+    "Images and features of trainings on captions."
     distinct = {}
     for run in runs:
         requires = compressor_class(run.compressor).requires
@@ -287,6 +284,15 @@ def prepare_data(
         for rows in (config.load_rows(), *held_out.values()):
             if config.cache_features:
                 extract_features(model, processor, rows)
+
+
+def prepare_data(
+    runs: Sequence[Training],  # All with one seed
+):
+    "Write the images and store their features, so that the runs only read them."
+    disable_progress_bar()
+    _prepare_questions([run for run in runs if isinstance(run, QuestionTraining)])
+    _prepare_captions([run for run in runs if isinstance(run, CaptionTraining)])
 
 # %% ../nbs/51_compare.ipynb #7e13d9cf
 RECORDED_RESULTS = (

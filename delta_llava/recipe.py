@@ -249,11 +249,11 @@ def task_scores(
         n = len(answers[task])
         with_own = [(reference, hit) for reference, hit, _ in answers[task]]
         with_other = [(reference, hit) for reference, _, hit in answers[task]]
-        hits = sum(hit for _, hit in with_own)
-        low, high = binomial_interval(hits, n)
+        n_hits = sum(hit for _, hit in with_own)
+        low, high = binomial_interval(n_hits, n)
         mismatched_accuracy = sum(hit for _, hit in with_other) / n
         scores[task] = dict(
-            n=n, accuracy=hits / n, low=low, high=high, mismatched_accuracy=mismatched_accuracy
+            n=n, accuracy=n_hits / n, low=low, high=high, mismatched_accuracy=mismatched_accuracy
         )
         if task == "existence":
             scores[task] |= dict(f1=_f1(with_own), mismatched_f1=_f1(with_other))

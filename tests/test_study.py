@@ -113,7 +113,7 @@ def test_the_claim_follows_the_intervals(gain, verdict, tmp_path):
             runs.append(run("tokenpacker-elastic", seed, 0.5, tokens))
             runs.append(run("delta-elastic", seed, 0.5 + difference, tokens))
     (tmp_path / "study.json").write_text(json.dumps(study_record(*runs)))
-    assert CLAIMS["better_than_tokenpacker"].finding(tmp_path)[0] == verdict
+    assert CLAIMS["better_answers_than_tokenpacker"].finding(tmp_path)[0] == verdict
     ablation = CLAIMS["deltaproj_raises_small_scores"].finding(tmp_path)
     assert ablation[0] == "undecided" and "not run" in ablation[1]
 

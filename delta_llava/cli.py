@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED_MODEL_FILES', 'QUICKSTART_DIR', 'ALL_COMPRESSORS', 'QUESTION_ARG', 'COMMANDS', 'program_name', 'check_file',
-           'check_trained', 'trained_folder', 'print_training_scope', 'check_budgets', 'Train', 'Compare', 'Chat',
-           'read_question', 'Gradcam', 'Doctor', 'Tasks', 'Convert', 'Evaluate', 'check_one_run', 'Claims', 'Flops',
-           'Speed', 'Launch', 'command_parser', 'parse_command', 'quiet_libraries', 'run_command', 'main']
+           'check_trained', 'trained_folder', 'print_training_scope', 'check_budgets', 'Train', 'Compare', 'Study',
+           'Chat', 'read_question', 'Gradcam', 'Doctor', 'Tasks', 'Convert', 'Evaluate', 'check_one_run', 'Claims',
+           'Flops', 'Speed', 'Launch', 'command_parser', 'parse_command', 'quiet_libraries', 'run_command', 'main']
 
 # %% ../nbs/52_cli.ipynb #cceb6123
 import argparse
@@ -31,6 +31,7 @@ from delta_llava.settings import (
     Finetune,
     LongRecipe,
     Pretrain,
+    QuestionTraining,
     Quickstart,
     Recipe,
     SpeedSettings,
@@ -196,6 +197,48 @@ class Compare:
             f"Forced choice among sixteen (chance 6%), {self.test_images} held-out images in each column:\n"
             f"{as_table([*lines.values()])}\n{path}"
         )
+
+# %% ../nbs/52_cli.ipynb #ff923c4e
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    "Compare compressors on all kinds of questions, in trainings that converge; a stopped study resumes."
+
+    compressors: tuple[
+        str, ...
+    ] = ()  # Names, with -elastic for one training of all budgets; without: the plan
+    budgets: tuple[int, ...] = (36, 16, 4, 1)  # Visual tokens
+    seeds: tuple[int, ...] = (0, 1, 2)  # Each is one set of scenes, one initialization and one order
+    closed_form_init: tuple[bool, ...] = (True,)  # True: in closed form; False: as in the reference
+    max_steps: int = QuestionTraining.max_steps  # Optimizer steps of each training
+    batch_size: int = QuestionTraining.batch_size  # Images in a step, each with all its questions
+    train_images: int = QuestionTraining.train_images  # Scenes of each seed
+    test_images: int = QuestionTraining.test_images  # In each of the two held-out sets
+    curve_steps: int = QuestionTraining.curve_steps  # Steps between two points of the learning curve
+    bf16: bool | None = None  # Compute in bfloat16; without it where the processor is faster at that
+    jobs: int = 1  # Trainings in parallel
+    output_dir: Path = Path("runs/study")  # Gets a folder for each training, and the record
+
+    def __call__(self) -> None:
+        from delta_llava.compare import compare
+        from delta_llava.flops import as_table
+        from delta_llava.question_training import system_scores
+        from delta_llava.runs import read_record
+        from delta_llava.study import GROUPS, plan_study, score_rows
+        from delta_llava.train import fast_bfloat16, local_device
+
+        shared = ("max_steps", "batch_size", "train_images", "test_images", "curve_steps")
+        bf16 = fast_bfloat16() if self.bf16 is None else self.bf16
+        # on a CPU, the backward pass of sdpa in bfloat16 is slower than the plain one
+        attention = "eager" if bf16 and local_device().type == "cpu" else "sdpa"
+        numbers = {name: getattr(self, name) for name in shared}
+        base = QuestionTraining(bf16=bf16, attn_implementation=attention, **numbers)
+        groups = (self.compressors,) if self.compressors else GROUPS
+        runs = plan_study(groups, self.budgets, self.seeds, self.closed_form_init, base)
+        path = compare(runs, self.output_dir, self.jobs)
+        scores = system_scores(read_record(path), closed_form_init=self.closed_form_init[0])
+        systems = list(dict.fromkeys(name for name, _ in scores))
+        table = as_table(score_rows(scores, systems, self.budgets))
+        print(f"Exact answers in percent, mean over the tasks:\n{table}\n{path}")
 
 # %% ../nbs/52_cli.ipynb #d79705e9
 QUESTION_ARG = tyro.conf.arg(aliases=("--ask",))  # its name in earlier versions
@@ -583,6 +626,7 @@ COMMANDS = {"recipe-long": LongRecipe} | dict(
     recipe=Recipe,
     train=Train,
     compare=Compare,
+    study=Study,
     pretrain=Pretrain,
     finetune=Finetune,
     chat=Chat,

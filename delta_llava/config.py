@@ -307,21 +307,22 @@ def dinov2_s14(
     )
 
 # %% ../nbs/01_config.ipynb #5dec964a
+_PAPER_TEXT: dict = dict(
+    order="project-mix",
+    activate=False,
+    share_base=True,
+    residual_mlp=True,
+    query_pool="mean",
+    kv_pool="square",
+    kv_reduction="scale",
+)
+
+
 def paper_text_config(
     config: ProjectorConfig | None = None,  # Config with the sizes; `None` takes the default config
 ) -> ProjectorConfig:
     "`config` with every switch set to the paper's text instead of the authors' code (§4, Eq. 3–11)."
-    config = ProjectorConfig() if config is None else config
-    return replace(
-        config,
-        order="project-mix",
-        activate=False,
-        share_base=True,
-        residual_mlp=True,
-        query_pool="mean",
-        kv_pool="square",
-        kv_reduction="scale",
-    )
+    return replace(ProjectorConfig() if config is None else config, **_PAPER_TEXT)
 
 # %% ../nbs/01_config.ipynb #ae45fa39
 _ABLATIONS: dict[str, dict[str, dict]] = {
@@ -380,6 +381,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {  # Name -> a compressor above, and fie
     "delta-no-deltaproj": ("delta", dict(projection="linear")),
     "delta-no-update": ("delta", dict(projection="base")),
     "delta-tokenpacker-projections": ("delta", dict(projection="tokenpacker")),
+    "delta-paper-text": ("delta", _PAPER_TEXT),
 }
 
 # %% ../nbs/01_config.ipynb #7032f53e

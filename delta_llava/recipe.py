@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'HELD_OUT', 'HELD_OUT_SCENES_SEED', 'SCENE_SETTINGS', 'check_grid', 'write_recipe_scenes', 'scene_rows',
-           'caption_rows', 'SceneSet', 'read_scene_sets', 'QuestionSet', 'binomial_interval', 'score_tasks',
-           'score_sets', 'score_lines', 'short_scores', 'TaskCurves', 'PrintLog', 'export_weights', 'recipe_processor',
-           'recipe_settings', 'PhaseTimer', 'run_recipe']
+           'caption_rows', 'SceneSet', 'read_scene_sets', 'QuestionSet', 'binomial_interval', 'task_scores',
+           'score_tasks', 'score_sets', 'score_lines', 'short_scores', 'TaskCurves', 'PrintLog', 'export_weights',
+           'stage_processor', 'recipe_processor', 'recipe_settings', 'PhaseTimer', 'run_recipe']
 
 # %% ../nbs/47_recipe.ipynb #1bd85619
 import logging
@@ -233,16 +233,14 @@ def _f1(answers: list[tuple[str, bool]]) -> float:
     return 2 * true_yes / (2 * true_yes + errors) if true_yes else 0.0
 
 
-def score_tasks(
-    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
-    questions: QuestionSet,  # Of a held-out set
-    tokens: int,  # Budget $V$
+def task_scores(
+    rows: Sequence[dict],  # Scenes with their questions
+    matched: Sequence[Sequence[bool]],  # For each row, the exact matches of its questions
+    mismatched: Sequence[Sequence[bool]],  # The same with the images of other rows
 ) -> dict[str, dict]:  # Task -> scores
     "Exact match of each task with its interval, and on mismatched images; of existence also F1."
-    matched = questions.exact_matches(model, tokens)
-    mismatched = questions.exact_matches(model, tokens, derangement(len(questions.rows)))
     answers: dict[str, list[tuple[str, bool, bool]]] = {}  # reference, hit, hit with a mismatched image
-    for row, hits, mismatched_hits in zip(questions.rows, matched, mismatched, strict=True):
+    for row, hits, mismatched_hits in zip(rows, matched, mismatched, strict=True):
         references = [turn["value"] for turn in row["conversations"][1::2]]
         for task, *answer in zip(row["task"].split(","), references, hits, mismatched_hits, strict=True):
             answers.setdefault(task, []).append(tuple(answer))
@@ -251,15 +249,26 @@ def score_tasks(
         n = len(answers[task])
         with_own = [(reference, hit) for reference, hit, _ in answers[task]]
         with_other = [(reference, hit) for reference, _, hit in answers[task]]
-        hits = sum(hit for _, hit in with_own)
-        low, high = binomial_interval(hits, n)
+        n_hits = sum(hit for _, hit in with_own)
+        low, high = binomial_interval(n_hits, n)
         mismatched_accuracy = sum(hit for _, hit in with_other) / n
         scores[task] = dict(
-            n=n, accuracy=hits / n, low=low, high=high, mismatched_accuracy=mismatched_accuracy
+            n=n, accuracy=n_hits / n, low=low, high=high, mismatched_accuracy=mismatched_accuracy
         )
         if task == "existence":
             scores[task] |= dict(f1=_f1(with_own), mismatched_f1=_f1(with_other))
     return scores
+
+
+def score_tasks(
+    model: DeltaLlavaForConditionalGeneration,  # In evaluation mode
+    questions: QuestionSet,  # Of a held-out set
+    tokens: int,  # Budget $V$
+) -> dict[str, dict]:  # Task -> scores
+    "`task_scores` of a model at one budget."
+    matched = questions.exact_matches(model, tokens)
+    mismatched = questions.exact_matches(model, tokens, derangement(len(questions.rows)))
+    return task_scores(questions.rows, matched, mismatched)
 
 
 def score_sets(
@@ -369,15 +378,21 @@ def export_weights(
     return {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
 
 # %% ../nbs/47_recipe.ipynb #8e57f2c4
-def recipe_processor(
-    recipe: Recipe,  # Names tower and LLM
+def stage_processor(
+    stage: Stage,  # Names tower and LLM
 ) -> DeltaLlavaProcessor:
-    "The processor of the recipe's models."
-    stage = recipe.stage1()
+    "The processor of a stage's model, without the model."
     path = resolve(stage.llm).path
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     pixels = image_processor_for(stage.tower, stage.image_size, stage.pad)
     return build_processor(pixels, tokenizer, stage.tokens, template=stage.template)
+
+
+def recipe_processor(
+    recipe: Recipe,  # Names tower and LLM
+) -> DeltaLlavaProcessor:
+    "The processor of the recipe's models."
+    return stage_processor(recipe.stage1())
 
 
 def recipe_settings(

@@ -41,7 +41,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 eval: .venv-eval/.installed  ## create .venv-eval, an environment with lmms-eval; `make slow` uses it if it exists
 
 docs: $(READY)  ## build the site in _docs/ with Quarto; without Quarto, check the pages and write a plain preview
-	@! command -v quarto >/dev/null || .venv/bin/nbdev_proc_nbs
+	@! command -v quarto >/dev/null || $(dir $(PY))nbdev_proc_nbs
 	@$(PY) tools/check_docs.py
 	@command -v quarto >/dev/null || { echo "No Quarto here (https://quarto.org/docs/get-started): _docs/ is the plain preview."; exit 0; }; \
 	cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs

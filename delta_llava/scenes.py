@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'N_GROUPS', 'PHRASINGS', 'TASKS', 'TemplateValues', 'drawing_index', 'concept_names', 'load_cutout',
-           'group_of', 'PlantedObject', 'Scene', 'plan_scene', 'paint_background', 'draw_scene', 'with_article',
-           'join_phrases', 'absent_names', 'make_conversation', 'write_scenes']
+           'group_of', 'PlantedObject', 'Scene', 'plan_scene', 'paint_background', 'crop_background', 'draw_scene',
+           'with_article', 'join_phrases', 'absent_names', 'make_conversation', 'write_scenes']
 
 # %% ../nbs/30_scenes.ipynb #0e38a55f
 import json
@@ -161,13 +161,13 @@ def _place_box(
 def _try_boxes(
     drawings: list[Image.Image],  # Keep their shapes
     size: int,  # Of the image, px
-    min_side: int,  # Shortest longer side, px
+    sides: tuple[int, int],  # Least and greatest length of the longer sides, px
     rng: np.random.Generator,  # Draws sizes and places
 ) -> list[tuple[int, int, int, int]] | None:  # `None` if one of them found no place
     "A box for each drawing."
     boxes: list[tuple[int, int, int, int]] = []
     for drawing in drawings:
-        longest = rng.integers(min_side, _largest_side(size, len(drawings)) + 1)
+        longest = rng.integers(sides[0], sides[1] + 1)
         scale = longest / max(drawing.size)
         width, height = (max(1, round(side * scale)) for side in drawing.size)
         box = _place_box(width, height, size, boxes, rng)
@@ -180,13 +180,13 @@ def _try_boxes(
 def _place_boxes(
     drawings: list[Image.Image],  # Keep their shapes
     size: int,  # Of the image, px
-    min_side: int,  # Shortest longer side, px
+    sides: tuple[int, int],  # Least and greatest length of the longer sides, px
     rng: np.random.Generator,  # Draws sizes and places
 ) -> list[tuple[int, int, int, int]]:
     "A box for each drawing; if one finds no free place, all boxes are drawn again, which is rare."
     boxes = None
     while boxes is None:
-        boxes = _try_boxes(drawings, size, min_side, rng)
+        boxes = _try_boxes(drawings, size, sides, rng)
     return boxes
 
 # %% ../nbs/30_scenes.ipynb #11765464
@@ -203,7 +203,9 @@ def _check_names(names: Sequence[str], most: int) -> None:
         )
 
 
-def _check_plan(split: str, n_objects: tuple[int, int], size: int, min_side: int) -> None:
+def _check_plan(
+    split: str, n_objects: tuple[int, int], size: int, min_side: int, max_side: int | None
+) -> None:
     "An error for a scene that cannot be planned."
     fewest, most = n_objects
     if split not in SPLITS:
@@ -216,6 +218,8 @@ def _check_plan(split: str, n_objects: tuple[int, int], size: int, min_side: int
             f"min_side={min_side} px must lie in 1..{largest}, "
             f"{0.8 if most == 1 else 0.4:.0%} of size={size}; use a larger size."
         )
+    if max_side is not None and max_side < min_side:
+        raise ValueError(f"max_side={max_side} px must be at least min_side={min_side}.")
 
 
 def plan_scene(
@@ -227,9 +231,10 @@ def plan_scene(
     min_side: int = 36,  # Least length of an object's longer side, px
     accept: Callable[[list[str]], bool] | None = None,  # Names are drawn again until this returns true
     names: Sequence[str] = (),  # Objects to choose from; empty: all 64
+    max_side: int | None = None,  # Greatest length of an object's longer side, px; `None`: as stated above
 ) -> Scene:
     "Choose objects and places. The same arguments always give the same plan."
-    _check_plan(split, n_objects, size, min_side)
+    _check_plan(split, n_objects, size, min_side, max_side)
     _check_names(names, n_objects[1])
     rng = Scene(split, seed, index, size, ()).rng(0)
     n = int(rng.integers(n_objects[0], n_objects[1] + 1))
@@ -238,7 +243,8 @@ def plan_scene(
         drawn = _draw_names(split, n, rng)
     artists = [SPLITS[split][k] for k in rng.integers(len(SPLITS[split]), size=n)]
     drawings = [load_cutout(name, artist) for name, artist in zip(drawn, artists, strict=True)]
-    boxes = _place_boxes(drawings, size, min_side, rng)
+    longest = min(max_side or size, _largest_side(size, n))
+    boxes = _place_boxes(drawings, size, (min_side, longest), rng)
     objects = []
     for name, artist, box in zip(drawn, artists, boxes, strict=True):
         objects.append(PlantedObject(name, artist, bool(rng.integers(2)), box))
@@ -299,11 +305,27 @@ def paint_background(
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
+def crop_background(
+    photographs: Sequence[Image.Image],  # One of them is chosen
+    rng: np.random.Generator,  # Draws photograph, part and place
+    size: int,  # Side, px
+) -> Image.Image:  # RGB
+    "A square part of a photograph, between half of its shorter side and all of it."
+    photograph = photographs[int(rng.integers(len(photographs)))].convert("RGB")
+    side = int(rng.integers(min(photograph.size) // 2, min(photograph.size) + 1))
+    x, y = (int(rng.integers(length - side + 1)) for length in photograph.size)
+    return photograph.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+
+
 def draw_scene(
     scene: Scene,  # The plan
+    photographs: Sequence[Image.Image] = (),  # Backgrounds; none: a painted one
 ) -> Image.Image:  # RGB, `size`×`size` px
-    "Paint the background and paste each drawing exactly into its box."
-    image = paint_background(scene.rng(1), scene.size)
+    "Make the background and paste each drawing exactly into its box."
+    if photographs:
+        image = crop_background(photographs, scene.rng(1), scene.size)
+    else:
+        image = paint_background(scene.rng(1), scene.size)
     for o in scene.objects:
         x0, y0, x1, y1 = o.box
         drawing = load_cutout(o.name, o.artist).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)

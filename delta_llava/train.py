@@ -196,9 +196,6 @@ def build_stage_model(
     if stage.projector is not None:
         load_stage_projector(stage, model)
     attention = stage.attn_implementation
-    bf16_on_cpu = stage.llm_dtype == "bfloat16" and not torch.accelerator.is_available()
-    if attention == "sdpa" and bf16_on_cpu:
-        attention = "eager"  # the backward pass of sdpa is slow there
     model.set_attn_implementation({"text_config": attention})
     if (stage.packing or stage.separate_turns) and attention in ("sdpa", "eager"):  # others need a GPU
         check_rows_apart(model, stage.separate_turns)
@@ -465,7 +462,8 @@ def sharding_fields(
             state_dict_type="FULL_STATE_DICT",
             cpu_ram_efficient_loading=False,
         )
-        return dict(fsdp=True, fsdp_config=config)
+        each_pass = dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))
+        return dict(fsdp=True, fsdp_config=config, accelerator_config=each_pass)
     return dict(deepspeed=ZERO3) if stage.sharding == "zero3" else {}
 
 

@@ -277,29 +277,57 @@ class OrderTrainer(HookedTrainer):
 class FiniteTrainer(HookedTrainer):
     "No optimizer step on a loss or a gradient that is not finite."
 
-    _step, _ids = None, ()
+    _step, _ids, _loss = None, (), 0.0
+    _unread: tuple = ()  # number, rows, and loss and gradient norm of each step since they were read
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = dict(inputs)
         if self.state.global_step != self._step:
-            self._step, self._ids = self.state.global_step, []
+            self._step, self._ids, self._loss = self.state.global_step, [], 0.0
         self._ids += inputs.pop("ids", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._check_finite(loss, "loss")
+        self._loss = self._loss + loss.detach()
         return loss
 
     def clip_gradients(self, model):
         norm = super().clip_gradients(model)
         sharded = hasattr(norm, "full_tensor")  # by FSDP2
-        self._check_finite(norm.full_tensor() if sharded else norm, "gradient norm")
+        whole = norm.full_tensor() if sharded else norm
+        values = torch.stack([self._loss.float(), torch.as_tensor(whole).to(self._loss.device).float()])
+        self._unread += ((self._step + 1, self._ids, values),)
+        logs = (self._step + 1) % max(1, self.state.logging_steps) == 0
+        if sharded or not self._skip_unless_finite(values) or logs:
+            self.check_finite()
         return norm
 
-    def _check_finite(self, value, what):
-        if math.isfinite(value):  # `Trainer` waits for the device at each step anyway
+    def _skip_unless_finite(self, values):
+        "Let a fused optimizer skip its next step on the device if a value is not finite; whether it can."
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            return False
+        optimizer.found_inf = (~values.isfinite()).any().float()
+        return True
+
+    def write_checkpoint(self, model, trial):
+        self.check_finite()
+        super().write_checkpoint(model, trial)
+
+    def check_finite(self):
+        "Read the numbers of all steps since the last time; an error for the first that is not finite."
+        steps, self._unread = self._unread, ()
+        if not steps:
             return
+        numbers = torch.stack([values for *_, values in steps]).tolist()
+        for (step, ids, _), (loss, norm) in zip(steps, numbers, strict=True):
+            if not math.isfinite(loss):
+                self._refuse(step, ids, "loss", loss)
+            if not math.isfinite(norm):
+                self._refuse(step, ids, "gradient norm", norm)
+
+    def _refuse(self, step, ids, what, value):
         raise FloatingPointError(
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {self._ids}. No "
-            f"weight was changed; the last checkpoint is {last_checkpoint(self.args.output_dir)}. Check "
+            f"step {step}: the {what} is {value}, on rows {ids}. It changed no "
+            f"weight; the last checkpoint is {last_checkpoint(self.args.output_dir)}. Check "
             f"these rows with delta-llava doctor. If they have no errors, lower learning_rate, or train in "
             f"float32 (bf16=False), in another output_dir, because that is another run."
         )
@@ -629,6 +657,7 @@ def _run_trainer(
         trainer.add_callback(stop)
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.check_finite()
     if stop.received and trainer.state.global_step < trainer.args.max_steps:
         steps = trainer.state.global_step - first_step
         raise _interrupted(trainer, stop.received, time.monotonic() - start, steps)

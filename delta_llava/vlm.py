@@ -583,15 +583,25 @@ class VisualInputs(nn.Module):
         return projector.decoder_context(self.get_decoder(), image_mask, tokens, prompt_end)
 
 # %% ../nbs/22_vlm.ipynb #be1791fd
+def _next_tokens(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
+    "The label of each position, if it is not known already: the token after it."
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+
+
+def _check_supervised(anything: bool | Tensor):
+    "An error if no position is supervised."
+    if not anything:
+        raise ValueError("labels supervise nothing: all are -100. Was the answer empty, or cut off?")
+
+
 def shifted_targets(
     labels: Int[Tensor, "b t"],  # Token ids to predict, -100 where nothing is supervised
     shift_labels: Int[Tensor, "b t"] | None = None,  # Next token of each position, if that is known already
 ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:  # Next token of each position, and which are supervised
     "The label of each position: the token after it."
-    target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+    target = _next_tokens(labels, shift_labels)
     supervised = target != -100
-    if not supervised.any():
-        raise ValueError("labels supervise nothing: all are -100. Was the answer empty, or cut off?")
+    _check_supervised(supervised.any())
     return target, supervised
 
 
@@ -604,9 +614,15 @@ def supervised_loss(
     **inputs,  # Of the LLM's forward pass
 ) -> tuple[Float[Tensor, ""], dict]:  # The loss over all positions, and the LLM's output without logits
     "Cross-entropy of @eq-loss, with logits only at the supervised positions."
-    target, supervised = shifted_targets(labels, shift_labels)
-    logits, out = adapter.selected_logits(llm, lambda hidden: restore(hidden)[supervised], **inputs)
-    loss = loss_function(logits=logits, labels=None, shift_labels=target[supervised])
+    target = _next_tokens(labels, shift_labels).flatten()
+    positions = (target != -100).nonzero().squeeze(1)  # the only place where the host waits for the device
+    _check_supervised(len(positions) > 0)
+
+    def select(hidden):
+        return restore(hidden).flatten(0, 1).index_select(0, positions)
+
+    logits, out = adapter.selected_logits(llm, select, **inputs)
+    loss = loss_function(logits=logits, labels=None, shift_labels=target[positions])
     return loss, {name: value for name, value in out.items() if name != "logits"}
 
 
@@ -865,7 +881,7 @@ class LanguageModelAccess(nn.Module):
 
     def get_decoder(self):
         "The LLM without its head."
-        return self.language_model.get_decoder()
+        return adapter.decoder_of(self.language_model)
 
     def resize_token_embeddings(
         self,
@@ -892,6 +908,7 @@ class DeltaLlavaForConditionalGeneration(
         self.vision_tower.requires_grad_(False)
         self.multi_modal_projector = build_compressor(config.compressor, config.projector_config())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        adapter.check_reads_embeddings(self.language_model)
         self.known_fingerprint: dict[str, float] | None = None  # of the tower, once its weights are loaded
         self.post_init()
 

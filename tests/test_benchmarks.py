@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from tiny_stage import write_models
+from tiny_stage import chatml_tokenizer, write_models
 
 from delta_llava import speed
 from delta_llava.runs import write_run
@@ -105,6 +105,23 @@ def test_stage_steps_run_on_tiny_parts(tmp_path, parts):
         assert row["tokens"] != 16 or row["ratio"][0] == 1
     for first in (0, 3):  # Delta at 4 tokens needs more operations than at 1
         assert rows[first + 1]["flops"] > rows[first + 2]["flops"]
+
+
+# ---------------------------------------------------------------- quickstart_steps.py
+
+
+def test_all_ways_of_a_quickstart_step_have_one_loss(tmp_path, parts):
+    chatml_tokenizer().save_pretrained(tmp_path / "llm")
+    QuickstartSteps = load_benchmark("quickstart_steps")["QuickstartSteps"]
+    record = tmp_path / "record.json"
+    QuickstartSteps(stage1_steps=2, stage2_steps=1, train_budgets=(4, 1), record=record, **parts)()
+    stage1, stage2 = json.loads(record.read_text())["result"]
+    for row, stage, steps in ((stage1, "pretrain", 2), (stage2, "finetune", 1)):
+        assert row["stage"] == stage and row["ways"]["float32"]["speedup"] == [1, 1, 1]
+        losses = [way["losses"] for way in row["ways"].values()]
+        assert [len(each) for each in losses] == 3 * [steps]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ---------------------------------------------------------------- gpu.py

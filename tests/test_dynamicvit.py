@@ -576,7 +576,7 @@ def test_a_stopped_training_continues_with_the_same_draws(parts, tmp_path, stand
         (dict(tokens=17), "tokens=17 must lie in 1..16"),
         (dict(blocks=(2, 1)), "must rise and lie in 0..3"),
         (dict(blocks=(4,)), "must rise and lie in 0..3"),
-        (dict(levels=(0,)), "leave no block to drop patches at"),
+        (dict(levels=(0,)), "leave no block that could reduce tokens"),
         (dict(ratio_weight=-0.5), "ratio_weight=-0.5 must be 0 or more"),
     ],
 )

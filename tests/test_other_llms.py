@@ -43,6 +43,8 @@ CONFIGS = {
     | dict(word_embed_proj_dim=64, max_position_embeddings=256),
     "bloom": dict(hidden_size=64, n_layer=2, n_head=4, **ENDS),
     "falcon": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, **ENDS),
+    "llama4_text": LLAMA
+    | dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=64),
     "gpt_neox": dict(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **ENDS
     ),
@@ -115,6 +117,20 @@ def test_other_makes_learn_and_fastv_refuses_them(kind):
         fastv = make_model(make_llm(kind), "fastv")
         ids = prompt(fastv.config.image_seq_length)
         fastv(ids, images(TOWER), tokens=1)
+
+
+TAKE_IDS_ONLY = {
+    "openai-gpt": CONFIGS["gpt2"],
+    "xlnet": dict(d_model=64, n_layer=2, n_head=4, d_inner=64, **ENDS),
+    "cpmant": dict(hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=64, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("kind", TAKE_IDS_ONLY)
+def test_llms_that_take_token_ids_only_are_refused(kind):
+    llm = make_llm(kind, TAKE_IDS_ONLY)
+    with pytest.raises(ValueError, match=f"{type(llm).__name__}.* takes no inputs_embeds.*Take a causal LM"):
+        make_model(llm)
 
 
 def packed(rows):

@@ -15,6 +15,7 @@ from delta_llava.scenes import (
     SPLITS,
     TASKS,
     concept_names,
+    crop_background,
     draw_scene,
     drawing_index,
     group_of,
@@ -96,6 +97,32 @@ def test_outside_its_boxes_an_image_is_background():
             assert changed[y0:y1, x0:x1].mean() > 0.1
             changed[y0:y1, x0:x1] = False
         assert not changed.any()
+
+
+@pytest.mark.parametrize("n_objects", [(1, 1), (2, 4)])
+def test_longest_side_of_objects(n_objects):
+    for index in range(30):
+        scene = plan_scene(index, n_objects=n_objects, min_side=36, max_side=42)
+        assert all(36 <= max(x1 - x0, y1 - y0) <= 42 for x0, y0, x1, y1 in (o.box for o in scene.objects))
+    assert plan_scene(3, max_side=168) == plan_scene(3)
+
+
+def test_scenes_on_photographs():
+    "The same plan, and outside the boxes nothing but a part of one of the photographs."
+    shades = np.arange(200, dtype=np.uint8)
+    photographs = [Image.fromarray(np.stack([np.tile(shades, (120, 1))] * 3, -1)) for _ in range(2)]
+    for index in range(8):
+        scene = plan_scene(index)
+        image = np.asarray(draw_scene(scene, photographs)).astype(int)
+        background = np.asarray(crop_background(photographs, scene.rng(1), 168)).astype(int)
+        changed = (image != background).any(-1)
+        for x0, y0, x1, y1 in (o.box for o in scene.objects):
+            assert changed[y0:y1, x0:x1].mean() > 0.1
+            changed[y0:y1, x0:x1] = False
+        assert not changed.any()
+        assert (background[0] == background[-1]).all() and (np.diff(background[0, :, 0]) >= 0).all()
+        width = background[0, -1, 0] - background[0, 0, 0]  # as many shades as the part has columns
+        assert 55 <= width <= 120
 
 
 def test_images_are_the_same_everywhere():

@@ -594,15 +594,25 @@ class Keep(TrainerCallback):
         }
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_what_is_not_finite_ends_the_run_before_it_reaches_a_weight(parts, tmp_path, what):
+@pytest.mark.parametrize(
+    "what,after,options",
+    [
+        ("loss", 3, {}),
+        ("gradient norm", 3, {}),
+        ("loss", 2, {}),  # found a step later, before the checkpoint
+        ("gradient norm", 2, {}),
+        ("loss", 2, dict(optim="adamw_torch")),  # cannot skip a step, so it is read at once
+    ],
+)
+def test_what_is_not_finite_ends_the_run_before_it_reaches_a_weight(parts, tmp_path, what, after, options):
     keep = Keep()
-    message = rf"step 4: the {what} is (nan|inf), on rows \['.*-\d+', .*\].*checkpoint-2"
+    message = rf"step {after + 1}: the {what} is (nan|inf), on rows \['.*-\d+', .*\].*checkpoint-2"
     with pytest.raises(FloatingPointError, match=message) as error:
-        run_stage(stage("pretrain", parts, tmp_path), callbacks=[Poison(3, what), keep])
+        run_stage(stage("pretrain", parts, tmp_path), callbacks=[Poison(after, what), keep], **options)
     assert str(error.value).count("picture-") + str(error.value).count("text-") == 4
-    assert equal(keep.states[3], keep.model.multi_modal_projector.state_dict())
+    assert equal(keep.states[after], keep.model.multi_modal_projector.state_dict())
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert max(keep.states) == (3 if not options else after)
 
 
 # ---------------------------------------------------------------- a full disk
@@ -783,6 +793,22 @@ def test_two_processes_train_as_one(parts, mixed, tmp_path, kind, options):
         assert_close(b[k], a[k], rtol=1e-3, atol=1e-4)
     states = sorted(p.name for p in (tmp_path / "two" / "checkpoint-8").glob("rng_state_*"))
     assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+@pytest.mark.slow
+def test_sharded_weights_and_moments_are_float32_and_gradients_are_reduced_after_each_pass(
+    parts, mixed, tmp_path
+):
+    "Two passes of one row in a step: a gradient that waits for the last one would be that of a whole layer."
+    options = mixed | dict(batch_size=4, max_steps=2, save_steps=2, bf16=True, sharding="fsdp2")
+    two = finish(
+        launch("finetune", parts, tmp_path / "two", per_device_batch_size=1, fsdp_on_cpu=True, **options)
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    precision = json.loads((tmp_path / "two.precision.1").read_text())
+    expected = dict(kept=["torch.float32"], computed=["torch.bfloat16"], gradients=["DTensor"])
+    assert precision == expected
+    assert {w.dtype for w in weights(tmp_path / "two").values()} == {torch.float32}
 
 
 @pytest.mark.slow

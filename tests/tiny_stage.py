@@ -115,20 +115,33 @@ def stage(kind, parts, folder, **options):
 
 
 class EachStep(TrainerCallback):
-    "Keep loss and learning rate of every step, and the budget of every pass."
+    "Keep loss and learning rate of every step, the budget of every pass, and the precision of weights."
 
     def __init__(self):
         self.losses, self.rates, self.budgets, self.sharded = [], [], [], False
+        self.kept, self.computed = set(), set()  # precision between the steps, and in a layer's pass
+        self.gradients = set()  # after a pass that is not the last of its step: of a part, or none
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         args.logging_steps = state.logging_steps = 1
         model.register_forward_pre_hook(self.note, with_kwargs=True)
+        model.get_decoder().layers[0].mlp.register_forward_pre_hook(self.note_precision)
 
     def note(self, module, args, kwargs):
         self.budgets.append(kwargs.get("tokens"))
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def note_precision(self, module, args):
+        self.computed.add(str(module.down_proj.weight.dtype))
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.get_decoder().layers.parameters()]
+        self.gradients |= {type(gradient).__name__ for gradient in gradients}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self.kept |= {str(p.dtype) for p in model.parameters()}
+        for moments in optimizer.state.values():
+            self.kept |= {str(moment.dtype) for moment in moments.values()}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -232,6 +245,8 @@ def main(kind, parts, folder, options):
     rank = os.environ.get("RANK", "0")
     Path(f"{folder}.budgets.{rank}").write_text(json.dumps(each.budgets))
     Path(f"{folder}.rates.{rank}").write_text(json.dumps(each.rates))
+    precision = {name: sorted(getattr(each, name)) for name in ("kept", "computed", "gradients")}
+    Path(f"{folder}.precision.{rank}").write_text(json.dumps(precision))
     if rank == "0":
         print("sharded" if each.sharded else "whole")
     if torch.distributed.is_initialized():

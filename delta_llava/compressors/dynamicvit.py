@@ -26,8 +26,8 @@ from delta_llava.adapter import (
     vision_values,
 )
 from .base import TowerPruning
-from .evit import check_blocks, falling_counts, quarter_blocks
-from .mlp import MLP, MLPConfig
+from .evit import TowerReductionConfig
+from .mlp import MLP
 from ..grid import FeaturesLike, VisionFeatures
 
 # %% ../../nbs/17d_dynamicvit.ipynb #17373a0e
@@ -136,40 +136,15 @@ def ratio_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicViTConfig(MLPConfig):
+class DynamicViTConfig(TowerReductionConfig):
     "Sizes of LLaVA's projector, and the blocks of the tower in front of which patches are dropped."
 
-    tokens: int = 144  # The budget $V$: patches that are left at the end
-    blocks: tuple[int, ...] = ()  # Blocks with a predictor in front, from 0; none: at the quarters
     ratio_weight: float = 2.0  # Weight of the ratio loss
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels)[-1:])  # lower levels have more patches
-        if not 1 <= self.tokens <= self.grid**2:
-            raise ValueError(
-                f"tokens={self.tokens!r} must lie in 1..{self.grid**2}, the patches of the grid."
-            )
         super().__post_init__()
-        check_blocks(self.blocks, self.levels[0])
-        if self.tokens < self.grid**2 and not self.pruning_blocks():
-            raise ValueError(f"levels={self.levels} leave no block to drop patches at; use a higher one.")
         if self.ratio_weight < 0:
             raise ValueError(f"ratio_weight={self.ratio_weight} must be 0 or more; the reference has 2.")
-
-    def pruning_blocks(self) -> tuple[int, ...]:
-        "The blocks of the config, or those at one, two and three quarters of the tower."
-        return self.blocks or quarter_blocks(self.levels[0])
-
-    def tower_reduction(self) -> tuple[tuple[int, int], ...]:  # (block, patches that enter it)
-        "Blocks in front of which patches are dropped, and the patches that are left (@eq-places)."
-        return falling_counts(self.grid**2, self.tokens, self.pruning_blocks())
-
-    def budgets(
-        self,
-        grid: int,  # Patches per side
-    ) -> list[int]:
-        "The one it was built for."
-        return [self.tokens] if self.tokens <= grid**2 else []
 
 # %% ../../nbs/17d_dynamicvit.ipynb #5c1c0b6d
 PlacedPredictors = Mapping[

@@ -5,7 +5,7 @@ UV     := uv==0.13.8
 READY  := .venv/.installed
 EVAL   := .venv-eval/bin/python
 
-.PHONY: help quickstart test sync readme outputs slow net lab eval docs lock gpu
+.PHONY: help quickstart test sync readme outputs slow net lab eval docs site lock gpu
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 20
@@ -41,10 +41,14 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 eval: .venv-eval/.installed  ## create .venv-eval, an environment with lmms-eval; `make slow` uses it if it exists
 
 docs: $(READY)  ## build the site in _docs/ with Quarto; without Quarto, check the pages and write a plain preview
-	@! command -v quarto >/dev/null || .venv/bin/nbdev_proc_nbs
+	@! command -v quarto >/dev/null || $(dir $(PY))nbdev_proc_nbs
 	@$(PY) tools/check_docs.py
 	@command -v quarto >/dev/null || { echo "No Quarto here (https://quarto.org/docs/get-started): _docs/ is the plain preview."; exit 0; }; \
 	cd _proc && quarto render --no-cache && cd .. && rm -rf _docs && mv _proc/_docs _docs
+
+site: $(READY)  ## open the pages of `make docs` in chromium: widths, formulas, contrast (one page: ARGS=delta.html)
+	$(PY) -m uv pip install --quiet --python $(PY) --group slow -c requirements.lock
+	$(PY) tools/check_site.py _docs $(ARGS)
 
 lock: $(READY)  ## write both lock files from pyproject.toml with few changes (ARGS=--upgrade updates all)
 	$(PY) -m uv pip compile pyproject.toml --extra gguf --extra gradcam --extra notebooks --group dev --universal --python-version 3.11 \

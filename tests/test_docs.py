@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,11 @@ def test_install_cell_does_nothing_where_the_package_is(tmp_path):
     (tmp_path / "site" / "delta_llava" / "__init__.py").touch()
     calls, folder = run_install_cell("nbs/tutorials/b_gradcam.ipynb", tmp_path, str(tmp_path / "site"))
     assert (calls, folder) == ([], ".")
+
+
+def test_the_workflow_names_one_quarto_with_its_checksum():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    assert re.search(r'(?m)^  QUARTO_VERSION: "\d+\.\d+\.\d+"$', text)
+    assert re.search(r"(?m)^  QUARTO_SHA256: [0-9a-f]{64}$", text)
+    assert 'echo "$QUARTO_SHA256  $file" | sha256sum --check' in text
+    assert not re.search(r"quarto-?[\w/.]*\d+\.\d+\.\d+", text), "the version belongs into QUARTO_VERSION"

@@ -33,7 +33,9 @@ def run(*command, cwd, ok=True):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    "Folder with sdist and wheel; the wheel is built from the sdist."
+    "Folder with sdist and wheel; the wheel is built from the sdist. `DELTA_LLAVA_DIST` names a built one."
+    if built := os.environ.get("DELTA_LLAVA_DIST"):
+        return ROOT / built
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "uv", "build", "--quiet", "--out-dir", folder, cwd=ROOT)
     return folder

@@ -61,7 +61,7 @@ def test_a_sound_page_holds(check_site, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, wanted, places",
+    "content, wanted, views",
     [
         (TABLE, "wider than the page: <table>", "light 390, light 1024, dark 390, dark 1024"),
         (
@@ -88,9 +88,9 @@ def test_a_sound_page_holds(check_site, tmp_path):
         ("<script>document.body.className = 'quarto-light'</script>", "not dark, which", "(dark 390"),
     ],
 )
-def test_a_planted_fault_is_found(check_site, tmp_path, content, wanted, places):
+def test_a_planted_fault_is_found(check_site, tmp_path, content, wanted, views):
     found = faults(check_site, tmp_path, GOOD + content)
-    assert any(wanted in fault and places in fault for fault in found), found
+    assert any(wanted in fault and views in fault for fault in found), found
 
 
 def test_nothing_is_read_from_the_network(check_site, tmp_path):

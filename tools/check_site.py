@@ -151,7 +151,7 @@ def check(site: Path, names: list[str] | None = None, base: str = "/", verbose: 
     if not names:
         pages = sorted(site.rglob("*.html"))
         names = [page.relative_to(site).as_posix() for page in pages if "site_libs" not in page.parts]
-    places = {}
+    views = {}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         for mode in MODES:
@@ -164,10 +164,10 @@ def check(site: Path, names: list[str] | None = None, base: str = "/", verbose: 
                 for place, fault in page_faults(page, name, mode, WIDTHS):
                     if verbose:
                         print(f"      {place}: {fault}", flush=True)
-                    places.setdefault(f"{name}: {fault}", []).append(place)
+                    views.setdefault(f"{name}: {fault}", []).append(place)
             context.close()
         browser.close()
-    return [f"{fault} ({', '.join(where)})" for fault, where in sorted(places.items())]
+    return [f"{fault} ({', '.join(where)})" for fault, where in sorted(views.items())]
 
 
 def main() -> None:

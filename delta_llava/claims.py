@@ -812,7 +812,10 @@ def _study_differences(
     runs: Path, name: str, other: str, budgets: Sequence[int] = (36, 16, 4, 1)
 ) -> tuple[bool | None, str]:
     "Whether a system is above another at all budgets of the study, by paired intervals over the seeds."
-    scores = system_scores(read_record(runs / "study.json"))
+    record = read_record(runs / "study.json")
+    scores = system_scores(record)
+    compared = [r for r in record["result"] if r["label"] in (name, other) and r["closed_form_init"]]
+    unfinished = sorted({r["label"] for r in compared if not r["converged"]})
     outcomes: list[bool | None] = []
     numbers = []
     for v in budgets:
@@ -823,6 +826,8 @@ def _study_differences(
         outcomes.append(True if low > 0 else False if high < 0 else None)
         interval = "one seed" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}"
         numbers.append(f"at {v}: {mean:+.1f} points ({interval})")
+    if unfinished:
+        return None, f"not converged: {', '.join(unfinished)}"
     return _together(outcomes), "; ".join(numbers)
 
 

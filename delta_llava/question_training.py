@@ -11,6 +11,7 @@ __all__ = ['SPECIAL_TOKENS', 'ROLE_WORDS', 'HEAD_WIDTH', 'MOST_POSITIONS', 'MOST
 # %% ../nbs/47b_question_training.ipynb #c2345ae7
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,8 @@ def question_sets(
     "All scenes with their patch tokens."
     sets = {}
     for split, rows in question_scenes(config).items():
-        path = config.scenes_folder / f"features-{config.image_size}px-{split}.npy"
+        tower = re.sub(r"\W+", "-", config.tower).strip("-")
+        path = config.scenes_folder / f"features-{tower}-{config.image_size}px-{split}.npy"
         sets[split] = SceneSet(rows, stored_features(path, rows["image"], config))
     return sets
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TOWER', 'DEFAULT_LLM', 'QUICKSTART_OBJECTS', 'READER', 'Cache', 'StageSettings', 'Stage', 'Pretrain',
-           'Finetune', 'CaptionTraining', 'SceneStage', 'ScenePretrain', 'SceneFinetune', 'Recipe', 'LongRecipe',
-           'Quickstart', 'QuestionTraining', 'Cost', 'SpeedSettings']
+           'Finetune', 'OwnScenes', 'CaptionTraining', 'SceneStage', 'ScenePretrain', 'SceneFinetune', 'Recipe',
+           'LongRecipe', 'Quickstart', 'QuestionTraining', 'Cost', 'SpeedSettings']
 
 # %% ../nbs/07_settings.ipynb #b96c75a3
 import math
@@ -314,8 +314,34 @@ def _check_settings(config):
         )
 
 # %% ../nbs/07_settings.ipynb #aa543376
+class OwnScenes:
+    "What trainings derive from their settings if they draw their own scenes."
+
+    tokens: int  # Main budget V
+    eval_budgets: tuple[int, ...]  # Budgets of the evaluation; empty takes the main one
+    image_size: int  # Side of an image, px
+    scene_size: int | None  # Side of the planted scenes, px; without it image_size
+    output_dir: Path  # Of the training
+    scenes_dir: Path | None  # Gets the scenes; without it output_dir/scenes
+
+    @property
+    def evaluation_budgets(self) -> tuple[int, ...]:
+        "Budgets of the evaluation."
+        return self.eval_budgets or (self.tokens,)
+
+    @property
+    def drawn_size(self) -> int:
+        "Side of the planted scenes, px."
+        return self.scene_size or self.image_size
+
+    @property
+    def scenes_folder(self) -> Path:
+        "Where the scenes are written."
+        return self.scenes_dir or self.output_dir / "scenes"
+
+
 @dataclass(frozen=True, kw_only=True)
-class CaptionTraining(Pretrain):
+class CaptionTraining(OwnScenes, Pretrain):
     "Train a projector on captions of planted scenes, stage 1 alone."
 
     output_dir: Path = Path("runs/captions")  # Gets checkpoints, projector and run.json
@@ -355,21 +381,6 @@ class CaptionTraining(Pretrain):
     def kind(self) -> str:
         "What `run.json` calls this run."
         return "captions"
-
-    @property
-    def evaluation_budgets(self) -> tuple[int, ...]:
-        "Budgets of the evaluation."
-        return self.eval_budgets or (self.tokens,)
-
-    @property
-    def drawn_size(self) -> int:
-        "Side of the planted scenes, px."
-        return self.scene_size or self.image_size
-
-    @property
-    def scenes_folder(self) -> Path:
-        "Where the scenes are written."
-        return self.scenes_dir or self.output_dir / "scenes"
 
     def load_rows(self):
         "The training scenes."
@@ -594,7 +605,7 @@ READER = "reader"  # stands for a small decoder with random weights, in place of
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionTraining(SceneFinetune):
+class QuestionTraining(OwnScenes, SceneFinetune):
     "Train a projector and a small decoder together on all kinds of questions, in one stage."
 
     output_dir: Path = Path("runs/questions")  # Gets run.json and the model
@@ -641,21 +652,6 @@ class QuestionTraining(SceneFinetune):
     def kind(self) -> str:
         "What `run.json` calls this run."
         return "questions"
-
-    @property
-    def evaluation_budgets(self) -> tuple[int, ...]:
-        "Budgets of the evaluation."
-        return self.eval_budgets or (self.tokens,)
-
-    @property
-    def drawn_size(self) -> int:
-        "Side of the planted scenes, px."
-        return self.scene_size or self.image_size
-
-    @property
-    def scenes_folder(self) -> Path:
-        "Where the scenes are written."
-        return self.scenes_dir or self.output_dir / "scenes"
 
     def load_rows(self):
         "The training scenes with all their questions."

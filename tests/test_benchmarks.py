@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from datasets import Dataset
 from tiny_stage import chatml_tokenizer, write_models
 
 from delta_llava import speed
@@ -122,6 +123,30 @@ def test_all_ways_of_a_quickstart_step_have_one_loss(tmp_path, parts):
         assert [len(each) for each in losses] == 3 * [steps]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
         assert losses[2] == pytest.approx(losses[0], rel=1e-3)
+
+
+# ---------------------------------------------------------------- limits.py
+
+
+def test_features_of_an_object_are_those_in_its_box():
+    limits = load_benchmark("limits")
+    features = torch.arange(144.0).view(1, 144, 1)  # on a 12×12 grid of cells of 14 px
+    rows = [dict(objects=[dict(name="fox", box=[14, 28, 42, 42]), dict(name="owl", box=[1, 1, 5, 5])])]
+    found, names = limits["box_features"](limits["SceneSet"](Dataset.from_list(rows), features), 168)
+    assert names == ["fox", "owl"]
+    assert found[:, 0].tolist() == [
+        pytest.approx((25 + 26) / 2),
+        0,
+    ]  # row 2, columns 1 and 2; the nearest cell
+
+
+def test_kinds_of_answers_about_the_odd_one():
+    kind = load_benchmark("limits")["Limits"].kind
+    names = ["fox", "owl", "bus"]
+    assert kind({"bus"}, names) == "the odd object"
+    assert kind({"fox"}, names) == kind({"bus", "fox"}, names) == "another object of the scene"
+    assert kind(set(), names) == kind({"kite"}, names) == "something else"
+    assert load_benchmark("limits")["accuracy"]([]) == dict(n=0)
 
 
 # ---------------------------------------------------------------- gpu.py

@@ -41,6 +41,7 @@ def run(label, seed, accuracy, tokens=4, hits=None):
         label=label,
         seed=seed,
         closed_form_init=True,
+        converged=True,
         scores={split: {str(tokens): tasks} for split in HELD_OUT},
         bits={split: {str(tokens): bits} for split in HELD_OUT},
     )
@@ -114,6 +115,10 @@ def test_the_claim_follows_the_intervals(gain, verdict, tmp_path):
             runs.append(run("delta-elastic", seed, 0.5 + difference, tokens))
     (tmp_path / "study.json").write_text(json.dumps(study_record(*runs)))
     assert CLAIMS["better_answers_than_tokenpacker"].finding(tmp_path)[0] == verdict
+    runs[0]["converged"] = False
+    (tmp_path / "study.json").write_text(json.dumps(study_record(*runs)))
+    stopped_early = CLAIMS["better_answers_than_tokenpacker"].finding(tmp_path)
+    assert stopped_early[0] == "undecided" and "not converged: tokenpacker-elastic" in stopped_early[1]
     ablation = CLAIMS["deltaproj_raises_small_scores"].finding(tmp_path)
     assert ablation[0] == "undecided" and "not run" in ablation[1]
 

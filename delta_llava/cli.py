@@ -201,7 +201,7 @@ class Compare:
 # %% ../nbs/52_cli.ipynb #ff923c4e
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    "Compare compressors on all kinds of questions, in trainings that converge; a stopped study resumes."
+    "Compare compressors, trained with a small decoder on ten kinds of questions; a stopped study resumes."
 
     compressors: tuple[str, ...] = ()  # Names, NAME-elastic for all budgets at once; without: the plan
     budgets: tuple[int, ...] = (36, 16, 4, 1)  # Visual tokens
@@ -222,14 +222,12 @@ class Study:
         from delta_llava.question_training import system_scores
         from delta_llava.runs import read_record
         from delta_llava.study import GROUPS, plan_study, score_rows
-        from delta_llava.train import fast_bfloat16, local_device
+        from delta_llava.train import fast_bfloat16
 
         shared = ("max_steps", "batch_size", "train_images", "test_images", "curve_steps")
         bf16 = fast_bfloat16() if self.bf16 is None else self.bf16
-        # on a CPU, the backward pass of sdpa in bfloat16 is slower than the plain one
-        attention = "eager" if bf16 and local_device().type == "cpu" else "sdpa"
         numbers = {name: getattr(self, name) for name in shared}
-        base = QuestionTraining(bf16=bf16, attn_implementation=attention, **numbers)
+        base = QuestionTraining(bf16=bf16, **numbers)
         groups = (self.compressors,) if self.compressors else GROUPS
         runs = plan_study(groups, self.budgets, self.seeds, self.closed_form_init, base)
         path = compare(runs, self.output_dir, self.jobs)

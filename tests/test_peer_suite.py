@@ -1,6 +1,7 @@
 """Transformers' own common tests of models, pipelines and processors, on LLaVA and on ours.
 
-`data/peer/differences.json` gives the reason for each test that LLaVA passes and ours does not."""
+`data/peer/differences.json` gives the reason for each test that LLaVA passes and ours does not. Its names may
+hold `*`. Entries with `may_pass` are of tests whose outcome depends on their random numbers."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -113,15 +115,14 @@ def test_what_llava_passes_ours_passes(module, peer, suite, llavas):
     llava, ours = llavas[module], outcomes(suite, module, peer)
     differ = {test for test, how in llava.items() if how == "passed" and ours.get(test) != "passed"}
     differ |= {test for test, how in ours.items() if how == "failed" and llava.get(test) != "failed"}
-    expected = {
-        test: entry["reason"]
-        for test, entry in DIFFERENCES[module].items()
-        if peer in entry.get("compressors", COMPRESSORS)
-    }
-    assert all(expected.values())
-    new = {test: f"LLaVA {llava.get(test)}, ours {ours.get(test)}" for test in differ - expected.keys()}
+    entries = DIFFERENCES[module].items()
+    expected = {test: entry for test, entry in entries if peer in entry.get("compressors", COMPRESSORS)}
+    assert all(entry["reason"] for entry in expected.values())
+    new = {test: f"LLaVA {llava.get(test)}, ours {ours.get(test)}" for test in differ}
+    new = {test: how for test, how in new.items() if not any(fnmatch(test, name) for name in expected)}
     assert not new, "no reason is known; give one in data/peer/differences.json, or mend them"
-    gone = sorted(expected.keys() - differ)
+    always = {name for name, entry in expected.items() if not entry.get("may_pass")}
+    gone = sorted(name for name in always if not any(fnmatch(test, name) for test in differ))
     assert not gone, "these pass now; take them out of data/peer/differences.json"
 
 
